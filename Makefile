@@ -1,0 +1,58 @@
+# Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is written on first import, which saves compiling what is never imported.
+INSTALL := $(PIP) install --no-compile --prefer-binary
+
+# PYTHON=... picks an interpreter; otherwise the first of these that runs and fits.
+IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	if $$p -c '$(IN_RANGE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+# The plain torch wheel for Linux brings gigabytes of GPU libraries, so its CPU index
+# is asked first; without access to it, pip takes what the usual index offers.
+TORCH := torch==2.13.*
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean python
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+		| awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.installed ## immunize the embedded model, attack it, show the result
+	$(BIN)/python -m gift_jax.demo
+
+test: lint ## lint, then run the tests (the slow ones: pytest -m slow)
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-test ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test ## fix style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+python:
+	@test -n '$(PYTHON)' && $(PYTHON) -c '$(IN_RANGE)' || { \
+		echo "Python 3.11, 3.12 or 3.13 is needed; found '$(PYTHON)'." \
+			"Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+
+# Stamps: installed again only when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml | python
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | python
+	$(PYTHON) -m venv $(VENV)
+	-$(INSTALL) --quiet --retries 1 --timeout 15 --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(INSTALL) --editable '.[test]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints: trainable state and data position together, resumed together.
+
+A checkpoint holds what changes (trainable parameters, optimiser states, step, key)
+and the data iterators' position. The frozen base model is only referred to, by path
+and content hash, in the run's config.json.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from gift_jax.config import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; saving is asynchronous and atomic.
+
+    Args: folder: created if missing. keep: how many to keep. every: save at steps
+      that are multiples of it; `save(..., force=True)` saves at any step.
+    """
+
+    def __init__(self, folder: pathlib.Path | str, *, keep: int = 2, every: int = 100):
+        self.folder = pathlib.Path(folder).absolute()
+        self.every = every
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=("state", "data"),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def due(self, step: int) -> bool:
+        """Whether the run's schedule asks for a checkpoint after `step`."""
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
+        """Saves state (a pytree of arrays) and the data position as step `step`."""
+        if step == self._manager.latest_step():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+            ),
+            force=True,
+        )
+
+    def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """Returns (state, data position) of `step`, by default of the newest one.
+
+        Args: state: the same pytree freshly initialised: gives structure, shapes,
+          dtypes and shardings.
+        Raises: UserError if the checkpoint does not fit `state`.
+        """
+        step = self.latest_step() if step is None else step
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"checkpoint {self.folder}/{step} does not fit this config ({text}); "
+                "use another --workdir"
+            ) from error
+        logging.info("restored step %d from %s", step, self.folder)
+        return restored["state"], restored["data"]
+
+    def close(self) -> None:
+        """Waits until every save is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON aside and renames it, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading, overriding and checking ml_collections configs; the command lines' frame.
+
+Every mistake of the user ends as one line on stderr that names the field, the value,
+the rule and the fix, and exit code 2.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import logging as std_logging
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import logging
+from ml_collections import ConfigDict, config_dict
+
+
+class UserError(ValueError):
+    """A mistake in the config, the flags or the input; shown as one line, exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parser(doc: str, program: str) -> argparse.ArgumentParser:
+    """Returns an argument parser whose mistakes are UserErrors."""
+    return _Parser(
+        prog=f"python -m gift_jax.{program}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(
+    argv: Sequence[str] | None, doc: str, program: str
+) -> tuple[ConfigDict, pathlib.Path]:
+    """Returns (the config with its overrides, the workdir) of a command line.
+
+    Reads --config FILE[:variant], --workdir DIR and --config.field=value ...; the
+    config is locked, so an unknown field is an error. With --help, the fields of the
+    config given are listed too.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = parser(doc, program)
+    flags.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python config file"
+    )
+    flags.add_argument("--workdir", required=True, help="the run's folder")
+    flags.epilog = (
+        "Any field of the config can be set: --config.steps=200, "
+        "--config.lower.lr=1e-5. Running the same command again resumes."
+    )
+    named = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    named += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
+    if named and {"-h", "--help"} & set(argv):
+        fields = json.dumps(load(named[0]).to_dict(), indent=2)
+        flags.epilog += f"\n\nFields of {named[0]} and their values:\n{fields}"
+    overrides = [a for a in argv if a.startswith("--config.")]
+    args = flags.parse_args([a for a in argv if a not in overrides])
+    cfg = load(args.config)
+    for override in overrides:
+        _override(cfg, override.removeprefix("--config."))
+    return cfg, pathlib.Path(args.workdir)
+
+
+def load(spec: str) -> ConfigDict:
+    """Returns the locked config of FILE or FILE:variant.
+
+    Raises: UserError if there is no such file or variant, or it has no get_config.
+    """
+    path, _, variant = spec.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"--config={path} is no file; try configs/emoji_gift.py")
+    module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config={path} is no Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path} defines no get_config(variant)")
+    try:
+        return module.get_config(variant).lock()
+    except ValueError as error:
+        raise UserError(f"--config={spec}: {error}") from error
+
+
+def variant(config: ConfigDict, name: str, **variants: dict[str, Any]) -> ConfigDict:
+    """Applies the named variant's overrides ("a.b": value); an unknown name raises."""
+    if not name:
+        return config
+    if name not in variants:
+        choices = ", ".join(variants) or "none"
+        raise ValueError(f"unknown variant {name!r}; choices: {choices}")
+    config.update_from_flattened_dict(variants[name])
+    return config
+
+
+def choice(field: str, value: str, choices: Sequence[str]) -> str:
+    """Returns value if it is one of choices, else raises a UserError that lists them."""
+    if value in choices:
+        return value
+    raise UserError(f"{field}={value!r} is not one of: {', '.join(choices)}")
+
+
+def at_least(field: str, value: float, low: float) -> None:
+    """Raises a UserError unless value >= low."""
+    if not value >= low:
+        raise UserError(f"{field}={value} must be at least {low}; try {field}={low}")
+
+
+def prepare_workdir(cfg: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Creates the run's folder with config.json and log.txt, or checks that it fits.
+
+    Raises: UserError if the folder belongs to a run of another config (the number of
+      steps and the pace of logging may change) or cannot be written.
+    """
+    path = workdir / "config.json"
+    new = json.loads(json.dumps(cfg.to_dict()))
+    if path.exists():
+        changed = _differences(json.loads(path.read_text()), new)
+        if changed:
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config ({changed}); "
+                "use another folder, or delete this one"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
+    handler = std_logging.FileHandler(workdir / "log.txt")
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
+    logging.get_absl_logger().addHandler(handler)
+    logging.info("config %s", json.dumps(new, sort_keys=True))
+    return workdir
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Runs a command line's main and exits: 0 done, 2 a mistake, 128+n a signal."""
+    from gift_jax import loop  # imports jax, which --help need not wait for
+
+    _log_to_stderr()
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except loop.StoppedBySignal as event:
+        print(f"{event}; run the same command to go on", file=sys.stderr)
+        code = event.exit_code
+    except loop.NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 3
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _log_to_stderr() -> None:
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
+    logging.get_absl_logger().addFilter(_ours_or_serious)
+
+
+def _ours_or_serious(record: std_logging.LogRecord) -> bool:
+    # Orbax logs twenty lines a checkpoint through the same logger.
+    ours = "gift_jax" in pathlib.Path(record.pathname).parts
+    return ours or record.levelno >= std_logging.WARNING
+
+
+def _override(cfg: ConfigDict, text: str) -> None:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--config.{text} needs a value: --config.{text}=VALUE")
+    *parents, name = field.split(".")
+    node = cfg
+    for part in parents:
+        node = node[part] if part in node else None
+        if not isinstance(node, ConfigDict):
+            raise UserError(_unknown(cfg, field))
+    if name not in node:
+        raise UserError(_unknown(cfg, field))
+    old = node[name]
+    try:
+        node[name] = _typed(old, value)
+    except (ValueError, TypeError) as error:
+        kind = type(old).__name__
+        raise UserError(f"config.{field}={value!r} must be of type {kind}") from error
+
+
+def _typed(old: Any, value: str) -> Any:
+    if isinstance(old, ConfigDict):
+        raise TypeError("a group of fields")
+    if isinstance(old, bool):
+        words = {"true": True, "1": True, "false": False, "0": False}
+        return words[value.lower()] if value.lower() in words else _raise(value)
+    if isinstance(old, int):
+        return int(value)
+    if isinstance(old, float):
+        return float(value)
+    if isinstance(old, tuple):
+        items = [item for item in value.strip("()[]").split(",") if item.strip()]
+        kind = type(old[0]) if old else str
+        return tuple(kind(item.strip()) for item in items)
+    return value
+
+
+def _raise(value: str) -> NoReturn:
+    raise ValueError(value)
+
+
+def _unknown(cfg: ConfigDict, field: str) -> str:
+    known = list(cfg.to_dict() if not cfg else _flat(cfg.to_dict()))
+    close = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    hint = f"did you mean config.{close[0]}?" if close else f"fields: {', '.join(known)}"
+    return f"config.{field} is no field of this config; {hint}"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+# Fields that a resumed run may change without becoming another run.
+_PACE = ("steps", "log_every", "checkpoint_every", "keep")
+
+
+def _differences(old: dict, new: dict) -> str:
+    old, new = _flat(old), _flat(new)
+    changed = [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.split(".")[-1] not in _PACE
+    ]
+    return "; ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+
+
+__all__ = [
+    "ConfigDict",
+    "UserError",
+    "at_least",
+    "choice",
+    "config_dict",
+    "load",
+    "parse",
+    "parser",
+    "prepare_workdir",
+    "run_main",
+    "variant",
+]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions of the embedded set: templates in which both style and concept are named.
+
+Concepts and styles are the words of `metadata.csv`. `{a_concept}` and `{a_style}` carry
+an article where the word takes one. No template varies case: the tokenizer lowercases.
+"""
+
+TEMPLATES = (
+    "{a_style} emoji of {a_concept}",
+    "{concept}, {style} style",
+    "an emoji of {a_concept} in the style of {style}",
+    "{a_style} style picture of {a_concept}",
+    "{a_concept} drawn in {style} style",
+    "{style} {concept}",
+    "{a_style} icon of {a_concept}",
+    "{concept}, {style} emoji",
+)
+# Evaluation: one template per question, so that figures compare across runs.
+EVAL_TEMPLATES = (TEMPLATES[0], TEMPLATES[4])
+CONCEPT_TEMPLATES = (  # no style named
+    "an emoji of {a_concept}",
+    "{a_concept}",
+    "a picture of {a_concept}",
+    "{concept}",
+)
+STYLE_TEMPLATES = (  # no concept named
+    "{a_style} emoji",
+    "an emoji in the style of {style}",
+    "{style} style",
+    "{a_style} icon",
+)
+
+_PLURAL = frozenset(
+    (
+        "admission tickets",
+        "chains",
+        "cherries",
+        "clinking beer mugs",
+        "clinking glasses",
+        "crossed swords",
+        "film frames",
+        "fireworks",
+        "flower playing cards",
+        "french fries",
+        "glasses",
+        "grapes",
+        "hot springs",
+        "houses",
+        "japanese dolls",
+        "jeans",
+        "pancakes",
+        "paw prints",
+        "peanuts",
+        "performing arts",
+        "prayer beads",
+        "shopping bags",
+        "skis",
+        "sparkles",
+        "sunglasses",
+    )
+)
+_BARE = frozenset(
+    (
+        "american football",
+        "bacon",
+        "badminton",
+        "baseball",
+        "basketball",
+        "bread",
+        "bowling",
+        "camping",
+        "construction",
+        "cooked rice",
+        "cooking",
+        "curry rice",
+        "dango",
+        "field hockey",
+        "foggy",
+        "ice hockey",
+        "locked",
+        "locked with key",
+        "locked with pen",
+        "money with wings",
+        "mount fuji",
+        "oden",
+        "ping pong",
+        "popcorn",
+        "rugby football",
+        "sake",
+        "shaved ice",
+        "spaghetti",
+        "sushi",
+        "tennis",
+        "unlocked",
+        "volleyball",
+    )
+)
+# A vowel letter with a consonant sound: "a unicorn", but "an umbrella".
+_CONSONANT_SOUND = ("unicorn", "euro", "ewe")
+
+# Mirroring these changes their meaning, their text or the way round things are always
+# drawn; everything else may be flipped in training.
+NO_FLIP = frozenset(
+    (
+        "admission tickets",
+        "airplane arrival",
+        "airplane departure",
+        "bank",
+        "barber pole",
+        "bus stop",
+        "chart increasing with yen",
+        "computer disk",
+        "construction",
+        "convenience store",
+        "credit card",
+        "department store",
+        "dollar banknote",
+        "dvd",
+        "euro banknote",
+        "fax machine",
+        "floppy disk",
+        "flower playing cards",
+        "fuel pump",
+        "hospital",
+        "hotel",
+        "japanese post office",
+        "joker",
+        "love hotel",
+        "magnifying glass tilted left",
+        "magnifying glass tilted right",
+        "mahjong red dragon",
+        "memo",
+        "mobile phone with arrow",
+        "money bag",
+        "money with wings",
+        "musical keyboard",
+        "optical disk",
+        "pager",
+        "pool 8 ball",
+        "post office",
+        "pound banknote",
+        "school",
+        "slot machine",
+        "stop sign",
+        "ticket",
+        "videocassette",
+        "yen banknote",
+    )
+)
+
+
+def caption(concept, style, template_index=0):
+    """Returns a caption that names both; any integer selects a template, modulo."""
+    return fill(TEMPLATES[template_index % len(TEMPLATES)], concept, style)
+
+
+def caption_without_style(concept, template_index=0):
+    """Returns a caption that names only the concept."""
+    template = CONCEPT_TEMPLATES[template_index % len(CONCEPT_TEMPLATES)]
+    return fill(template, concept, "")
+
+
+def caption_without_concept(style, template_index=0):
+    """Returns a caption that names only the style."""
+    return fill(STYLE_TEMPLATES[template_index % len(STYLE_TEMPLATES)], "", style)
+
+
+def fill(template, concept, style):
+    """Fills {concept}, {a_concept}, {style} and {a_style} of a template."""
+    return template.format(
+        concept=concept,
+        style=style,
+        a_concept=with_article(concept),
+        a_style=_article(style) + style,
+    )
+
+
+def with_article(concept):
+    """Returns the concept behind a or an, or bare where it takes none."""
+    if concept in _PLURAL or concept in _BARE:
+        return concept
+    return _article(concept) + concept
+
+
+def may_flip(concept):
+    """Returns whether the mirror image of a picture of `concept` is as good."""
+    return concept not in NO_FLIP
+
+
+def _article(words):
+    if not words:
+        return ""
+    vowel = words[0] in "aeiou" and not words.startswith(_CONSONANT_SOUND)
+    return "an " if vowel else "a "

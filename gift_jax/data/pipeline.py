@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Endless, seeded, resumable batches over any random-access source, through Grain.
+
+The order is drawn once for all processes: a global batch is a run of the shuffled
+order, and process p reads slice p of it. So the examples of step n depend on the seed
+alone, never on how many processes share the work.
+"""
+
+import grain
+import numpy as np
+
+from gift_jax.config import UserError
+
+INDEX = "index"  # the key that `batches` adds
+
+
+class ArraySource:
+    """A dict of arrays of one length as a random-access source of dicts.
+
+    Attributes: arrays: dict of numpy arrays, "N ...".
+    """
+
+    def __init__(self, arrays):
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"arrays must have one length each, not {lengths}")
+        if INDEX in arrays:
+            raise ValueError(f"the name {INDEX!r} is taken by the pipeline")
+        self.arrays = arrays
+        self._length = next(iter(lengths.values()))
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, position):
+        return {name: array[position] for name, array in self.arrays.items()}
+
+    def take(self, positions):
+        """Returns a batch: the rows at int "B" `positions`, copied."""
+        return {name: np.take(a, positions, axis=0) for name, a in self.arrays.items()}
+
+
+def batches(
+    source,
+    batch_size,
+    seed,
+    *,
+    shuffle=True,
+    process_index=0,
+    process_count=1,
+    drop_remainder=True,
+    num_threads=0,
+):
+    """Returns an endless iterator of this process's part of each global batch.
+
+    Args: source: `len(source)` examples, `source[i]` a dict of arrays or scalars; a
+        `take(positions)` that returns a whole batch is used where there is one.
+      batch_size: of the global batch. seed: fixes the order of every epoch.
+      shuffle: a new order each epoch; False reads in order.
+      drop_remainder: True ends an epoch where no whole batch is left (a different
+        remainder is left out each time); False lets epochs run into each other.
+        Batches have one size either way, so that a step compiles once.
+      num_threads: threads that read ahead; 0 reads when asked, best for arrays.
+    Returns: a grain iterator of dicts "B/process_count ...", each with `index`, int32:
+      an example's place in the global batch. `get_state()` returns a small dict that
+      json can hold; `set_state()` continues from it, under any process_count.
+    Raises: UserError if the source is empty, the batch does not divide by the
+      processes, or no whole batch fits in an epoch.
+    """
+    size = len(source)
+    _check(size, batch_size, process_count, drop_remainder)
+    order = grain.MapDataset.range(size)
+    if shuffle:
+        order = order.shuffle(seed=int(seed))
+    if drop_remainder:  # batch inside the epoch
+        order = order.batch(batch_size, drop_remainder=True).repeat()
+    else:
+        order = order.repeat().batch(batch_size, drop_remainder=True)
+    local = batch_size // process_count
+    places = np.arange(process_index * local, (process_index + 1) * local)
+
+    def read(positions):
+        batch = _take(source, np.asarray(positions)[places])
+        return batch | {INDEX: places.astype(np.int32)}
+
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=2 * max(1, num_threads)
+    )
+    return iter(order.map(read).to_iter_dataset(options))
+
+
+def _take(source, positions):
+    if hasattr(source, "take"):
+        return source.take(positions)
+    rows = [source[int(position)] for position in positions]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _check(size, batch_size, process_count, drop_remainder):
+    if size == 0:
+        raise UserError("the data has no examples; check its names and its folder")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    if batch_size % process_count:
+        fix = process_count * max(1, batch_size // process_count)
+        raise UserError(
+            f"batch_size={batch_size} must divide by {process_count} processes; "
+            f"try batch_size={fix}"
+        )
+    if drop_remainder and batch_size > size:
+        raise UserError(
+            f"batch_size={batch_size} is larger than the data ({size} examples); "
+            f"try batch_size={size}"
+        )

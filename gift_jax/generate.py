@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw pictures with a Stable Diffusion model folder.
+
+Writes one PNG a picture (prompt number, picture number), grid.png with a row a prompt,
+and generate.json with everything needed to draw the same again. A picture depends on
+the seed and its own number only: not on --num, --batch-size or the machine's devices.
+
+example:
+  python -m gift_jax.generate --prompt "a dog, flat style" --num 8 --out pictures
+"""
+
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from gift_jax import config, progress, sampling
+from gift_jax.config import UserError
+from gift_jax.models import stable_diffusion, weights
+from gift_jax.report import grid
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "emoji-sd"
+
+
+def _parser():
+    import argparse
+
+    p = config.parser(__doc__, "generate")
+    p.add_argument("--model", help="a diffusers folder (default: the embedded emoji-sd)")
+    p.add_argument(
+        "--prompt", action="append", required=True, help="what to draw; repeatable"
+    )
+    p.add_argument("--negative-prompt", default="", help="what to steer away from")
+    p.add_argument("--num", type=int, default=8, help="pictures a prompt (default 8)")
+    p.add_argument("--seed", type=int, default=0, help="(default 0)")
+    p.add_argument("--guidance", type=float, default=7.5, help=">= 1 (default 7.5)")
+    p.add_argument("--steps", type=int, default=25, help="denoising steps (default 25)")
+    p.add_argument(
+        "--scheduler",
+        choices=sampling.SCHEDULERS,
+        help="(default: the model's own, or ddim)",
+    )
+    p.add_argument("--out", required=True, help="folder to write to")
+    p.add_argument("--grid", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument(
+        "--batch-size", type=int, default=8, help="pictures at once (default 8)"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and computation (default float32)",
+    )
+    return p
+
+
+def _check(args):
+    for name in ("num", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}={getattr(args, name)} must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed} must be from 0 to {2**32 - 1}")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out={args.out!r} is a file; must be a folder")
+    if args.model is None and not EMBEDDED_MODEL.is_dir():
+        raise UserError("the embedded model is not installed; give --model DIR")
+
+
+def draw(
+    model, prompts, num, *, key, negative_prompt="", batch_size=8, on_batch=None, **how
+):
+    """Returns uint8 "P N H W 3": `num` pictures of each prompt.
+
+    Args: model: a StableDiffusion. key: every prompt starts from the same noises, number
+      i of which depends on the key and i alone. how: scheduler, steps and guidance, see
+      `sampling.make_sampler`. on_batch: called with the number of pictures done.
+    """
+    sample = sampling.make_sampler(model, **how)
+    cond_PLD = stable_diffusion.encode_prompts(model, prompts)
+    uncond_1LD = stable_diffusion.encode_prompts(model, [negative_prompt])
+    jobs = [(p, n) for p in range(len(prompts)) for n in range(num)]
+    size, done = min(batch_size, len(jobs)), []
+    for start in range(0, len(jobs), size):
+        batch = jobs[start : start + size]
+        batch += batch[-1:] * (size - len(batch))  # one shape, so one compilation
+        p_B, n_B = np.asarray(batch).T
+        z_BCHW = sampling.initial_latents(key, num, model.latent_shape)[n_B]
+        images = sample(
+            model.params["unet"], model.params["vae"], cond_PLD[p_B], uncond_1LD, z_BCHW
+        )
+        done.append(np.asarray(images))
+        if on_batch:
+            on_batch(min(start + size, len(jobs)))
+    images = np.concatenate(done)[: len(jobs)]
+    return images.reshape(len(prompts), num, *images.shape[1:])
+
+
+def _write(out, args, images, settings):
+    out.mkdir(parents=True, exist_ok=True)
+    for p, row in enumerate(images):
+        for n, image in enumerate(row):
+            Image.fromarray(image).save(out / f"{p:03d}-{n:03d}.png")
+    if args.grid:
+        grid.save_grid(list(images), out / "grid.png", row_labels=args.prompt)
+    text = json.dumps(settings, indent=2) + "\n"
+    (out / "generate.json").write_text(text, encoding="utf-8")
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit code.
+
+    Raises: UserError for a mistake in the flags or the model folder.
+    """
+    args = _parser().parse_args(argv)
+    _check(args)
+    model = stable_diffusion.load(args.model or EMBEDDED_MODEL, args.dtype)
+    scheduler = args.scheduler or sampling.default_scheduler(model.scheduler_config)
+    total, began = len(args.prompt) * args.num, time.monotonic()
+    logging.info("drawing %d pictures; the first batch compiles", total)
+    with progress.bar("generate", total) as bar:
+        images = draw(
+            model,
+            args.prompt,
+            args.num,
+            key=jax.random.key(args.seed),
+            negative_prompt=args.negative_prompt,
+            batch_size=args.batch_size,
+            on_batch=bar.update,
+            scheduler=scheduler,
+            steps=args.steps,
+            guidance=args.guidance,
+        )
+    settings = vars(args) | {
+        "model": str(args.model or "embedded emoji-sd"),
+        "model_sha256": weights.content_hash(model.path),
+        "scheduler": scheduler,
+        "scheduler_config": model.scheduler_config,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "diffusers")
+        },
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    _write(Path(args.out), args, images, settings)
+    logging.info("wrote %d pictures to %s", total, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    config.run_main(lambda: main(sys.argv[1:]))

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop: every job that takes steps runs through `run`.
+
+The loop owns all effects: compilation, checkpoints, metrics, progress and signals.
+A job hands it a pure step `(state, frozen, batch, key) -> (state, metrics)`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from gift_jax import checkpoint, progress
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class State:
+    """What changes during a run.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: the trained parameters, flat dict of path -> float32 array.
+      opt: one optax state for each level or optimiser name.
+      ema: exponential moving average of params, or an empty dict.
+    """
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+    opt: dict[str, Any]
+    ema: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+Step = Callable[[State, Any, Any, jax.Array], tuple[State, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is paced. All counts are steps.
+
+    Attributes:
+      steps: total; log_every: metrics; checkpoint_every: 0 saves only at the end.
+      keep: checkpoints kept. name: word shown in the progress line.
+    """
+
+    steps: int
+    log_every: int = 20
+    checkpoint_every: int = 100
+    keep: int = 2
+    name: str = "train"
+
+
+class StoppedBySignal(Exception):  # noqa: N818 - an event, not an error
+    """The run was asked to stop and has saved a checkpoint."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by signal {signum} after a checkpoint")
+        self.exit_code = 128 + signum
+
+
+class NonFiniteError(RuntimeError):
+    """A metric became NaN or infinite."""
+
+
+class Batches:
+    """Several named batch iterators advanced together, saved and restored together."""
+
+    def __init__(self, iterators: Mapping[str, Any]):
+        self._iterators = dict(iterators)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return {name: next(it) for name, it in self._iterators.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: it.get_state() for name, it in self._iterators.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        for name, it in self._iterators.items():
+            it.set_state(state[name])
+
+
+def init_state(params: Mapping[str, jax.Array], opt: dict[str, Any], *, ema=False):
+    """A State at step 0; with ema=True the average starts at the parameters."""
+    params = dict(params)
+    average = jax.tree.map(jnp.array, params) if ema else {}
+    return State(jnp.zeros((), jnp.int32), params, opt, average)
+
+
+def compile_step(step_fn: Step) -> Step:
+    """Jits a step and donates the state it replaces (never frozen)."""
+    return jax.jit(step_fn, donate_argnums=0)
+
+
+def run(
+    state: State,
+    step_fn: Step,
+    frozen: Any,
+    batches: Batches,
+    key: jax.Array,
+    *,
+    options: Options,
+    workdir: pathlib.Path,
+    place: Callable[[Any], Any] = lambda batch: batch,
+) -> State:
+    """Takes steps until options.steps, resuming from workdir's newest checkpoint.
+
+    Args: state: at step 0; frozen: arrays the step reads, never donated; key: the
+      run's base key, which the step folds with state.step. place: puts a batch of
+      NumPy arrays on the devices.
+    Returns: the final state, which is also the newest checkpoint.
+    Raises: StoppedBySignal after SIGINT or SIGTERM, once a checkpoint is written;
+      NonFiniteError if a metric is NaN or infinite.
+    """
+    store = checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        keep=options.keep,
+        every=options.checkpoint_every,
+    )
+    with contextlib.closing(store):
+        if store.latest_step() is not None:
+            state, position = store.restore(state)
+            batches.set_state(position)
+        start = int(state.step)
+        compiled = compile_step(step_fn)
+        with (
+            _signals() as received,
+            MetricsLog(workdir, start) as log,
+            progress.bar(options.name, options.steps, start) as bar,
+        ):
+            clock = time.perf_counter()
+            for step in range(start, options.steps):
+                batch = place(next(batches))
+                state, metrics = compiled(state, frozen, batch, key)
+                done = step + 1
+                if step == start:
+                    jax.block_until_ready(state.step)
+                    seconds = time.perf_counter() - clock
+                    logging.info("%s: first step took %.1f s", options.name, seconds)
+                last = done == options.steps
+                stop = bool(received)
+                if done % options.log_every == 0 or last or stop or store.due(done):
+                    log.write(done, metrics, _batch_size(batch))
+                bar.update(done, log.latest)
+                if last or stop or store.due(done):
+                    store.save(done, state, batches.get_state())
+                if stop and not last:
+                    raise StoppedBySignal(received[0])
+    return state
+
+
+class MetricsLog:
+    """Appends one JSON object a logged step to metrics.jsonl, and to TensorBoard.
+
+    Lines of steps after `start` (of a run that was stopped between a logged step
+    and its checkpoint) are dropped, so that a resumed run repeats none.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        self._path = workdir / "metrics.jsonl"
+        self._workdir = workdir
+        self._start = start
+        self._since = (start, time.perf_counter())
+        self.latest: dict[str, float] = {}
+
+    def __enter__(self) -> "MetricsLog":
+        import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
+
+        old = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in old if json.loads(line)["step"] <= self._start]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self._path)
+        self._file = open(self._path, "a")  # noqa: SIM115 - closed in __exit__
+        self._board = tensorboardX.SummaryWriter(
+            str(self._workdir), purge_step=self._start + 1
+        )
+        return self
+
+    def write(self, step: int, metrics: Metrics, batch_size: int) -> None:
+        """Fetches, checks and writes one step's metrics (the only host copy)."""
+        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(
+                f"step {step}: {bad[0]} is {values[bad[0]]}; the last checkpoint "
+                "before it is intact. Lower the learning rate or bound the ascent."
+            )
+        (old_step, old_time), now = self._since, time.perf_counter()
+        if step > old_step:
+            seconds = (now - old_time) / (step - old_step)
+            values |= {
+                "time/step_s": round(seconds, 5),
+                "time/examples_per_s": round(batch_size / seconds, 2),
+            }
+        self._since = (step, now)
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self.latest = values
+
+    def __exit__(self, *exc) -> None:
+        self._file.close()
+        self._board.close()
+
+
+@contextlib.contextmanager
+def _signals():
+    """Collects SIGINT and SIGTERM in a list instead of dying; a second one kills."""
+    received: list[int] = []
+
+    def handle(signum, _frame):
+        received.append(signum)
+        signal.signal(signum, signal.default_int_handler)
+        logging.warning("signal %d: saving a checkpoint, then stopping", signum)
+
+    old = {}
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            old[signum] = signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+def _batch_size(batch: Any) -> int:
+    leaves = jax.tree.leaves(batch)
+    return int(leaves[0].shape[0]) if leaves else 0

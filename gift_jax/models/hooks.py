@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs diffusers' and transformers' Flax models exactly as PyTorch runs its own.
+
+The one module that knows the class names of those libraries. Everything is corrected
+from outside with `flax.linen.intercept_methods`; no class is copied or patched, and
+nothing is changed outside the `with exact():` block.
+
+What differs as shipped, and is corrected here (float32, against PyTorch):
+  GEGLU uses the tanh approximation of GELU (PyTorch: erf);
+  the spatial transformer's GroupNorm has eps 1e-5 (PyTorch: 1e-6);
+  GroupNorm and LayerNorm use E[x^2] - E[x]^2 for the variance, which cancels;
+  the timestep frequencies are computed on the device (here: constants of the program).
+And, equal in value but faster: nearest upsampling without a gather, and, on CPU,
+convolutions as one matrix product each.
+"""
+
+import contextlib
+import logging
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_FLAX_LOGGERS = (
+    "models.attention_flax",
+    "models.embeddings_flax",
+    "models.modeling_flax_utils",
+    "models.resnet_flax",
+    "models.unets.unet_2d_blocks_flax",
+    "models.unets.unet_2d_condition_flax",
+    "models.vae_flax",
+    "schedulers.scheduling_ddim_flax",
+    "schedulers.scheduling_dpmsolver_multistep_flax",
+    "schedulers.scheduling_pndm_flax",
+    "schedulers.scheduling_utils_flax",
+)
+
+
+def _not_deprecation(record):
+    return not record.getMessage().startswith("Flax classes are deprecated")
+
+
+for _name in _FLAX_LOGGERS:  # before the imports below: some lines come at import
+    logging.getLogger(f"diffusers.{_name}").addFilter(_not_deprecation)
+
+from diffusers.models import attention_flax, embeddings_flax, resnet_flax  # noqa: E402
+from diffusers.models import vae_flax  # noqa: E402
+from diffusers.models.unets.unet_2d_condition_flax import (  # noqa: E402
+    FlaxUNet2DConditionModel,
+)
+from transformers import CLIPConfig, CLIPTextConfig  # noqa: E402
+from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
+    FlaxCLIPModule,
+    FlaxCLIPTextModule,
+)
+
+CAPTURE_KINDS = {
+    "transformer": (attention_flax.FlaxBasicTransformerBlock,),
+    "resnet": (resnet_flax.FlaxResnetBlock2D,),
+    "attention": (attention_flax.FlaxAttention,),
+}
+CONVOLUTIONS = ("auto", "xla", "matmul")
+_MAX_COLUMNS_BYTES = 256 * 2**20  # above this the unfolded image costs more than it saves
+
+
+# --- building -----------------------------------------------------------------------
+
+
+def _fields(cls, config):
+    names = {f for f in cls.__dataclass_fields__ if f not in ("parent", "name", "dtype")}
+    as_tuple = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return {k: v for k, v in as_tuple.items() if k in names}
+
+
+def build_unet(config, dtype=jnp.float32):
+    """Returns the UNet module for a diffusers `unet/config.json` dict."""
+    return FlaxUNet2DConditionModel(
+        dtype=dtype, **_fields(FlaxUNet2DConditionModel, config)
+    )
+
+
+def build_vae(config, dtype=jnp.float32):
+    """Returns the VAE module for a diffusers `vae/config.json` dict."""
+    return vae_flax.FlaxAutoencoderKL(
+        dtype=dtype, **_fields(vae_flax.FlaxAutoencoderKL, config)
+    )
+
+
+def build_text(config, dtype=jnp.float32):
+    """Returns the CLIP text module for a `text_encoder/config.json` dict."""
+    return FlaxCLIPTextModule(CLIPTextConfig(**config), dtype=dtype)
+
+
+def build_clip(config, dtype=jnp.float32):
+    """Returns the two-tower CLIP module for a CLIPModel `config.json` dict."""
+    return FlaxCLIPModule(CLIPConfig(**config), dtype=dtype)
+
+
+def init_params(module, key):
+    """Returns randomly initialised parameters (nested dict) of a module built above."""
+    rngs = {"params": key, "dropout": key, "gaussian": key}
+    ids, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
+    if isinstance(module, FlaxUNet2DConditionModel):
+        size = 2 ** len(module.block_out_channels)
+        args = (
+            jnp.zeros((1, module.in_channels, size, size)),
+            jnp.zeros((1,), jnp.int32),
+            jnp.zeros((1, 2, module.cross_attention_dim)),
+        )
+    elif isinstance(module, vae_flax.FlaxAutoencoderKL):
+        size = 2 ** len(module.block_out_channels)
+        args = (jnp.zeros((1, module.in_channels, size, size)),)
+    elif isinstance(module, FlaxCLIPTextModule):
+        args = (ids, mask, ids)
+    else:
+        size = module.config.vision_config.image_size
+        args = (ids, jnp.zeros((1, size, size, 3)), mask, ids)
+    return module.init(rngs, *args)["params"]
+
+
+def parameter_shapes(module):
+    """Returns the parameters' shapes (nested dict of ShapeDtypeStruct), computing none."""
+    return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
+
+
+# --- the corrected layers -------------------------------------------------------------
+
+
+def _standardise(x, axes, eps):
+    mean = jnp.mean(x, axis=axes, keepdims=True)
+    centred = x - mean
+    var = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
+    return centred * jax.lax.rsqrt(var + eps)
+
+
+def _affine(module, y, dtype):
+    shape = (1,) * (y.ndim - 1) + (-1,)
+    if module.use_scale:
+        scale = module.get_variable("params", "scale")
+        y = y * scale.astype(jnp.float32).reshape(shape)
+    if module.use_bias:
+        bias = module.get_variable("params", "bias")
+        y = y + bias.astype(jnp.float32).reshape(shape)
+    return y.astype(dtype)
+
+
+def _norm_dtype(module, x):
+    if module.dtype is not None:
+        return module.dtype
+    return jnp.result_type(x, module.get_variable("params", "scale"))
+
+
+def _group_norm(module, x):
+    in_transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
+    eps = 1e-6 if in_transformer else module.epsilon
+    groups, channels = module.num_groups, x.shape[-1]
+    grouped = x.astype(jnp.float32).reshape(
+        x.shape[0], -1, groups, channels // groups
+    )
+    y = _standardise(grouped, (1, 3), eps).reshape(x.shape)
+    return _affine(module, y, _norm_dtype(module, x))
+
+
+def _layer_norm(module, x):
+    y = _standardise(x.astype(jnp.float32), (-1,), module.epsilon)
+    return _affine(module, y, _norm_dtype(module, x))
+
+
+def _geglu(module, x, deterministic=True):
+    projected = module.proj(x)
+    linear, gate = jnp.split(projected, 2, axis=-1)
+    gated = linear * jax.nn.gelu(gate, approximate=False)
+    return module.dropout_layer(gated, deterministic=deterministic)
+
+
+def _timesteps(module, t_B):
+    half = module.dim // 2
+    exponent = np.float32(-math.log(1e4)) * np.arange(half, dtype=np.float32)
+    exponent = exponent / np.float32(half - module.freq_shift)
+    frequency = np.exp(exponent)[None, :]
+    phase = t_B.astype(jnp.float32)[:, None] * frequency
+    parts = [jnp.sin(phase), jnp.cos(phase)]
+    if module.flip_sin_to_cos:
+        parts.reverse()
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _upsample(module, x):
+    B, H, W, C = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
+    return module.conv(x.reshape(B, 2 * H, 2 * W, C))
+
+
+def _pair(value):
+    if value is None:
+        return (1, 1)
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _padding(module):
+    if module.padding == "VALID":
+        return ((0, 0), (0, 0))
+    if isinstance(module.padding, str):
+        return None
+    return tuple(_pair(p) for p in module.padding)
+
+
+def _conv_plan(module, x, mode):
+    """Returns the padding if this convolution is to be a matrix product, else None."""
+    if mode == "xla" or (mode == "auto" and jax.default_backend() != "cpu"):
+        return None
+    plain = (
+        len(module.kernel_size) == 2
+        and x.ndim == 4
+        and module.feature_group_count == 1
+        and _pair(module.input_dilation) == (1, 1)
+        and _pair(module.kernel_dilation) == (1, 1)
+    )
+    padding = _padding(module)
+    if not plain or padding is None:
+        return None
+    stride = _pair(module.strides)
+    unfolded = x.size * math.prod(module.kernel_size) // math.prod(stride) * 4
+    if mode == "auto" and unfolded > _MAX_COLUMNS_BYTES:
+        return None
+    return padding
+
+
+def _conv_as_matmul(module, x, padding):
+    """Returns the convolution of x, "B H W C", as shifted slices times one matrix."""
+    kernel = module.get_variable("params", "kernel")
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    kh, kw, c_in, c_out = kernel.shape
+    sh, sw = _pair(module.strides)
+    if padding != ((0, 0), (0, 0)):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    B, H, W, _ = x.shape
+    oh, ow = (H - kh) // sh + 1, (W - kw) // sw + 1
+    if (kh, kw) == (sh, sw) and (kh, kw) != (1, 1):  # patches that do not overlap
+        x = x[:, : oh * kh, : ow * kw].reshape(B, oh, kh, ow, kw, c_in)
+        columns = jnp.transpose(x, (0, 1, 3, 2, 4, 5))
+    else:
+        rows = [slice(i, i + sh * (oh - 1) + 1, sh) for i in range(kh)]
+        cols = [slice(j, j + sw * (ow - 1) + 1, sw) for j in range(kw)]
+        columns = jnp.concatenate([x[:, r, c] for r in rows for c in cols], axis=-1)
+    y = columns.reshape(B * oh * ow, kh * kw * c_in) @ kernel.reshape(-1, c_out)
+    if bias is not None:
+        y = y + bias.reshape(1, c_out)
+    return y.reshape(B, oh, ow, c_out)
+
+
+_CORRECTED = {
+    attention_flax.FlaxGEGLU: _geglu,
+    embeddings_flax.FlaxTimesteps: _timesteps,
+    resnet_flax.FlaxUpsample2D: _upsample,
+    vae_flax.FlaxUpsample2D: _upsample,
+}
+_CORRECTED_NORMS = {nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm}
+
+
+@contextlib.contextmanager
+def exact(conv="auto", capture=(), hiddens=None):
+    """Within this context Flax modules compute what their PyTorch namesakes compute.
+
+    Args:
+      conv: "xla", "matmul" (unfold and one matrix product) or "auto": matmul if the
+        default backend is a CPU and the unfolded image is small, else xla. Say "xla"
+        where a program is compiled on a CPU for another device.
+      capture: kinds of layers whose outputs to collect, of `CAPTURE_KINDS`.
+      hiddens: dict that receives them, "path/of/the/module" -> array.
+    Raises: ValueError for an unknown conv or capture.
+    Source: diffusers `models/attention.py`, `resnet.py`, `embeddings.py`.
+    """
+    if conv not in CONVOLUTIONS:
+        raise ValueError(f"conv={conv!r} must be one of {', '.join(CONVOLUTIONS)}")
+    unknown = [kind for kind in capture if kind not in CAPTURE_KINDS]
+    if unknown:
+        choices = ", ".join(CAPTURE_KINDS)
+        raise ValueError(f"capture={unknown[0]!r} must be one of {choices}")
+    wanted = tuple(cls for kind in capture for cls in CAPTURE_KINDS[kind])
+
+    def call(next_fun, args, kwargs, context):
+        module, cls = context.module, type(context.module)
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        if cls in _CORRECTED:
+            return _CORRECTED[cls](module, *args, **kwargs)
+        if cls in _CORRECTED_NORMS and module.has_variable("params", "scale"):
+            return _CORRECTED_NORMS[cls](module, *args, **kwargs)
+        if cls is nn.Conv and module.has_variable("params", "kernel"):
+            padding = _conv_plan(module, args[0], conv)
+            if padding is not None:
+                return _conv_as_matmul(module, args[0], padding)
+        out = next_fun(*args, **kwargs)
+        if wanted and isinstance(module, wanted):
+            hiddens["/".join(module.path)] = out
+        return out
+
+    with nn.intercept_methods(call):
+        yield
+
+
+# --- applying -------------------------------------------------------------------------
+
+
+def apply_unet(unet, params, z_BCHW, t_B, c_BLD, capture=(), conv="auto"):
+    """Returns (the UNet's output, captured hidden states). Pure and jittable.
+
+    Args:
+      unet, params: from `build_unet` and its (nested) parameters.
+      z_BCHW: "B C H W", noised latents. t_B: int or float "B", timesteps.
+      c_BLD: "B L D", text states.
+      capture: kinds of `CAPTURE_KINDS` to collect: "transformer" gives "B HW D".
+    Returns: (output "B C H W" in the module's dtype, dict path -> array; the paths are
+      those of the parameters, e.g. "mid_block/attentions_0/transformer_blocks_0").
+    """
+    hiddens = {}
+    t_B = jnp.asarray(t_B)  # the module takes a NumPy array for a scalar
+    with exact(conv, capture, hiddens):
+        out = unet.apply({"params": params}, z_BCHW, t_B, c_BLD, return_dict=False)[0]
+    return out, hiddens
+
+
+def apply_vae_encode(vae, params, x_BCHW, conv="auto"):
+    """Returns (mean, logvar) of the posterior, "B C h w" each, not yet scaled.
+
+    Args: x_BCHW: "B 3 H W" in [-1, 1]. The caller multiplies by `scaling_factor`.
+    """
+    with exact(conv):
+        posterior = vae.apply({"params": params}, x_BCHW, method=vae.encode).latent_dist
+    mean = jnp.transpose(posterior.mean, (0, 3, 1, 2))
+    logvar = jnp.transpose(posterior.logvar, (0, 3, 1, 2))
+    return mean, logvar
+
+
+def apply_vae_decode(vae, params, z_BCHW, conv="auto"):
+    """Returns images "B 3 H W", about [-1, 1], of latents already unscaled."""
+    z_BHWC = jnp.transpose(z_BCHW, (0, 2, 3, 1))
+    with exact(conv):
+        return vae.apply({"params": params}, z_BHWC, method=_decode_channels_last)
+
+
+def _decode_channels_last(vae, z_BHWC):
+    # `FlaxAutoencoderKL.decode` guesses the layout from the last axis; this does not.
+    x_BHWC = vae.decoder(vae.post_quant_conv(z_BHWC))
+    return jnp.transpose(x_BHWC, (0, 3, 1, 2))
+
+
+def apply_text(text, params, ids_BL, mask_BL=None):
+    """Returns (last hidden states "B L D" after the final norm, pooled "B D").
+
+    Args: ids_BL: int32 "B L". mask_BL: None attends to padding too, as Stable
+      Diffusion does.
+    """
+    position_ids = jnp.arange(ids_BL.shape[1], dtype=jnp.int32)[None, :]
+    with exact():
+        out = text.apply({"params": params}, ids_BL, mask_BL, position_ids)
+    return out.last_hidden_state, out.pooler_output
+
+
+def apply_clip_text(clip, params, ids_BL, mask_BL=None):
+    """Returns the projected text embeddings of a two-tower CLIP, "B D", not normalised."""
+
+    def project(module, ids, mask, positions):
+        pooled = module.text_model(ids, mask, positions).pooler_output
+        return module.text_projection(pooled)
+
+    position_ids = jnp.arange(ids_BL.shape[1], dtype=jnp.int32)[None, :]
+    with exact():
+        return clip.apply(
+            {"params": params}, ids_BL, mask_BL, position_ids, method=project
+        )
+
+
+def apply_clip_image(clip, params, x_BCHW, conv="auto"):
+    """Returns the projected image embeddings, "B D", not normalised.
+
+    Args: x_BCHW: "B 3 H W", normalised as the model's preprocessor says.
+    """
+
+    def project(module, x_BHWC):
+        return module.visual_projection(module.vision_model(x_BHWC).pooler_output)
+
+    x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
+    with exact(conv):
+        return clip.apply({"params": params}, x_BHWC, method=project)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A progress line with time left: a live bar on a terminal, log lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from absl import logging
+
+LINE_EVERY_S = 15.0  # without a terminal, one line this often
+
+
+class Bar:
+    """Reports progress of one task; see `bar`."""
+
+    def __init__(self, name: str, total: int, start: int):
+        self._name, self._total, self._start = name, total, start
+        self._began = self._last = time.monotonic()
+        self._live = None
+        if sys.stderr.isatty():
+            self._live = _rich_bar()
+            self._live.start()
+            self._task = self._live.add_task(
+                name, total=total, completed=start, values=""
+            )
+
+    def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
+        """Shows `done` of total; values: numbers to show beside it."""
+        text = _losses(values or {})
+        if self._live:
+            self._live.update(self._task, completed=done, values=text)
+            return
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_S or done == self._total:
+            self._last = now
+            rate = (now - self._began) / max(1, done - self._start)
+            left = _clock(rate * (self._total - done))
+            logging.info(
+                "%s %d/%d %s %.3g s each, %s left",
+                self._name,
+                done,
+                self._total,
+                text,
+                rate,
+                left,
+            )
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+
+@contextlib.contextmanager
+def bar(name: str, total: int, start: int = 0) -> Iterator[Bar]:
+    """A progress display for `total` items, of which `start` are done already."""
+    shown = Bar(name, total, start)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def _rich_bar():
+    from rich import console, progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description:>28}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[values]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=console.Console(stderr=True),
+    )
+
+
+def _losses(values: Mapping[str, float]) -> str:
+    kept = [(k, v) for k, v in values.items() if k.endswith("loss")]
+    return " ".join(f"{k} {v:.4g}" for k, v in kept)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

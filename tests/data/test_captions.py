@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from gift_jax.data import captions
+
+
+@pytest.mark.parametrize("index", range(len(captions.TEMPLATES)))
+def test_caption_names_style_and_concept(index):
+    text = captions.caption("guitar", "black and white", index)
+    assert "guitar" in text
+    assert "black and white" in text
+    assert "{" not in text
+
+
+def test_caption_templates_differ():
+    texts = {captions.caption("owl", "noto", i) for i in range(len(captions.TEMPLATES))}
+    assert len(texts) == len(captions.TEMPLATES)
+
+
+def test_caption_index_wraps_around():
+    count = len(captions.TEMPLATES)
+    assert captions.caption("owl", "noto", count) == captions.caption("owl", "noto", 0)
+
+
+def test_caption_without_style_or_concept_leaves_it_out():
+    for index in range(8):
+        assert "owl" in captions.caption_without_style("owl", index)
+        assert "noto" not in captions.caption_without_style("owl", index)
+        assert "noto" in captions.caption_without_concept("noto", index)
+        text = captions.caption_without_concept("noto", index)
+        assert text == text.strip() and "  " not in text
+
+
+@pytest.mark.parametrize(
+    ("concept", "expected"),
+    [
+        ("owl", "an owl"),
+        ("bomb", "a bomb"),
+        ("unicorn", "a unicorn"),
+        ("crossed swords", "crossed swords"),
+        ("sushi", "sushi"),
+        ("locked", "locked"),
+    ],
+)
+def test_with_article_follows_english(concept, expected):
+    assert captions.with_article(concept) == expected
+
+
+def test_caption_article_follows_the_style():
+    assert captions.caption("owl", "openmoji", 0) == "an openmoji emoji of an owl"
+    assert captions.caption("owl", "noto", 0) == "a noto emoji of an owl"
+
+
+def test_word_lists_name_real_concepts(pictures):
+    lists = captions.NO_FLIP | captions._PLURAL | captions._BARE
+    assert lists <= set(pictures.concepts)
+    assert not captions.may_flip("stop sign")
+    assert captions.may_flip("owl")

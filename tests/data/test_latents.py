@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gift_jax.config import UserError
+from gift_jax.data.concepts import ConceptData
+from gift_jax.data.latents import cache_latents
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def data():
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    names = ["owl", "bomb", "owl", "bomb", "key"]
+    prompts = [f"a {name}" for name in names]
+    return ConceptData(images, prompts, names, ["noto"] * 5, np.ones(5, bool))
+
+
+def encode_images(images):
+    return images * 2.0, jnp.abs(images)
+
+
+def encode_prompts(prompts):
+    lengths = jnp.asarray([[len(p), ord(p[-1])] for p in prompts], jnp.float32)
+    return jnp.tile(lengths[:, None], (1, 3, 1))
+
+
+def test_cache_holds_each_pair_encoded_in_order(data):
+    cache = cache_latents(encode_images, encode_prompts, data, batch_size=2)
+    images = data.images / 127.5 - 1.0
+    np.testing.assert_allclose(cache["mean"], images * 2, atol=1e-6)
+    np.testing.assert_allclose(cache["std"], np.abs(images), atol=1e-6)
+    np.testing.assert_array_equal(cache["text"], encode_prompts(data.prompts))
+    assert cache["concept"].tolist() == [0, 1, 0, 1, 2]
+    assert cache["mean"].dtype == cache["text"].dtype == np.float32
+
+
+def test_cache_encodes_batches_of_one_size_and_prompts_once(data):
+    sizes, seen = set(), []
+
+    def images_spy(images):
+        sizes.add(images.shape)
+        return encode_images(images)
+
+    def prompts_spy(prompts):
+        seen.append(prompts)
+        return encode_prompts(prompts)
+
+    cache_latents(images_spy, prompts_spy, data, batch_size=2, copies=2, key=KEY)
+    assert sizes == {(2, 8, 8, 3)}
+    assert seen == [["a owl", "a bomb"], ["a key", "a key"]]
+
+
+def test_cache_copies_are_augmented_after_the_first(data):
+    plain = cache_latents(encode_images, encode_prompts, data)
+    cache = cache_latents(encode_images, encode_prompts, data, copies=3, key=KEY)
+    assert len(cache["mean"]) == len(cache["text"]) == len(cache["concept"]) == 15
+    np.testing.assert_array_equal(cache["mean"][:5], plain["mean"])
+    assert not np.allclose(cache["mean"][5:10], plain["mean"], atol=1e-2)
+    assert not np.allclose(cache["mean"][5:10], cache["mean"][10:], atol=1e-2)
+
+
+def test_cache_does_not_depend_on_batch_size(data):
+    kwargs = dict(copies=2, key=KEY)
+    one = cache_latents(encode_images, encode_prompts, data, batch_size=1, **kwargs)
+    many = cache_latents(encode_images, encode_prompts, data, batch_size=8, **kwargs)
+    for name, array in one.items():
+        np.testing.assert_allclose(array, many[name], atol=1e-5, err_msg=name)
+
+
+def test_cache_refuses_no_data_and_no_copies(data):
+    with pytest.raises(UserError, match="copies=0"):
+        cache_latents(encode_images, encode_prompts, data, copies=0)
+    with pytest.raises(ValueError, match="key"):
+        cache_latents(encode_images, encode_prompts, data, copies=2)
+    nothing = ConceptData(data.images[:0], [], [], [], np.ones(0, bool))
+    with pytest.raises(UserError, match="no pictures"):
+        cache_latents(encode_images, encode_prompts, nothing)

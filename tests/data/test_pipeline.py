@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from gift_jax.config import UserError
+from gift_jax.data import emoji_builder
+from gift_jax.data.pipeline import ArraySource, batches
+
+SIZE = 10
+
+
+@pytest.fixture
+def source():
+    ids = np.arange(SIZE, dtype=np.int32)
+    return ArraySource({"id": ids, "z": np.stack([ids, -ids], axis=1).astype(float)})
+
+
+def ids(iterator, count):
+    return [batch["id"].tolist() for batch in itertools.islice(iterator, count)]
+
+
+def test_batches_repeat_for_a_seed_and_differ_for_another(source):
+    first = ids(batches(source, 5, seed=0), 4)
+    assert first == ids(batches(source, 5, seed=0), 4)
+    assert first != ids(batches(source, 5, seed=1), 4)
+
+
+def test_batches_shuffle_anew_each_epoch(source):
+    got = ids(batches(source, 5, seed=0), 4)
+    one, two = got[0] + got[1], got[2] + got[3]
+    assert sorted(one) == sorted(two) == list(range(SIZE))
+    assert one != two
+
+
+def test_batches_keep_rows_together(source):
+    for batch in itertools.islice(batches(source, 5, seed=0), 4):
+        np.testing.assert_array_equal(batch["z"][:, 0], batch["id"])
+        np.testing.assert_array_equal(batch["z"][:, 1], -batch["id"])
+
+
+def test_batches_unshuffled_keep_the_order(source):
+    got = ids(batches(source, 5, seed=0, shuffle=False), 3)
+    assert got == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
+
+
+def test_batches_drop_the_remainder_or_run_on(source):
+    dropped = ids(batches(source, 4, seed=0, shuffle=False), 3)
+    assert dropped == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    run_on = ids(batches(source, 4, 0, shuffle=False, drop_remainder=False), 3)
+    assert run_on == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    small = ids(batches(source, 16, 0, shuffle=False, drop_remainder=False), 1)
+    assert small == [[*range(10), *range(6)]]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_batches_resumed_mid_epoch_equal_a_straight_run(source, threads):
+    straight = ids(batches(source, 2, seed=3), 12)
+    first = batches(source, 2, seed=3, num_threads=threads)
+    head = ids(first, 7)
+    state = json.loads(json.dumps(first.get_state()))
+    second = batches(source, 2, seed=3, num_threads=threads)
+    second.set_state(state)
+    assert head + ids(second, 5) == straight
+
+
+def test_batches_of_two_processes_partition_the_global_batch(source):
+    whole = batches(source, 4, seed=0)
+    parts = [batches(source, 4, 0, process_index=p, process_count=2) for p in (0, 1)]
+    for _ in range(5):
+        want, left, right = next(whole), next(parts[0]), next(parts[1])
+        assert left["id"].tolist() + right["id"].tolist() == want["id"].tolist()
+        assert not set(left["id"]) & set(right["id"])
+        assert left["index"].tolist() == [0, 1]
+        assert right["index"].tolist() == [2, 3]
+        assert want["index"].tolist() == [0, 1, 2, 3]
+
+
+def test_batches_state_moves_between_process_counts(source):
+    whole = batches(source, 4, seed=0)
+    ids(whole, 3)
+    part = batches(source, 4, 0, process_index=1, process_count=2)
+    part.set_state(whole.get_state())
+    assert next(part)["id"].tolist() == next(whole)["id"].tolist()[2:]
+
+
+def test_batches_read_the_builder_records_directly(pictures, emoji_cache):
+    records = emoji_builder.data_source(emoji_cache)
+    batch = next(batches(records, 8, seed=0))
+    for row, concept in zip(batch["row"], batch["concept"], strict=True):
+        assert pictures.concepts[pictures.concept_ids[row]] == concept.decode()
+
+
+def test_batches_refuse_what_cannot_work(source):
+    with pytest.raises(UserError, match="no examples"):
+        batches(ArraySource({"id": np.zeros(0)}), 1, 0)
+    with pytest.raises(UserError, match="batch_size=3 must divide by 2 processes"):
+        batches(source, 3, 0, process_count=2)
+    with pytest.raises(UserError, match="batch_size=16 is larger than the data"):
+        batches(source, 16, 0)
+    with pytest.raises(UserError, match="batch_size=0"):
+        batches(source, 0, 0)
+
+
+def test_array_source_refuses_uneven_arrays():
+    with pytest.raises(ValueError, match="one length"):
+        ArraySource({"a": np.zeros(2), "b": np.zeros(3)})

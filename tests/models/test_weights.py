@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing model folders: names, layouts, dtypes, mistakes, export."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from gift_jax.config import UserError
+from gift_jax.models import stable_diffusion, weights
+from tests.conftest import TINY_TEXT, TINY_UNET, random_params
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+TRAINED = "mid_block/attentions_0/transformer_blocks_0/attn2/to_k/kernel"
+TRAINED_NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder, to spoil."""
+    return shutil.copytree(tiny_folder, tmp_path / "sd")
+
+
+def edit_json(file, **changes):
+    value = json.loads(file.read_text())
+    value.update(changes)
+    file.write_text(json.dumps(value))
+
+
+def test_names_are_pytorchs():
+    def name(path):
+        return weights.torch_name(path)
+
+    blocks = "down_blocks_0/attentions_1/transformer_blocks_0"
+    assert name(f"{blocks}/attn2/to_out_0/kernel") == (
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0.weight"
+    )
+    assert name(f"{blocks}/ff/net_0/proj/bias").endswith(".ff.net.0.proj.bias")
+    assert name("time_embedding/linear_1/kernel") == "time_embedding.linear_1.weight"
+    assert name("decoder/mid_block/attentions_0/query/kernel").endswith(".to_q.weight")
+    assert name("text_model/embeddings/token_embedding/embedding") == (
+        "text_model.embeddings.token_embedding.weight"
+    )
+
+
+@pytest.mark.parametrize("kind", ["unet", "vae", "text_encoder"])
+def test_load_returns_what_was_saved(tiny_folder, kind):
+    module, params, config = weights.load_component(tiny_folder / kind, kind)
+    seed = ["unet", "vae", "text_encoder"].index(kind)
+    expected = flatten_dict(random_params(weights.KINDS[kind].build(config), seed))
+    loaded = flatten_dict(params)
+    assert loaded.keys() == expected.keys()
+    for path in expected:
+        np.testing.assert_array_equal(loaded[path], expected[path])
+
+
+def test_pytorch_reads_our_unet_whole(tiny_folder):
+    pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+
+    _, info = UNet2DConditionModel.from_pretrained(
+        str(tiny_folder / "unet"), output_loading_info=True
+    )
+    assert info["missing_keys"] == [] and info["unexpected_keys"] == []
+
+
+def test_load_reads_pytorchs_folder(tmp_path):
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+
+    from tests.conftest import TINY_VAE
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**TINY_VAE)
+    vae.save_pretrained(str(tmp_path))
+    _, params, _ = weights.load_component(tmp_path, "vae")
+    ours = params["encoder"]["mid_block"]["attentions_0"]["query"]["kernel"]
+    theirs = vae.encoder.mid_block.attentions[0].to_q.weight.detach().numpy()
+    np.testing.assert_array_equal(ours, theirs.T)
+
+
+def test_load_reads_old_vae_attention_names(folder, tiny):
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    for new, old in ((".to_q.", ".query."), (".to_out.0.", ".proj_attn.")):
+        tensors = {name.replace(new, old): t for name, t in tensors.items()}
+    assert any(".query." in name for name in tensors)
+    safetensors.numpy.save_file(tensors, file)
+    _, params, _ = weights.load_component(folder / "vae", "vae")
+    jax.tree.map(np.testing.assert_array_equal, params, tiny.params["vae"])
+
+
+def test_load_reads_shards(folder, tiny):
+    file = folder / UNET_FILE
+    tensors = safetensors.numpy.load_file(file)
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in halves.items():
+        safetensors.numpy.save_file({n: tensors[n] for n in part}, file.parent / shard)
+    weight_map = {name: shard for shard, part in halves.items() for name in part}
+    index = file.with_name(file.name + ".index.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    file.unlink()
+    _, params, _ = weights.load_component(folder / "unet", "unet")
+    jax.tree.map(np.testing.assert_array_equal, params, tiny.params["unet"])
+    out = folder.parent / "out"
+    weights.export(folder, {TRAINED: np.zeros((32, 64), np.float32)}, out)
+    _, params, _ = weights.load_component(out / "unet", "unet")
+    assert not flatten_dict(params, sep="/")[TRAINED].any()
+
+
+@pytest.mark.parametrize("on_disk", [np.float16, jnp.bfloat16])
+def test_half_precision_files_load_as_float32(tmp_path, tiny, on_disk):
+    params = tiny.params["text_encoder"]
+    weights.save_model_folder(tmp_path / "t", TINY_TEXT, params, dtype=on_disk)
+    _, loaded, _ = weights.load_component(tmp_path / "t", "text_encoder")
+
+    def same(ours, original):
+        assert ours.dtype == np.float32
+        np.testing.assert_array_equal(ours, original.astype(on_disk).astype(np.float32))
+
+    jax.tree.map(same, loaded, tiny.params["text_encoder"])
+
+
+def spoil_missing_component(folder):
+    shutil.rmtree(folder / "vae")
+
+
+def spoil_truncated(folder):
+    file = folder / UNET_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_header(folder):
+    (folder / UNET_FILE).write_bytes(b"\xff" * 64)
+
+
+def spoil_not_json(folder):
+    (folder / "unet" / "config.json").write_text("{")
+
+
+def spoil_missing_tensor(folder):
+    tensors = safetensors.numpy.load_file(folder / UNET_FILE)
+    del tensors[TRAINED_NAME]
+    safetensors.numpy.save_file(tensors, folder / UNET_FILE)
+
+
+def spoil_unexpected_tensor(folder):
+    tensors = safetensors.numpy.load_file(folder / UNET_FILE)
+    safetensors.numpy.save_file(
+        tensors | {"other": np.zeros(1)}, folder / UNET_FILE
+    )
+
+
+def spoil_shape(folder):
+    edit_json(folder / "unet" / "config.json", cross_attention_dim=48)
+
+
+def spoil_pickle(folder):
+    file = folder / UNET_FILE
+    file.rename(file.with_suffix(".bin"))
+
+
+def spoil_no_weights(folder):
+    (folder / UNET_FILE).unlink()
+
+
+def spoil_groups(folder):
+    edit_json(folder / "unet" / "config.json", block_out_channels=[48, 64])
+
+
+def spoil_feature(folder):
+    edit_json(folder / "unet" / "config.json", class_embed_type="timestep")
+
+
+def spoil_block(folder):
+    types = ["AttnDownBlock2D", "DownBlock2D"]
+    edit_json(folder / "unet" / "config.json", down_block_types=types)
+
+
+def spoil_index(folder):
+    edit_json(folder / "model_index.json", unet=["diffusers", "SD3Transformer2DModel"])
+
+
+def spoil_tokenizer(folder):
+    (folder / "tokenizer" / "vocab.json").unlink()
+
+
+def spoil_schedule(folder):
+    edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="flow")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoil_missing_component, r"vae/config\.json: no such file"),
+        (spoil_truncated, r"truncated: \d+ bytes, but .* ends at byte"),
+        (spoil_header, "truncated or not a safetensors file"),
+        (spoil_not_json, r"unet/config\.json: not valid JSON"),
+        (spoil_missing_tensor, rf"1 missing tensors, e\.g\. {TRAINED_NAME}"),
+        (spoil_unexpected_tensor, r"1 unexpected tensors, e\.g\. other"),
+        (spoil_shape, r"attn2\.to_k\.weight has shape .* config\.json says"),
+        (spoil_pickle, "a pickle, which can run code"),
+        (spoil_no_weights, r"no diffusion_pytorch_model\.safetensors"),
+        (spoil_groups, "block_out_channels has 48; must be multiples of"),
+        (spoil_feature, "class_embed_type='timestep' is not supported"),
+        (spoil_block, "down_block_types has 'AttnDownBlock2D'"),
+        (spoil_index, "unet is SD3Transformer2DModel; must be UNet2DConditionModel"),
+        (spoil_tokenizer, r"vocab\.json: no such file"),
+        (spoil_schedule, "prediction_type='flow'; must be one of epsilon"),
+    ],
+)
+def test_malformed_folder_is_a_user_error(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        stable_diffusion.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def export_one(base, out, value=0.25):
+    shape = TINY_UNET["cross_attention_dim"], TINY_UNET["block_out_channels"][-1]
+    weights.export(base, {TRAINED: jnp.full(shape, value)}, out)
+
+
+def test_export_changes_only_what_was_trained(tiny_folder, tmp_path):
+    export_one(tiny_folder, tmp_path / "out")
+    before = safetensors.numpy.load_file(tiny_folder / UNET_FILE)
+    after = safetensors.numpy.load_file(tmp_path / "out" / UNET_FILE)
+    assert list(after) == list(before)
+    changed = [n for n in before if before[n].tobytes() != after[n].tobytes()]
+    assert changed == [TRAINED_NAME]
+    assert (after[TRAINED_NAME] == 0.25).all()
+    names = {p.relative_to(tiny_folder) for p in tiny_folder.rglob("*") if p.is_file()}
+    for name in names - {next(n for n in names if str(n) == UNET_FILE)}:
+        copy = tmp_path / "out" / name
+        assert copy.read_bytes() == (tiny_folder / name).read_bytes()
+
+
+def test_export_keeps_the_files_dtype(tiny_folder, tiny, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    params = tiny.params["unet"]
+    weights.save_model_folder(base / "unet", TINY_UNET, params, dtype=np.float16)
+    export_one(base, tmp_path / "out", value=0.1)
+    after = safetensors.numpy.load_file(tmp_path / "out" / UNET_FILE)[TRAINED_NAME]
+    assert after.dtype == np.float16
+    assert (after == np.float16(0.1)).all()
+    with pytest.raises(UserError, match="not finite as F16"):
+        export_one(base, tmp_path / "big", value=1e6)
+    assert not (tmp_path / "big").exists()
+
+
+def test_export_leaves_out_other_copies_of_the_original_weights(folder, tmp_path):
+    (folder / "v1-5-pruned.ckpt").write_bytes(b"original")
+    (folder / "v1-5-pruned.safetensors").write_bytes(b"original")
+    variant = "diffusion_pytorch_model.fp16.safetensors"
+    (folder / "unet" / variant).write_bytes(b"original")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"original")
+    (folder / "LICENSE").write_text("licence")
+    export_one(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
+    assert [p for p in (tmp_path / "out").rglob("*") if "v1-5" in p.name] == []
+    kept = {p.name for p in (tmp_path / "out" / "unet").iterdir()}
+    assert kept == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_export_replaces_an_older_one_and_leaves_no_temporary(folder, tmp_path):
+    export_one(folder, tmp_path / "runs" / "out", value=1.0)
+    (tmp_path / "runs" / "out" / "stray").write_text("")
+    export_one(folder, tmp_path / "runs" / "out", value=2.0)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["out"]
+    assert not (tmp_path / "runs" / "out" / "stray").exists()
+    after = safetensors.numpy.load_file(tmp_path / "runs" / "out" / UNET_FILE)
+    assert (after[TRAINED_NAME] == 2.0).all()
+
+
+def test_export_refuses_mistakes(folder, tmp_path):
+    before = weights.content_hash(folder)
+    with pytest.raises(UserError, match="has no parameter 'nothing/kernel'"):
+        weights.export(folder, {"nothing/kernel": np.zeros(1)}, tmp_path / "out")
+    with pytest.raises(UserError, match=r"has PyTorch shape \[2, 1\]"):
+        weights.export(folder, {TRAINED: np.zeros((1, 2))}, tmp_path / "out")
+    with pytest.raises(UserError, match="into the base model"):
+        export_one(folder, folder / "export")
+    with pytest.raises(UserError, match="into the base model"):
+        export_one(folder, folder.parent)
+    assert not (tmp_path / "out").exists()
+    assert weights.content_hash(folder) == before
+
+
+def test_content_hash_follows_weights_and_configs_only(tiny_folder, folder):
+    before = weights.content_hash(folder)
+    assert before == weights.content_hash(tiny_folder)
+    (folder / "README.md").write_text("new")
+    assert weights.content_hash(folder) == before
+    edit_json(folder / "vae" / "config.json", scaling_factor=0.6)
+    changed = weights.content_hash(folder)
+    assert changed != before
+    file = folder / UNET_FILE
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert weights.content_hash(folder) not in (before, changed)
