@@ -116,14 +116,20 @@ def at_least(field: str, value: float, low: float) -> None:
         raise UserError(f"{field}={value} must be at least {low}; try {field}={low}")
 
 
-def prepare_workdir(cfg: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+def prepare_workdir(
+    cfg: ConfigDict, workdir: pathlib.Path, base: str = ""
+) -> pathlib.Path:
     """Creates the run's folder with config.json and log.txt, or checks that it fits.
 
+    Args: base: content hash of the model that the run starts from; recorded, and
+      compared when the run is resumed.
     Raises: UserError if the folder belongs to a run of another config (the number of
       steps and the pace of logging may change) or cannot be written.
     """
     path = workdir / "config.json"
     new = json.loads(json.dumps(cfg.to_dict()))
+    if base:
+        new["base_sha256"] = base
     if path.exists():
         changed = _differences(json.loads(path.read_text()), new)
         if changed:

@@ -32,7 +32,9 @@ def _parser():
     import argparse
 
     p = config.parser(__doc__, "generate")
-    p.add_argument("--model", help="a diffusers folder (default: the embedded emoji-sd)")
+    p.add_argument(
+        "--model", help="a diffusers folder (default: the embedded emoji-sd)"
+    )
     p.add_argument(
         "--prompt", action="append", required=True, help="what to draw; repeatable"
     )
@@ -78,9 +80,9 @@ def draw(
 ):
     """Returns uint8 "P N H W 3": `num` pictures of each prompt.
 
-    Args: model: a StableDiffusion. key: every prompt starts from the same noises, number
-      i of which depends on the key and i alone. how: scheduler, steps and guidance, see
-      `sampling.make_sampler`. on_batch: called with the number of pictures done.
+    Args: model: a StableDiffusion. key: every prompt starts from the same noises,
+      number i of which depends on the key and i alone. how: scheduler, steps and
+      guidance, see `sampling.make_sampler`. on_batch: called with the pictures done.
     """
     sample = sampling.make_sampler(model, **how)
     cond_PLD = stable_diffusion.encode_prompts(model, prompts)

@@ -71,14 +71,16 @@ class _Rows:
     def done(self):
         columns = Schedule(*zip(*self._rows, strict=True))
         dtypes = Schedule(np.int32, *[np.float32] * 5, bool, bool)
-        return Schedule(*(np.asarray(c, d) for c, d in zip(columns, dtypes, strict=True)))
+        return Schedule(
+            *(np.asarray(c, d) for c, d in zip(columns, dtypes, strict=True))
+        )
 
 
-# --- coefficients -----------------------------------------------------------------------
+# --- coefficients ---------------------------------------------------------------------
 
 
 def default_scheduler(config):
-    """Returns the name of the folder's own scheduler if it is offered here, else ddim."""
+    """Returns the folder's own scheduler if it is offered here, else "ddim"."""
     return _CLASSES.get(config.get("_class_name"), "ddim")
 
 
@@ -121,8 +123,8 @@ def _spaced(config, steps, default="leading", extra=0):
         t = np.round(np.arange(T, 0, -T / steps)) - 1
     else:
         raise UserError(
-            f"scheduler timestep_spacing={spacing!r}; must be one of leading, linspace, "
-            "trailing"
+            f"scheduler timestep_spacing={spacing!r}; must be one of leading, "
+            "linspace, trailing"
         )
     t = t.astype(np.int64)[:steps]
     if t.max() >= T:
@@ -216,9 +218,7 @@ def _dpm(config, steps, abar_T):
         abar_T = np.append(abar_T[:-1], 2.0**-24)
     ts = _spaced(config, steps, default="linspace", extra=1)
     ends_at_zero = config.get("final_sigmas_type", "zero") == "zero"
-    a, s, lam = _half_log_snr(
-        np.append(abar_T[ts], 1.0 if ends_at_zero else abar_T[0])
-    )
+    a, s, lam = _half_log_snr(np.append(abar_T[ts], 1.0 if ends_at_zero else abar_T[0]))
     last_first = (
         ends_at_zero
         or config.get("euler_at_final", False)
@@ -251,7 +251,7 @@ def _half_log_snr(abar):
         return a, s, np.log(a) - np.log(s)
 
 
-# --- sampling ---------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------
 
 
 def initial_latents(key, n, shape, first=0):
@@ -295,7 +295,9 @@ def sample_latents(unet, params, table, clip, guidance, z_BCHW, cond_BLD, uncond
         h = jnp.where(row.push, jnp.concatenate([p[None], h[:-1]]), h)
         base = jnp.where(row.restart, x_before, x)
         new = row.on_x * base + row.on_m * m
-        for k in range(_HISTORY):  # not a matrix product: those may round on accelerators
+        for k in range(
+            _HISTORY
+        ):  # not a matrix product: those may round on accelerators
             new = new + row.on_h[k] * h[k]
         return (new, x, h), None
 
@@ -314,14 +316,14 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True):
     """Returns a jitted f(unet_params, vae_params, cond, uncond, key_or_latents).
 
     Args:
-      model: a StableDiffusion; its modules and scheduler config are used, its parameters
-        are not: pass them, so that one compilation serves every set of weights.
+      model: a StableDiffusion; its modules and scheduler config are used, its
+        parameters are not: pass them; one compilation serves every set of weights.
       scheduler: of `SCHEDULERS`; None is the folder's own.
       steps: denoising steps. guidance: scale of the classifier-free guidance, >= 1;
         1 is without, at half the cost (uncond is then ignored).
       decode: return images, else latents.
-    Returns: f. cond: float32 "B L D"; uncond: "1 L D" or "B L D"; key_or_latents: a key,
-      with which example i draws its own noise by its index, or noise "B C H W".
+    Returns: f. cond: float32 "B L D"; uncond: "1 L D" or "B L D"; key_or_latents: a
+      key, with which example i draws its own noise by its index, or noise "B C H W".
       f returns uint8 "B H W 3", or latents float32 "B C H W" if not `decode`.
     Raises: UserError for a bad scheduler, number of steps or guidance.
     Source: Ho & Salimans 2022, arXiv:2207.12598; diffusers `StableDiffusionPipeline`.

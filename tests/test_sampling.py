@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampler against PyTorch's StableDiffusionPipeline, and its own promises."""
 
-import json
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +8,7 @@ import pytest
 
 from gift_jax import sampling
 from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion
+from gift_jax.models import partition, stable_diffusion, weights
 
 PROMPTS = ["a red dog", "two birds"]
 SD15 = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -123,4 +120,117 @@ def test_images_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
     theirs = np.stack([np.asarray(image) for image in theirs]).astype(int)
     ours = np.asarray(ours_draw(tiny, name, latents, decode=True)).astype(int)
     assert theirs.std() > 10  # a picture, not a flat or saturated field
+    assert np.abs(ours - theirs).mean() <= 1
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    """A DDIM sampler of five steps and its arguments but the last."""
+    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    uncond = stable_diffusion.encode_prompts(tiny, [""])
+    sample = sampling.make_sampler(tiny, "ddim", 5, 4.0)
+    params = tiny.params
+    return lambda z: sample(params["unet"], params["vae"], cond, uncond, z)
+
+
+def test_a_key_draws_each_example_by_its_index(tiny, drawn):
+    key = jax.random.key(3)
+    latents = sampling.initial_latents(key, 3, tiny.latent_shape)
+    assert np.abs(latents[0] - latents[1]).max() > 0.1
+    later = sampling.initial_latents(key, 1, tiny.latent_shape, first=2)
+    np.testing.assert_array_equal(later[0], latents[2])
+    images = drawn(key)
+    assert images.shape == (2, 16, 16, 3) and images.dtype == jnp.uint8
+    np.testing.assert_array_equal(images, drawn(latents[:2]))
+    assert (images != drawn(jax.random.key(4))).any()
+
+
+def test_initial_latents_are_standard_normal():
+    latents = sampling.initial_latents(jax.random.key(0), 64, (4, 16, 16))
+    assert abs(float(latents.mean())) < 0.01
+    assert abs(float(latents.std()) - 1) < 0.01
+
+
+def test_guidance_one_ignores_the_unconditional_states(tiny):
+    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    key, params = jax.random.key(0), tiny.params["unet"]
+
+    def draw(guidance, uncond):
+        sample = sampling.make_sampler(tiny, "ddim", 5, guidance, decode=False)
+        return np.asarray(sample(params, None, cond, uncond, key))
+
+    alone = draw(1.0, None)
+    np.testing.assert_array_equal(draw(1.0, cond[1:]), alone)
+    # guided by itself, a prompt is not guided; guided by another, it is
+    np.testing.assert_allclose(draw(3.0, cond), alone, rtol=1e-3, atol=1e-3)
+    assert np.abs(draw(3.0, cond[::-1]) - alone).max() > 0.1
+
+
+def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, drawn):
+    z = jax.random.key(0)
+    drawn(z)
+    run = sampling._compiled(tiny.unet, tiny.vae, None, True)
+    before = run._cache_size()
+    other = jax.tree.map(lambda a: a * 0.9, tiny.params["unet"])
+    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    uncond = stable_diffusion.encode_prompts(tiny, [""])
+    for scheduler, steps in (("ddim", 5), ("pndm", 4), ("dpmsolver++", 5)):
+        sample = sampling.make_sampler(tiny, scheduler, steps, 2.0)
+        images = sample(other, tiny.params["vae"], cond, uncond, z)
+        assert (images != drawn(z)).any()
+    assert run._cache_size() == before
+
+
+def test_default_scheduler_is_the_folders_own():
+    assert sampling.default_scheduler({"_class_name": "PNDMScheduler"}) == "pndm"
+    assert sampling.default_scheduler({"_class_name": "LMSDiscreteScheduler"}) == "ddim"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scheduler": "euler"}, "scheduler='euler' must be one of ddim, pndm"),
+        ({"steps": 0}, "steps=0 must be from 1 to 1000"),
+        ({"steps": 1001}, "steps=1001 must be from 1 to 1000"),
+        ({"steps": 1000}, "steps=1000 with steps_offset=1 reaches timestep 1000"),
+        ({"guidance": 0.5}, "guidance=0.5 must be at least 1"),
+        ({"guidance": float("nan")}, "guidance=nan must be at least 1"),
+        ({"config": {"timestep_spacing": "odd"}}, "timestep_spacing='odd'; must be"),
+        ({"config": {"thresholding": True}}, "thresholding=True; must be False"),
+        (
+            {"scheduler": "pndm", "config": {"skip_prk_steps": False}},
+            "skip_prk_steps=False; must be True",
+        ),
+        (
+            {"scheduler": "dpmsolver++", "config": {"use_karras_sigmas": True}},
+            "use_karras_sigmas=True; must be False",
+        ),
+    ],
+)
+def test_bad_options_are_user_errors(tiny, change, message):
+    options = {"scheduler": "ddim", "steps": 5, "guidance": 2.0} | change
+    config = tiny.scheduler_config | options.pop("config", {})
+    with pytest.raises(UserError, match=message):
+        sampling.make_sampler(tiny.replace(scheduler_config=config), **options)
+
+
+def test_exported_model_draws_alike_in_pytorch(tiny_folder, tiny, tmp_path):
+    pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    trainable, frozen = partition.select(tiny.params["unet"], "cross_attention")
+    changed = {path: 1.5 * array for path, array in trainable.items()}
+    weights.export(tiny_folder, changed, tmp_path / "export")
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "export"))
+    pipeline.set_progress_bar_config(disable=True)
+    latents = sampling.initial_latents(jax.random.key(5), 2, tiny.latent_shape)
+    config = scheduler_config("ddim")
+    how = {"num_inference_steps": 5, "output_type": "pil"}
+    theirs = pytorch_draws(pipeline, config, latents, **how)
+    theirs = np.stack([np.asarray(image) for image in theirs]).astype(int)
+    unet = partition.merge(changed, frozen)
+    immunized = tiny.replace(params=tiny.params | {"unet": unet})
+    ours = np.asarray(ours_draw(immunized, "ddim", latents, decode=True)).astype(int)
+    original = np.asarray(ours_draw(tiny, "ddim", latents, decode=True)).astype(int)
+    assert np.abs(ours - original).mean() > 3
     assert np.abs(ours - theirs).mean() <= 1

@@ -45,8 +45,12 @@ def _not_deprecation(record):
 for _name in _FLAX_LOGGERS:  # before the imports below: some lines come at import
     logging.getLogger(f"diffusers.{_name}").addFilter(_not_deprecation)
 
-from diffusers.models import attention_flax, embeddings_flax, resnet_flax  # noqa: E402
-from diffusers.models import vae_flax  # noqa: E402
+from diffusers.models import (  # noqa: E402
+    attention_flax,
+    embeddings_flax,
+    resnet_flax,
+    vae_flax,  # noqa: E402
+)
 from diffusers.models.unets.unet_2d_condition_flax import (  # noqa: E402
     FlaxUNet2DConditionModel,
 )
@@ -62,14 +66,18 @@ CAPTURE_KINDS = {
     "attention": (attention_flax.FlaxAttention,),
 }
 CONVOLUTIONS = ("auto", "xla", "matmul")
-_MAX_COLUMNS_BYTES = 256 * 2**20  # above this the unfolded image costs more than it saves
+_MAX_COLUMNS_BYTES = (
+    256 * 2**20
+)  # above this the unfolded image costs more than it saves
 
 
-# --- building -----------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------
 
 
 def _fields(cls, config):
-    names = {f for f in cls.__dataclass_fields__ if f not in ("parent", "name", "dtype")}
+    names = {
+        f for f in cls.__dataclass_fields__ if f not in ("parent", "name", "dtype")
+    }
     as_tuple = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     return {k: v for k, v in as_tuple.items() if k in names}
 
@@ -121,7 +129,7 @@ def init_params(module, key):
 
 
 def parameter_shapes(module):
-    """Returns the parameters' shapes (nested dict of ShapeDtypeStruct), computing none."""
+    """Returns the parameters' shapes (nested ShapeDtypeStructs), computing none."""
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
 
 
@@ -156,9 +164,7 @@ def _group_norm(module, x):
     in_transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
     eps = 1e-6 if in_transformer else module.epsilon
     groups, channels = module.num_groups, x.shape[-1]
-    grouped = x.astype(jnp.float32).reshape(
-        x.shape[0], -1, groups, channels // groups
-    )
+    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
     y = _standardise(grouped, (1, 3), eps).reshape(x.shape)
     return _affine(module, y, _norm_dtype(module, x))
 
@@ -362,7 +368,7 @@ def apply_text(text, params, ids_BL, mask_BL=None):
 
 
 def apply_clip_text(clip, params, ids_BL, mask_BL=None):
-    """Returns the projected text embeddings of a two-tower CLIP, "B D", not normalised."""
+    """Returns a two-tower CLIP's projected text embeddings, "B D", not normalised."""
 
     def project(module, ids, mask, positions):
         pooled = module.text_model(ids, mask, positions).pooler_output

@@ -12,7 +12,7 @@ from absl import logging
 from transformers import CLIPTokenizer
 
 from gift_jax.config import UserError
-from gift_jax.models import hooks, weights
+from gift_jax.models import hooks, tensors, weights
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _CLASSES = {
@@ -66,10 +66,10 @@ def load(path, dtype=jnp.float32):
 
     Args: path: the folder that holds model_index.json. dtype: of parameters and
       computation.
-    Raises: UserError naming the file, for whatever is missing, malformed or unsupported.
+    Raises: UserError naming the file, if one is missing, malformed or unsupported.
     """
-    root = _local_folder(path)
-    index = weights.read_json(root / "model_index.json")
+    root, dtype = _local_folder(path), jnp.dtype(dtype)
+    index = tensors.read_json(root / "model_index.json")
     for name, expected in _CLASSES.items():
         found = (index.get(name) or [None, None])[-1]
         if found != expected:
@@ -82,7 +82,7 @@ def load(path, dtype=jnp.float32):
             root / kind, kind, dtype
         )
         params[kind] = jax.tree.map(jnp.asarray, host_params)
-    scheduler = weights.read_json(root / "scheduler" / "scheduler_config.json")
+    scheduler = tensors.read_json(root / "scheduler" / "scheduler_config.json")
     _check_scheduler(scheduler, root / "scheduler" / "scheduler_config.json")
     _check_widths(configs, root)
     tokenizer = load_tokenizer(root / "tokenizer")
@@ -100,7 +100,8 @@ def load(path, dtype=jnp.float32):
         image_size=size * factor,
         scaling_factor=configs["vae"].get("scaling_factor", 0.18215),
         max_length=min(
-            tokenizer.model_max_length, modules["text_encoder"].config.max_position_embeddings
+            tokenizer.model_max_length,
+            modules["text_encoder"].config.max_position_embeddings,
         ),
     )
 
@@ -109,7 +110,9 @@ def load_tokenizer(directory):
     """Returns the CLIPTokenizer of a folder with vocab.json and merges.txt."""
     for name in ("vocab.json", "merges.txt"):
         if not (Path(directory) / name).is_file():
-            raise UserError(f"{Path(directory) / name}: no such file; copy the tokenizer")
+            raise UserError(
+                f"{Path(directory) / name}: no such file; copy the tokenizer"
+            )
     return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
@@ -147,7 +150,10 @@ def _check_widths(configs, root):
             f"cross_attention_dim={expected}; they must be equal"
         )
     channels = configs["vae"].get("latent_channels", 4)
-    latents = (configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4))
+    latents = (
+        configs["unet"].get("in_channels", 4),
+        configs["unet"].get("out_channels", 4),
+    )
     if latents != (channels, channels):
         raise UserError(
             f"{root}: vae latent_channels={channels}, but unet in and out channels are "
@@ -155,7 +161,7 @@ def _check_widths(configs, root):
         )
 
 
-# --- text and images -------------------------------------------------------------------
+# --- text and images ------------------------------------------------------------------
 
 
 def _encode_text(text, params, ids_BL):
@@ -181,21 +187,25 @@ def _in_batches(fn, array, batch_size):
         size = min(batch_size, 1 << (len(part) - 1).bit_length())
         pad = [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1)
         out = fn(np.pad(part, pad))
-        outputs.append(jax.tree.map(lambda a, n=len(part): a[:n], out))
+        n = len(part)
+        outputs.append(jax.tree.map(lambda a, n=n: a[:n], out))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
 def tokenize(model, prompts):
     """Returns int32 "B L" token ids, padded and cut to the model's length."""
     encoded = model.tokenizer(
-        list(prompts), padding="max_length", max_length=model.max_length, truncation=True
+        list(prompts),
+        padding="max_length",
+        max_length=model.max_length,
+        truncation=True,
     )
     ids_BL = np.asarray(encoded["input_ids"], np.int32)
     rows = model.text_encoder.config.vocab_size
     if ids_BL.size and ids_BL.max() >= rows:
         raise UserError(
-            f"{model.path}: the tokenizer gives id {ids_BL.max()}, but the text encoder "
-            f"has {rows} rows; they are of different models"
+            f"{model.path}: the tokenizer gives id {ids_BL.max()}, but the text "
+            f"encoder has {rows} rows; they are of different models"
         )
     cut = [p for p, ids in zip(prompts, ids_BL, strict=True) if _is_cut(model, p, ids)]
     if cut:
@@ -245,20 +255,20 @@ def encode_images(model, images_BHWC, batch_size=8):
 
 
 def decode_latents(model, z_BCHW, batch_size=8):
-    """Returns images float32 "B H W 3", about [-1, 1], of VAE-scaled latents "B C h w"."""
+    """Returns float32 "B H W 3", about [-1, 1], of VAE-scaled latents "B C h w"."""
     decode = functools.partial(model.jitted["decode"], model.params["vae"])
     z_BCHW = np.asarray(z_BCHW, np.float32) / np.float32(model.scaling_factor)
     return _in_batches(decode, z_BCHW, batch_size)
 
 
-# --- noise ------------------------------------------------------------------------------
+# --- noise ----------------------------------------------------------------------------
 
 
 def alphas_cumprod(config):
     """Returns float64 "T": the cumulative alphas that a scheduler config describes.
 
     Raises: UserError for an unknown beta_schedule.
-    Source: diffusers `DDIMScheduler.__init__`; the rescaling is arXiv:2305.08891, alg. 1.
+    Source: diffusers `DDIMScheduler.__init__`; rescaling: arXiv:2305.08891, alg. 1.
     """
     T = config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)

@@ -18,7 +18,7 @@ def save_grid(images, path, *, columns=8, row_labels=(), column_labels=(), cell=
       images: uint8 "N H W 3", or a list of rows, each a sequence of "H W 3" pictures;
         rows may differ in length.
       columns: pictures a row, where images is one array.
-      row_labels, column_labels: text; wrapped to fit. Fewer than rows or columns is fine.
+      row_labels, column_labels: text; wrapped to fit. Too few is fine.
       cell: pictures smaller than this many pixels are enlarged by a whole factor.
     """
     rows = _as_rows(images, columns)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Flax models against PyTorch's, and the layers that replace Flax's own."""
 
+import logging
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import TINY_TEXT, random_params
 
 from gift_jax.models import hooks, weights
 
@@ -36,7 +39,9 @@ def test_unet_equals_pytorch(tiny, tiny_folder, rng):
     params = tiny.params["unet"]
     ours, _ = jax.jit(lambda p: hooks.apply_unet(tiny.unet, p, z, t, c))(params)
     stock = tiny.unet.apply({"params": params}, z, jnp.asarray(t), c).sample
-    assert relative_error(stock, expected.numpy()) > TOLERANCE  # or nothing is corrected
+    assert (
+        relative_error(stock, expected.numpy()) > TOLERANCE
+    )  # or nothing is corrected
     assert relative_error(ours, expected.numpy()) < TOLERANCE
 
 
@@ -72,3 +77,140 @@ def test_text_equals_pytorch(tiny, tiny_folder, rng):
     )
     assert relative_error(hidden, expected.last_hidden_state.numpy()) < TOLERANCE
     assert relative_error(pooled, expected.pooler_output.numpy()) < TOLERANCE
+
+
+def test_clip_equals_pytorch(tmp_path, rng):
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPModel
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = {"text_config": TINY_TEXT, "vision_config": vision, "projection_dim": 24}
+    clip = hooks.build_clip(config)
+    params = random_params(clip, 0)
+    weights.save_model_folder(tmp_path / "clip", config, params)
+    theirs = CLIPModel.from_pretrained(str(tmp_path / "clip"))
+    ids = rng.integers(0, 512, size=(2, 16)).astype(np.int32)
+    ids[:, 7:] = 513
+    x = rng.normal(size=(2, 3, 16, 16)).astype(np.float32)
+    with torch.no_grad():
+        text = theirs.get_text_features(torch.tensor(ids, dtype=torch.long))
+        image = theirs.get_image_features(torch.tensor(x))
+    ours = hooks.apply_clip_text(clip, params, ids)
+    assert relative_error(ours, text.numpy()) < TOLERANCE
+    for conv in ("matmul", "xla"):
+        ours = hooks.apply_clip_image(clip, params, x, conv=conv)
+        assert relative_error(ours, image.numpy()) < TOLERANCE
+    _, loaded, _ = weights.load_component(tmp_path / "clip", "clip")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [(3, 1, ((1, 1), (1, 1))), (3, 2, ((1, 1), (1, 1))), (3, 2, "VALID")]
+    + [(1, 1, "VALID"), (4, 4, "VALID"), (3, 1, "SAME")],
+)
+def test_matmul_convolution_equals_xla(rng, kernel, stride, padding):
+    conv = nn.Conv(6, (kernel, kernel), (stride, stride), padding)
+    x = rng.normal(size=(2, 9, 11, 5)).astype(np.float32)
+    params = conv.init(jax.random.key(0), x)
+
+    def apply(params, x, how):
+        with hooks.exact(conv=how):
+            return conv.apply(params, x)
+
+    def program(how):
+        return str(jax.make_jaxpr(lambda p: apply(p, x, how))(params))
+
+    assert "conv_general_dilated" in program("xla")
+    assert ("conv_general_dilated" in program("matmul")) == (padding == "SAME")
+    expected = apply(params, x, "xla")
+    np.testing.assert_allclose(apply(params, x, "matmul"), expected, atol=3e-6)
+
+    def loss(params, how):
+        return jnp.sum(jnp.sin(apply(params, x, how)))
+
+    ours, theirs = (jax.grad(loss)(params, how) for how in ("matmul", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), ours, theirs)
+
+
+def test_auto_convolution_keeps_large_images_with_xla():
+    conv = nn.Conv(8, (3, 3), padding=((1, 1), (1, 1)))
+    small, large = (jax.ShapeDtypeStruct((1, n, n, 64), np.float32) for n in (16, 512))
+    params = jax.eval_shape(conv.init, jax.random.key(0), small)
+
+    def program(x):
+        with hooks.exact():
+            return str(jax.make_jaxpr(conv.apply)(params, x))
+
+    assert "conv_general_dilated" not in program(small)
+    assert "conv_general_dilated" in program(large)
+
+
+def test_norms_keep_precision_far_from_zero(rng):
+    x = (1000 + rng.normal(size=(2, 8, 8, 64))).astype(np.float32)
+    mean = x.astype(np.float64).mean(-1, keepdims=True)
+    expected = (x - mean) / np.sqrt(x.astype(np.float64).var(-1, keepdims=True) + 1e-6)
+    norm = nn.LayerNorm(epsilon=1e-6)
+    params = norm.init(jax.random.key(0), x)
+    with hooks.exact():
+        ours = norm.apply(params, x)
+    assert relative_error(norm.apply(params, x), expected) > 1e-3
+    assert relative_error(ours, expected) < 1e-4
+
+
+def test_capture_returns_the_layers_asked_for(tiny, rng):
+    z, t, c = unet_inputs(rng)
+
+    def hiddens(*kinds):
+        def apply(p):
+            return hooks.apply_unet(tiny.unet, p, z, t, c, capture=kinds)
+
+        return jax.eval_shape(apply, tiny.params["unet"])[1]
+
+    assert hiddens() == {}
+    shapes = {name: h.shape for name, h in hiddens("transformer").items()}
+    assert shapes == {
+        "down_blocks_0/attentions_0/transformer_blocks_0": (2, 64, 32),
+        "mid_block/attentions_0/transformer_blocks_0": (2, 16, 64),
+        "up_blocks_1/attentions_0/transformer_blocks_0": (2, 64, 32),
+        "up_blocks_1/attentions_1/transformer_blocks_0": (2, 64, 32),
+    }
+    both = hiddens("transformer", "resnet")
+    assert set(shapes) < set(both)
+    assert both["mid_block/resnets_1"].shape == (2, 4, 4, 64)
+
+
+def test_capture_is_differentiable_and_leaks_nothing(tiny, rng):
+    z, t, c = unet_inputs(rng)
+    name = "mid_block/attentions_0/transformer_blocks_0"
+
+    @jax.jit
+    def loss(p):
+        _, h = hooks.apply_unet(tiny.unet, p, z, t, c, capture=("transformer",))
+        return jnp.mean(h[name] ** 2)
+
+    with jax.checking_leaks():
+        grads = jax.grad(loss)(tiny.params["unet"])
+    assert np.abs(grads["mid_block"]["resnets_0"]["conv1"]["kernel"]).max() > 0
+    assert np.abs(grads["mid_block"]["resnets_1"]["conv1"]["kernel"]).max() == 0
+
+
+def test_exact_refuses_unknown_options():
+    with pytest.raises(ValueError, match="conv='winograd' must be one of auto"):
+        with hooks.exact(conv="winograd"):
+            pass
+    with pytest.raises(ValueError, match="capture='norm' must be one of transformer"):
+        with hooks.exact(capture=("norm",)):
+            pass
+
+
+def test_only_the_deprecation_line_is_silenced(caplog):
+    logger = logging.getLogger("diffusers.models.attention_flax")
+    logger.addHandler(caplog.handler)  # diffusers' loggers do not propagate
+    try:
+        logger.warning("Flax classes are deprecated and will be removed in v0.40.0.")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == ["something else"]

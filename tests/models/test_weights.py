@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from tiny_model import TINY_TEXT, TINY_UNET, TINY_VAE, random_params
 
 from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion, weights
-from tests.conftest import TINY_TEXT, TINY_UNET, random_params
+from gift_jax.models import stable_diffusion, tensors, weights
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 TRAINED = "mid_block/attentions_0/transformer_blocks_0/attn2/to_k/kernel"
@@ -34,7 +34,7 @@ def edit_json(file, **changes):
 
 def test_names_are_pytorchs():
     def name(path):
-        return weights.torch_name(path)
+        return tensors.torch_name(path)
 
     blocks = "down_blocks_0/attentions_1/transformer_blocks_0"
     assert name(f"{blocks}/attn2/to_out_0/kernel") == (
@@ -72,8 +72,6 @@ def test_pytorch_reads_our_unet_whole(tiny_folder):
 def test_load_reads_pytorchs_folder(tmp_path):
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderKL
-
-    from tests.conftest import TINY_VAE
 
     torch.manual_seed(0)
     vae = AutoencoderKL(**TINY_VAE)
@@ -152,9 +150,7 @@ def spoil_missing_tensor(folder):
 
 def spoil_unexpected_tensor(folder):
     tensors = safetensors.numpy.load_file(folder / UNET_FILE)
-    safetensors.numpy.save_file(
-        tensors | {"other": np.zeros(1)}, folder / UNET_FILE
-    )
+    safetensors.numpy.save_file(tensors | {"other": np.zeros(1)}, folder / UNET_FILE)
 
 
 def spoil_shape(folder):

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes a model on a concept, as an attacker (or an honest user) would.
+
+    python -m gift_jax.attack --config configs/emoji_attack.py \\
+        --config.model=runs/gift/export --workdir runs/gift_attacked
+
+Writes the same folder as gift_jax.train; export/ is the model with the attack merged.
+"""
+
+import pathlib
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gift_jax import config, job, loop, sharding
+from gift_jax.attacks import lora
+from gift_jax.models import stable_diffusion, weights
+
+ATTACKS = ("lora",)
+
+
+def check(cfg) -> None:
+    """Raises UserError naming the field, before data or compilation."""
+    config.choice("config.attack", cfg.attack, ATTACKS)
+    for name, low in (("steps", 0), ("log_every", 1), ("checkpoint_every", 0)):
+        config.at_least(f"config.{name}", cfg[name], low)
+    config.at_least("config.data.batch", cfg.data.batch, 1)
+    config.at_least("config.data.copies", cfg.data.copies, 1)
+    if not cfg.lora.alpha > 0:
+        raise config.UserError(
+            f"config.lora.alpha={cfg.lora.alpha} must be above 0; try {cfg.lora.rank}"
+        )
+
+
+def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
+    """Attacks cfg.model; returns the folder of the exported model."""
+    check(cfg)
+    mesh = sharding.start(cfg.cpu_devices)
+    sharding.check_batch("data.batch", cfg.data.batch, mesh.size)
+    model = job.load_model(cfg.model, cfg.compute_dtype)
+    data = job.read_pairs(cfg.data, "data", model.image_size)
+    config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
+    key = jax.random.key(cfg.seed)
+    source = job.cached_source(model, data, cfg.data, jax.random.fold_in(key, 1))
+    batches = job.batches({"attack": source}, {"attack": cfg.data.batch}, cfg.seed)
+    unet = flatten_dict(model.params["unet"], sep="/")
+    scale = cfg.lora.alpha / max(1, cfg.lora.rank)
+    factors = lora.init(
+        jax.random.fold_in(key, 2), unet, cfg.lora.rank, cfg.lora.targets
+    )
+    tx = job.optimizer(cfg.optimizer, cfg.steps, "optimizer")
+    step = lora.make_step(job.denoiser(model), tx, scale)
+    frozen = {"unet": unet, "abar": stable_diffusion.noise_schedule(model)}
+    state = loop.init_state(factors, {"attack": tx.init(factors)})
+    state = job.run_loop(mesh, state, step, frozen, batches, cfg, workdir)
+    attacked = lora.apply(unet, jax.device_get(state.params), scale)
+    job.export(model, {path: attacked[path] for path in factors}, workdir / "export")
+    if cfg.samples.num:
+        path = workdir / "samples" / "after.png"
+        nested = unflatten_dict(attacked, sep="/")
+        job.sample_grid(model, nested, cfg.samples.prompts, cfg.samples, path)
+    return workdir / "export"
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg, workdir = config.parse(argv, __doc__, "attack")
+    run(cfg, workdir)
+    return 0
+
+
+if __name__ == "__main__":
+    config.run_main(main)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diffusion loss of a batch of cached pairs: what every method and attack shares."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gift_jax import losses
+
+# (parameters of the UNet, nested; z_t; t; c; kinds of layers) -> (output, hiddens)
+Predict = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A UNet with its noise schedule.
+
+    Attributes: predict: the UNet's forward pass. prediction_type: epsilon or
+      v_prediction. train_timesteps: T.
+    """
+
+    predict: Predict
+    prediction_type: str
+    train_timesteps: int
+
+    def losses(
+        self,
+        unet_params: Any,
+        abar_T: jax.Array,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns (each example's diffusion loss, float32 "B"; captured hidden states).
+
+        Args: unet_params: nested. abar_T: float32 "T". batch: mean, std: float32
+          "B C H W", the scaled latents' posterior; text: float32 "B L D". key: draws
+          posterior, noise and timestep, each example by its place in the batch.
+        Source: Ho et al. 2020, eq. 14, on latents (Rombach et al. 2022, eq. 2).
+        """
+        k_z, k_eps, k_t = jax.random.split(key, 3)
+        mean = batch["mean"]
+        z = mean + batch["std"] * losses.normal_like(k_z, mean)
+        eps = losses.normal_like(k_eps, z)
+        t = losses.timesteps(k_t, z.shape[0], self.train_timesteps)
+        return self.losses_at(unet_params, abar_T, z, t, eps, batch["text"], capture)
+
+    def losses_at(self, unet_params, abar_T, z, t, eps, text, capture=()):
+        """The same for given latents, timesteps and noise."""
+        abar = abar_T[t]
+        z_t = losses.add_noise(z, eps, abar)
+        out, hiddens = self.predict(unet_params, z_t, t, text, capture)
+        wanted = losses.target(z, eps, abar, self.prediction_type)
+        return losses.squared_error(out, wanted), hiddens
+
+

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GIFT: bi-level immunization (arXiv:2507.13598).
+
+    upper(psi) = bounded ascent of L(psi; D_m) + beta * L_noise(psi; D_m)    degrade
+    lower(psi) = L(psi; D_s)                                                 preserve
+
+One outer step takes `inner_steps` updates of the lower level, then `outer_steps` of the
+upper level, each level with its own optimiser. The upper gradient is taken
+
+    first_order  at the parameters that the lower level reached (the published way);
+    unrolled     through the lower updates: the exact hypergradient;
+    joint        not in turn: one gradient of upper + joint_weight * lower.
+
+The publication does not state its constants; every default here is ours.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gift_jax import losses
+from gift_jax.loop import State, Step
+from gift_jax.methods.denoise import Denoiser
+from gift_jax.models import partition
+
+GRADIENTS = ("first_order", "unrolled", "joint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The choices of GIFT; see DESIGN of each in docs/method.md.
+
+    Attributes: gradient: of GRADIENTS. inner_steps, outer_steps: updates of the lower
+      and the upper level in one outer step. beta: weight of representation noising.
+      bound, cap: of the ascent, see `losses.bounded_ascent`. noise_target, distance:
+      see `losses.representation_noising`. layers: kinds of layers to noise, see
+      `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`.
+    """
+
+    gradient: str = "first_order"
+    inner_steps: int = 1
+    outer_steps: int = 1
+    beta: float = 1e-3
+    bound: str = "hinge"
+    cap: float = 1.0
+    noise_target: str = "standard"
+    distance: str = "mse"
+    layers: tuple[str, ...] = ("transformer",)
+    joint_weight: float = 1.0
+
+
+# (trainable flat parameters, frozen, batch, key) -> (scalar to minimise, metrics)
+Loss = Callable[[Any, Any, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_lower_loss(denoiser: Denoiser) -> Loss:
+    """Returns L(psi; D_s), the diffusion loss of a batch of safe pairs."""
+
+    def lower_loss(params, frozen, batch, key):
+        unet = partition.merge(params, frozen["unet"])
+        loss_B, _ = denoiser.losses(unet, frozen["abar"], batch, key)
+        loss = jnp.mean(loss_B)
+        return loss, {"lower/loss": loss}
+
+    return lower_loss
+
+
+def make_upper_loss(denoiser: Denoiser, s: Settings) -> Loss:
+    """Returns the upper level's objective on a batch of malicious pairs, to minimise."""
+    capture = s.layers if s.beta else ()
+
+    def upper_loss(params, frozen, batch, key):
+        k_loss, k_noise = jax.random.split(key)
+        unet = partition.merge(params, frozen["unet"])
+        loss_B, hiddens = denoiser.losses(unet, frozen["abar"], batch, k_loss, capture)
+        total = losses.bounded_ascent(loss_B, s.bound, s.cap)
+        metrics = {"upper/malicious_loss": jnp.mean(loss_B)}
+        if s.beta:
+            noising = losses.representation_noising(
+                k_noise, hiddens, s.noise_target, s.distance
+            )
+            total += s.beta * noising
+            metrics["upper/noising"] = noising
+        return total, {"upper/loss": total, **metrics}
+
+    return upper_loss
+
+
+def make_level(name: str, loss: Loss, tx: optax.GradientTransformation) -> Callable:
+    """Returns one update of one level: (params, opt, frozen, batch, key) -> the same.
+
+    Returns (params, opt state, metrics); differentiable, so that the upper level can be
+    taken through it.
+    """
+
+    def update(params, opt, frozen, batch, key):
+        grad_fn = jax.value_and_grad(loss, has_aux=True)
+        (_, metrics), grads = grad_fn(params, frozen, batch, key)
+        updates, opt = tx.update(grads, opt, params)
+        metrics = metrics | {f"{name}/grad_norm": optax.global_norm(grads)}
+        return optax.apply_updates(params, updates), opt, metrics
+
+    return update
+
+
+def make_levels(update: Callable, steps: int) -> Callable:
+    """Returns `steps` updates of one level in one scan, each on its part of the batch.
+
+    The batch's leading axis is steps * B; metrics are those of the last update. With 0
+    steps nothing changes and no metric is reported.
+    """
+
+    def updates(params, opt, frozen, batch, key):
+        if steps == 0:
+            return params, opt, {}
+
+        def body(carry, part):
+            params, opt, metrics = update(*carry, frozen, *part)
+            return (params, opt), metrics
+
+        parts = jax.tree.map(lambda a: a.reshape(steps, -1, *a.shape[1:]), batch)
+        keys = jax.random.split(key, steps)
+        if steps == 1:  # no loop: faster on CPU, and easier to read in a profile
+            first = jax.tree.map(lambda a: a[0], (parts, keys))
+            (params, opt), metrics = body((params, opt), first)
+            return params, opt, metrics
+        carry, metrics = jax.lax.scan(
+            jax.checkpoint(body), (params, opt), (parts, keys)
+        )
+        return *carry, jax.tree.map(lambda m: m[-1], metrics)
+
+    return updates
+
+
+def make_step(
+    denoiser: Denoiser,
+    s: Settings,
+    tx_lower: optax.GradientTransformation,
+    tx_upper: optax.GradientTransformation,
+) -> Step:
+    """Returns GIFT's outer step.
+
+    state.params: trainable flat parameters; state.opt: {"lower", "upper"}. frozen:
+    {"unet": frozen flat parameters, "abar": float32 "T"}. batch: {"safe": inner_steps *
+    B pairs, "harmful": outer_steps * B pairs}, see `Denoiser.losses`. The keys of the
+    two levels are independent and depend on the base key and state.step only.
+    """
+    lower_loss, upper_loss = make_lower_loss(denoiser), make_upper_loss(denoiser, s)
+    if s.gradient == "joint":
+        return _joint_step(lower_loss, upper_loss, s, tx_upper)
+    lower = make_levels(make_level("lower", lower_loss, tx_lower), s.inner_steps)
+    if s.gradient == "unrolled":
+        return _unrolled_step(lower, upper_loss, tx_upper)
+    upper = make_levels(make_level("upper", upper_loss, tx_upper), s.outer_steps)
+
+    def gift_step(state, frozen, batch, key):
+        k_lower, k_upper = _keys(key, state)
+        params, opt_lower, m_lower = lower(
+            state.params, state.opt["lower"], frozen, batch["safe"], k_lower
+        )
+        params, opt_upper, m_upper = upper(
+            params, state.opt["upper"], frozen, batch["harmful"], k_upper
+        )
+        return _next(state, params, opt_lower, opt_upper), m_lower | m_upper
+
+    return gift_step
+
+
+def hypergradient(lower: Callable, upper_loss: Loss) -> Callable:
+    """Returns the gradient of upper(psi*(psi)) with respect to psi, and psi* itself.
+
+    psi* is what the lower level's updates make of psi; the gradient goes through all of
+    them, the optimiser's own arithmetic included.
+
+    Returns: (params, opt_lower, frozen, batch, keys) -> (grads, (psi*, the lower
+    level's new optimiser state, metrics)).
+    """
+
+    def upper_after_lower(params, opt_lower, frozen, batch, k_lower, k_upper):
+        reached, opt_lower, m_lower = lower(
+            params, opt_lower, frozen, batch["safe"], k_lower
+        )
+        loss, m_upper = upper_loss(reached, frozen, batch["harmful"], k_upper)
+        return loss, (reached, opt_lower, m_lower | m_upper)
+
+    return jax.grad(upper_after_lower, has_aux=True)
+
+
+def _unrolled_step(lower, upper_loss, tx_upper) -> Step:
+    grad_fn = hypergradient(lower, upper_loss)
+
+    def unrolled_step(state, frozen, batch, key):
+        keys = _keys(key, state)
+        grads, (params, opt_lower, metrics) = grad_fn(
+            state.params, state.opt["lower"], frozen, batch, *keys
+        )
+        updates, opt_upper = tx_upper.update(grads, state.opt["upper"], params)
+        params = optax.apply_updates(params, updates)
+        metrics = metrics | {"upper/grad_norm": optax.global_norm(grads)}
+        return _next(state, params, opt_lower, opt_upper), metrics
+
+    return unrolled_step
+
+
+def _joint_step(lower_loss, upper_loss, s: Settings, tx) -> Step:
+    def joint_loss(params, frozen, batch, keys):
+        lower, m_lower = lower_loss(params, frozen, batch["safe"], keys[0])
+        upper, m_upper = upper_loss(params, frozen, batch["harmful"], keys[1])
+        return upper + s.joint_weight * lower, m_lower | m_upper
+
+    def joint_step(state, frozen, batch, key):
+        grads, metrics = jax.grad(joint_loss, has_aux=True)(
+            state.params, frozen, batch, _keys(key, state)
+        )
+        updates, opt = tx.update(grads, state.opt["upper"], state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"upper/grad_norm": optax.global_norm(grads)}
+        return _next(state, params, state.opt["lower"], opt), metrics
+
+    return joint_step
+
+
+def _keys(base_key, state: State):
+    return jax.random.split(jax.random.fold_in(base_key, state.step))
+
+
+def _next(state: State, params, opt_lower, opt_upper) -> State:
+    opt = {"lower": opt_lower, "upper": opt_upper}
+    return state.replace(step=state.step + 1, params=params, opt=opt)
