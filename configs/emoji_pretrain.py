@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes emoji-sd, the Stable Diffusion in miniature that ships with the package.
 
-    python -m gift_jax.pretrain --config configs/emoji_pretrain.py --workdir runs/pretrain
+    python -m gift_jax.pretrain --config configs/emoji_pretrain.py --workdir RUN
 
 Hardware: two CPU cores. Cost and result: docs/emoji_sd.md. Every constant is ours.
 """
@@ -50,6 +50,29 @@ def get_config(variant: str = "") -> ConfigDict:
     c.vae.shift = 4
     c.vae.scale = 0.1
 
+    c.decoder = ConfigDict()  # the VAE's decoder, trained on with the encoder frozen
+    c.decoder.steps = 1200
+    c.decoder.batch = 24
+    c.decoder.lr = 1e-3
+    c.decoder.weight_decay = 0.0
+    c.decoder.ema = 0.99
+    c.decoder.squared = 4.0
+    c.decoder.flip = 0.5
+    c.decoder.shift = 4
+    c.decoder.scale = 0.1
+
+    c.judge = ConfigDict()  # CLIP's image tower, trained on with the text tower frozen
+    c.judge.steps = 3000
+    c.judge.batch = 96
+    c.judge.lr = 1e-3
+    c.judge.weight_decay = 0.05
+    c.judge.ema = 0.995
+    c.judge.logit_scale = 30.0
+    c.judge.style_weight = 0.3
+    c.judge.flip = 0.5
+    c.judge.shift = 4
+    c.judge.scale = 0.1
+
     c.unet = ConfigDict()
     c.unet.steps = 4000
     c.unet.batch = 64
@@ -65,7 +88,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.unet.scale = 0.05
 
     if variant == "smoke":
-        for stage in ("clip", "vae", "unet"):
+        for stage in ("clip", "vae", "decoder", "judge", "unet"):
             c[stage].steps = 2
             c[stage].batch = 8
         c.unet.variants = 2

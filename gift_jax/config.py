@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_dict
 
 
 class UserError(ValueError):
-    """A mistake in the config, the flags or the input; shown as one line, exit code 2."""
+    """A mistake in the config, flags or input: one line on stderr, exit code 2."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,7 +107,10 @@ def choice(field: str, value: str, choices: Sequence[str]) -> str:
     """Returns value if it is one of choices, else raises a UserError that lists them."""
     if value in choices:
         return value
-    raise UserError(f"{field}={value!r} is not one of: {', '.join(choices)}")
+    close = difflib.get_close_matches(value, choices, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    listed = ", ".join(choices[:12]) + (" ..." if len(choices) > 12 else "")
+    raise UserError(f"{field}={value!r} is not one of: {hint}{listed}")
 
 
 def at_least(field: str, value: float, low: float) -> None:
@@ -229,7 +232,9 @@ def _raise(value: str) -> NoReturn:
 def _unknown(cfg: ConfigDict, field: str) -> str:
     known = list(cfg.to_dict() if not cfg else _flat(cfg.to_dict()))
     close = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-    hint = f"did you mean config.{close[0]}?" if close else f"fields: {', '.join(known)}"
+    hint = (
+        f"did you mean config.{close[0]}?" if close else f"fields: {', '.join(known)}"
+    )
     return f"config.{field} is no field of this config; {hint}"
 
 

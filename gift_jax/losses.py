@@ -60,7 +60,9 @@ def target(z_BCHW, eps_BCHW, abar_B, prediction_type: str):
     if prediction_type == "v_prediction":
         abar = per_example(abar_B, z_BCHW)
         return jnp.sqrt(abar) * eps_BCHW - jnp.sqrt(1.0 - abar) * z_BCHW
-    raise ValueError(f"prediction_type={prediction_type!r} is not epsilon or v_prediction")
+    raise ValueError(
+        f"prediction_type={prediction_type!r} is not epsilon or v_prediction"
+    )
 
 
 def squared_error(prediction, wanted):

@@ -3,12 +3,15 @@
 
     python -m gift_jax.pretrain --config configs/emoji_pretrain.py --workdir RUN
 
-Four stages, each resumed where it was stopped: tokenizer, CLIP, VAE, UNet. The result,
-RUN/emoji-sd (a diffusers folder) and RUN/judge (the CLIP), is written at the end.
+Stages, each resumed where it was stopped: tokenizer; CLIP; VAE; UNet, on the latents
+of the one and the text states of the other; the judge, CLIP's image tower trained on
+against all names; the VAE's decoder trained on. The result, RUN/emoji-sd (a diffusers
+folder) and RUN/judge (the CLIP), is written at the end.
 """
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +21,16 @@ from absl import logging
 
 from gift_jax import config, loop, sharding
 from gift_jax.data import captions, emoji, pipeline
+from gift_jax.metrics import judge
 from gift_jax.models import hooks, weights
 from gift_jax.pretraining import clip as clip_stage
+from gift_jax.pretraining import judge as judge_stage
 from gift_jax.pretraining import tokenizer as tokenizer_stage
 from gift_jax.pretraining import unet as unet_stage
 from gift_jax.pretraining import vae as vae_stage
+
+STAGES = ("clip", "vae", "unet", "judge", "decoder")
+STORED = "float16"  # dtype of the files: half the size, 0.05% relative rounding
 
 
 def run(cfg, workdir: pathlib.Path) -> None:
@@ -30,14 +38,14 @@ def run(cfg, workdir: pathlib.Path) -> None:
     mesh = sharding.start(cfg.cpu_devices)
     pictures = emoji.load()
     words = _tokenizer(cfg, workdir, pictures)
-    clip_config, clip_params = _clip(cfg, workdir, pictures, words, mesh)
-    vae_config, vae_params = _vae(cfg, workdir, pictures, mesh)
-    _write_base(workdir, clip_config, clip_params, vae_config, vae_params)
-    unet_config, unet_params = _unet(
-        cfg, workdir, pictures, words, (clip_config, clip_params), (vae_config, vae_params), mesh
-    )
+    clip = _clip(cfg, workdir, pictures, words, mesh)
+    vae = _vae(cfg, workdir, pictures, mesh)
+    unet_config, unet_params = _unet(cfg, workdir, pictures, words, clip, vae, mesh)
+    clip = (clip[0], _judge(cfg, workdir, pictures, words, clip, mesh))
+    vae = (vae[0], _decoder(cfg, workdir, pictures, vae, mesh))
+    _write_base(workdir, *clip, *vae)
     weights.save_model_folder(
-        workdir / "emoji-sd" / "unet", unet_config, unet_params, dtype="float16"
+        workdir / "emoji-sd" / "unet", unet_config, unet_params, dtype=STORED
     )
     logging.info("wrote %s", workdir / "emoji-sd")
 
@@ -64,7 +72,7 @@ def _train(name, cfg, workdir, mesh, params, make_step, source, frozen=None):
         make_step(tx),
         sharding.replicate(mesh, frozen or {}),
         batches,
-        jax.random.fold_in(jax.random.key(cfg.seed), len(name)),
+        jax.random.fold_in(jax.random.key(cfg.seed), STAGES.index(name)),
         options=loop.Options(
             steps=stage.steps,
             log_every=cfg.log_every,
@@ -137,7 +145,11 @@ def _vae(cfg, workdir, pictures, mesh):
     model = hooks.build_vae(model_config)
 
     def init(key):
-        names = dict(zip(("params", "dropout", "gaussian"), jax.random.split(key, 3)))
+        names = dict(
+            zip(
+                ("params", "dropout", "gaussian"), jax.random.split(key, 3), strict=True
+            )
+        )
         return model.init(names, jnp.zeros((1, 3, 64, 64)))["params"]
 
     source = _source(pictures, ~pictures.held_out)
@@ -151,6 +163,53 @@ def _vae(cfg, workdir, pictures, mesh):
         source,
     )
     return {**model_config, "scaling_factor": _scale(model, params, pictures)}, params
+
+
+def _decoder(cfg, workdir, pictures, vae, mesh):
+    """Returns the VAE's parameters with its decoder trained on."""
+    model_config, params = vae
+    model = hooks.build_vae(model_config)
+    trained = {name: params[name] for name in ("decoder", "post_quant_conv")}
+    frozen = {name: params[name] for name in params if name not in trained}
+    trained = _train(
+        "decoder",
+        cfg,
+        workdir,
+        mesh,
+        trained,
+        lambda tx: vae_stage.make_decoder_step(model, tx, cfg.decoder),
+        _source(pictures, ~pictures.held_out),
+        {"encoder": frozen},
+    )
+    return {**params, **trained}
+
+
+def _judge(cfg, workdir, pictures, words, clip, mesh):
+    """Returns CLIP's parameters with its image tower trained on."""
+    model_config, params = clip
+    model = hooks.build_clip(model_config)
+    project = jax.jit(lambda p, ids: hooks.apply_clip_text(model, p, ids))
+
+    def embed(texts):
+        ids = words(
+            texts, padding="max_length", truncation=True, max_length=cfg.clip.tokens
+        ).input_ids
+        return np.asarray(project(params, np.asarray(ids, np.int32)))
+
+    names = judge.name_embeddings(embed, pictures.concepts, pictures.styles)
+    trained = {name: params[name] for name in judge_stage.TRAINED}
+    frozen = {name: params[name] for name in params if name not in trained}
+    trained = _train(
+        "judge",
+        cfg,
+        workdir,
+        mesh,
+        trained,
+        lambda tx: judge_stage.make_step(model, tx, cfg.judge),
+        _source(pictures, ~pictures.held_out),
+        {"clip": frozen, **names},
+    )
+    return {**params, **trained}
 
 
 def _scale(model, params, pictures) -> float:
@@ -182,12 +241,14 @@ def _unet(cfg, workdir, pictures, words, clip, vae, mesh):
     latents = unet_stage.augmented_latents(
         jax.random.key(cfg.seed + 2), encode, pictures, rows, cfg.unet
     )
-    source = pipeline.ArraySource({**latents, "caption": np.arange(len(rows), dtype=np.int32)})
+    source = pipeline.ArraySource(
+        {**latents, "caption": np.arange(len(rows), dtype=np.int32)}
+    )
     text, empty = _text_states(cfg, clip_config, clip_params, words, pictures, rows)
 
     def init(key):
         z = jnp.zeros((1, cfg.vae.latent_channels, size, size))
-        names = dict(zip(("params", "dropout"), jax.random.split(key)))
+        names = dict(zip(("params", "dropout"), jax.random.split(key), strict=True))
         return model.init(names, z, jnp.zeros(1, jnp.int32), empty[None])["params"]
 
     params = _train(
@@ -216,7 +277,10 @@ def _text_states(cfg, clip_config, clip_params, words, pictures, rows):
         return np.asarray(encode(params, np.asarray(ids, np.int32)))
 
     names = [
-        (pictures.concepts[pictures.concept_ids[r]], pictures.styles[pictures.style_ids[r]])
+        (
+            pictures.concepts[pictures.concept_ids[r]],
+            pictures.styles[pictures.style_ids[r]],
+        )
         for r in rows
     ]
     text = [states([captions.fill(t, *n) for n in names]) for t in captions.TEMPLATES]
@@ -228,17 +292,17 @@ def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> No
     folder = workdir / "emoji-sd"
     text_config = {
         "architectures": ["CLIPTextModel"],
-        "torch_dtype": "float16",
+        "torch_dtype": STORED,
         **clip_config["text_config"],
     }
     text_params = {"text_model": clip_params["text_model"]}
     weights.save_model_folder(
-        folder / "text_encoder", text_config, text_params, dtype="float16"
+        folder / "text_encoder", text_config, text_params, dtype=STORED
     )
-    weights.save_model_folder(folder / "vae", vae_config, vae_params, dtype="float16")
-    weights.save_model_folder(
-        workdir / "judge", clip_config, clip_params, dtype="float16"
-    )
+    weights.save_model_folder(folder / "vae", vae_config, vae_params, dtype=STORED)
+    weights.save_model_folder(workdir / "judge", clip_config, clip_params, dtype=STORED)
+    for file in (folder / "tokenizer").iterdir():  # the judge stands alone
+        shutil.copy(file, workdir / "judge" / file.name)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(unet_stage.scheduler_config(), indent=2) + "\n"

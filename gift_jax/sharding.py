@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices: one mesh over which batches are divided and everything else is repeated."""
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -11,12 +13,17 @@ from gift_jax.config import UserError
 def start(cpu_devices: int = 1) -> Mesh:
     """Returns the mesh over all devices; call before anything else touches JAX.
 
+    Also turns on the persistent compilation cache, in ~/.cache/gift_jax or the folder
+    that GIFT_JAX_CACHE names: a second run compiles nothing.
+
     Args: cpu_devices: into how many devices to divide a machine without accelerator.
       One a core trains faster than one for all: XLA leaves many operations on one
       thread.
     """
     if cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+    cache = os.environ.get("GIFT_JAX_CACHE", os.path.expanduser("~/.cache/gift_jax"))
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
     return Mesh(np.asarray(jax.devices()), ("data",))
 
 

@@ -6,6 +6,7 @@
 (`is_held_out`) and which things the UNet knows (`known_concepts`) are fixed here.
 """
 
+import csv
 import dataclasses
 import functools
 import io
@@ -64,6 +65,13 @@ def known_concepts():
     lines = (ASSETS / "known.txt").read_text(encoding="utf-8").splitlines()
     names = (line.split("#")[0].strip() for line in lines)
     return tuple(sorted(name for name in names if name))
+
+
+@functools.cache
+def all_concepts():
+    """Returns the 480 names, sorted, without reading the pictures."""
+    with open(ASSETS / "metadata.csv", newline="", encoding="utf-8") as file:
+        return tuple(sorted({row["concept"] for row in csv.DictReader(file)}))
 
 
 def unseen_concepts(concepts):

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion loss of a batch of cached pairs: what every method and attack shares."""
+"""The diffusion loss of a batch of cached pairs, shared by methods and attacks."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gift_jax import losses
 
@@ -55,5 +54,3 @@ class Denoiser:
         out, hiddens = self.predict(unet_params, z_t, t, text, capture)
         wanted = losses.target(z, eps, abar, self.prediction_type)
         return losses.squared_error(out, wanted), hiddens
-
-

@@ -70,7 +70,7 @@ def make_lower_loss(denoiser: Denoiser) -> Loss:
 
 
 def make_upper_loss(denoiser: Denoiser, s: Settings) -> Loss:
-    """Returns the upper level's objective on a batch of malicious pairs, to minimise."""
+    """Returns the upper level's objective on malicious pairs, to minimise."""
     capture = s.layers if s.beta else ()
 
     def upper_loss(params, frozen, batch, key):

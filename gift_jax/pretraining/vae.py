@@ -45,15 +45,7 @@ def make_step(vae, tx: optax.GradientTransformation, cfg) -> loop.Step:
         del frozen
         key = jax.random.fold_in(key, state.step)
         k_augment, k_posterior = jax.random.split(key)
-        batch = batch["train"]
-        x_BHWC = augment.augment(
-            k_augment,
-            batch["image"].astype(jnp.float32) / 127.5 - 1.0,
-            batch["may_flip"],
-            flip=cfg.flip,
-            shift=cfg.shift,
-            scale=cfg.scale,
-        )
+        x_BHWC = _augmented(k_augment, batch["train"], cfg)
         x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), grads = grad_fn(state.params, x_BCHW, k_posterior)
@@ -66,6 +58,52 @@ def make_step(vae, tx: optax.GradientTransformation, cfg) -> loop.Step:
         return state, {"vae/loss": loss, **metrics}
 
     return step
+
+
+def make_decoder_step(vae, tx: optax.GradientTransformation, cfg) -> loop.Step:
+    """Returns a step that trains the decoder alone, the latents staying what they are.
+
+    So a UNet trained on them stays valid, as with Stable Diffusion's own ft-MSE
+    decoders. state.params: decoder and post_quant_conv; frozen: {"encoder": the rest}.
+    """
+
+    def loss_fn(params, frozen, x_BCHW, key):
+        every = {**frozen["encoder"], **params}
+        mean, logvar = hooks.apply_vae_encode(vae, every, x_BCHW, conv="xla")
+        z = mean + jnp.exp(0.5 * logvar) * losses.normal_like(key, mean)
+        z = jax.lax.stop_gradient(z)
+        error = hooks.apply_vae_decode(vae, every, z, conv="xla") - x_BCHW
+        l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+        metrics = {"decoder/l1": l1, "decoder/psnr_db": psnr(l2)}
+        return l1 + cfg.squared * l2, metrics
+
+    def step(state, frozen, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        k_augment, k_posterior = jax.random.split(key)
+        x_BHWC = _augmented(k_augment, batch["train"], cfg)
+        x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), grads = grad_fn(state.params, frozen, x_BCHW, k_posterior)
+        updates, opt = tx.update(grads, state.opt["decoder"], state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - cfg.ema)
+        state = state.replace(
+            step=state.step + 1, params=params, opt={"decoder": opt}, ema=ema
+        )
+        return state, {"decoder/loss": loss, **metrics}
+
+    return step
+
+
+def _augmented(key, batch, cfg):
+    return augment.augment(
+        key,
+        batch["image"].astype(jnp.float32) / 127.5 - 1.0,
+        batch["may_flip"],
+        flip=cfg.flip,
+        shift=cfg.shift,
+        scale=cfg.scale,
+    )
 
 
 def psnr(squared_error):

@@ -131,7 +131,9 @@ def test_matmul_convolution_equals_xla(rng, kernel, stride, padding):
         return jnp.sum(jnp.sin(apply(params, x, how)))
 
     ours, theirs = (jax.grad(loss)(params, how) for how in ("matmul", "xla"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 2e-6, 3e-5), ours, theirs
+    )
 
 
 def test_auto_convolution_keeps_large_images_with_xla():
@@ -207,10 +209,10 @@ def test_exact_refuses_unknown_options():
 
 def test_only_the_deprecation_line_is_silenced(caplog):
     logger = logging.getLogger("diffusers.models.attention_flax")
-    logger.addHandler(caplog.handler)  # diffusers' loggers do not propagate
+    logger.addHandler(caplog.handler)  # whether they propagate depends on the version
     try:
         logger.warning("Flax classes are deprecated and will be removed in v0.40.0.")
         logger.warning("something else")
     finally:
         logger.removeHandler(caplog.handler)
-    assert caplog.messages == ["something else"]
+    assert set(caplog.messages) == {"something else"}

@@ -19,7 +19,8 @@ def test_load_describes_the_model(tiny):
 
 def test_load_casts_to_the_dtype_asked_for(tiny_folder):
     model = stable_diffusion.load(tiny_folder, jnp.bfloat16)
-    assert {a.dtype for a in jax.tree.leaves(model.params)} == {jnp.bfloat16}
+    dtypes = {a.dtype for a in jax.tree.leaves(model.params)}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
     states = stable_diffusion.encode_prompts(model, ["a dog"])
     assert states.dtype == jnp.float32
 
