@@ -104,7 +104,7 @@ def variant(config: ConfigDict, name: str, **variants: dict[str, Any]) -> Config
 
 
 def choice(field: str, value: str, choices: Sequence[str]) -> str:
-    """Returns value if it is one of choices, else raises a UserError that lists them."""
+    """Returns value if it is one of choices, else raises a UserError listing them."""
     if value in choices:
         return value
     close = difflib.get_close_matches(value, choices, n=1)
