@@ -117,7 +117,13 @@ def optimizer(level: Any, steps: int, field: str) -> optax.GradientTransformatio
     if warmup:
         rise = optax.linear_schedule(0.0, level.lr, warmup)
         rate = optax.join_schedules([rise, rate], [warmup])
-    adamw = optax.adamw(rate, level.b1, level.b2, weight_decay=level.weight_decay)
+    adamw = optax.adamw(
+        rate,
+        level.b1,
+        level.b2,
+        eps_root=1e-20,  # or the unrolled gradient is NaN wherever this one is 0
+        weight_decay=level.weight_decay,
+    )
     if not level.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(level.clip_norm), adamw)

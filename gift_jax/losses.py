@@ -65,10 +65,21 @@ def target(z_BCHW, eps_BCHW, abar_B, prediction_type: str):
     )
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns x in float32, or as it is if it is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def squared_error(prediction, wanted):
     """Returns the mean square error of each example, float32 "B"."""
-    error = jnp.square(prediction.astype(jnp.float32) - wanted.astype(jnp.float32))
+    error = jnp.square(at_least_float32(prediction) - at_least_float32(wanted))
     return jnp.mean(error, axis=tuple(range(1, error.ndim)))
+
+
+def global_norm(tree) -> jax.Array:
+    """Returns the Euclidean norm over all leaves of a pytree, a scalar."""
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros(())))
 
 
 BOUNDS = ("hinge", "log", "raw")
@@ -106,11 +117,11 @@ def noise_target(key: jax.Array, h_BND: jax.Array, kind: str) -> jax.Array:
     Raises: ValueError for an unknown kind.
     Source: GIFT (arXiv:2507.13598) leaves the choice open; RepNoise, arXiv:2405.14577.
     """
-    noise = normal_like(key, h_BND.astype(jnp.float32))
+    noise = normal_like(key, at_least_float32(h_BND))
     if kind == "standard":
         return noise
     if kind == "matched":
-        h = jax.lax.stop_gradient(h_BND.astype(jnp.float32))
+        h = jax.lax.stop_gradient(at_least_float32(h_BND))
         axes = tuple(range(h.ndim - 1))
         mean = jnp.mean(h, axes, keepdims=True)
         return mean + jnp.std(h, axes, keepdims=True) * noise
@@ -125,7 +136,7 @@ def mmd(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
     a constant.
     Source: Gretton et al. 2012, eq. 5 (biased); the kernels are RepNoise's.
     """
-    x_ND, y_ND = x_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
+    x_ND, y_ND = at_least_float32(x_ND), at_least_float32(y_ND)
     both = jnp.concatenate([x_ND, y_ND])
     square = jnp.sum(jnp.square(both), axis=-1)
     gram = both @ both.T

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
+from gift_jax import losses
 from gift_jax.config import UserError
 from gift_jax.loop import Step
 from gift_jax.methods.denoise import Denoiser
@@ -86,7 +87,7 @@ def make_step(
         )
         updates, opt = tx.update(grads, state.opt["attack"], state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"attack/loss": loss, "attack/grad_norm": optax.global_norm(grads)}
+        metrics = {"attack/loss": loss, "attack/grad_norm": losses.global_norm(grads)}
         state = state.replace(step=state.step + 1, params=params, opt={"attack": opt})
         return state, metrics
 

@@ -101,7 +101,7 @@ def make_level(name: str, loss: Loss, tx: optax.GradientTransformation) -> Calla
         grad_fn = jax.value_and_grad(loss, has_aux=True)
         (_, metrics), grads = grad_fn(params, frozen, batch, key)
         updates, opt = tx.update(grads, opt, params)
-        metrics = metrics | {f"{name}/grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {f"{name}/grad_norm": losses.global_norm(grads)}
         return optax.apply_updates(params, updates), opt, metrics
 
     return update
@@ -123,7 +123,8 @@ def make_levels(update: Callable, steps: int) -> Callable:
             return (params, opt), metrics
 
         parts = jax.tree.map(lambda a: a.reshape(steps, -1, *a.shape[1:]), batch)
-        keys = jax.random.split(key, steps)
+        # One update uses the key itself, as the unrolled and the joint gradient do.
+        keys = jax.random.split(key, steps) if steps > 1 else key[None]
         if steps == 1:  # no loop: faster on CPU, and easier to read in a profile
             first = jax.tree.map(lambda a: a[0], (parts, keys))
             (params, opt), metrics = body((params, opt), first)
@@ -200,7 +201,7 @@ def _unrolled_step(lower, upper_loss, tx_upper) -> Step:
         )
         updates, opt_upper = tx_upper.update(grads, state.opt["upper"], params)
         params = optax.apply_updates(params, updates)
-        metrics = metrics | {"upper/grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"upper/grad_norm": losses.global_norm(grads)}
         return _next(state, params, opt_lower, opt_upper), metrics
 
     return unrolled_step
@@ -218,7 +219,7 @@ def _joint_step(lower_loss, upper_loss, s: Settings, tx) -> Step:
         )
         updates, opt = tx.update(grads, state.opt["upper"], state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"upper/grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"upper/grad_norm": losses.global_norm(grads)}
         return _next(state, params, state.opt["lower"], opt), metrics
 
     return joint_step
