@@ -6,10 +6,10 @@
 Hardware: two CPU cores. Cost and result: docs/emoji_sd.md. Every constant is ours.
 """
 
-from ml_collections import ConfigDict
+from gift_jax.config import ConfigDict, variant
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(name: str = "") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.cpu_devices = 2  # how many devices to make of a machine without accelerator
@@ -87,12 +87,21 @@ def get_config(variant: str = "") -> ConfigDict:
     c.unet.shift = 2
     c.unet.scale = 0.05
 
-    if variant == "smoke":
-        for stage in ("clip", "vae", "decoder", "judge", "unet"):
-            c[stage].steps = 2
-            c[stage].batch = 8
-        c.unet.variants = 2
-        c.cpu_devices = 1
-    elif variant:
-        raise ValueError(f"unknown variant {variant!r}; there is: smoke")
-    return c
+    smoke = {
+        f"{stage}.steps": 2 for stage in ("clip", "vae", "unet", "judge", "decoder")
+    }
+    smoke |= {
+        f"{stage}.batch": 8 for stage in ("clip", "vae", "unet", "judge", "decoder")
+    }
+    smoke |= {
+        "cpu_devices": 1,
+        "clip.text_width": 32,
+        "clip.text_layers": 1,
+        "clip.image_width": 32,
+        "clip.image_layers": 1,
+        "clip.embedding": 32,
+        "vae.channels": (32, 32, 32, 32),
+        "unet.channels": (32, 64),
+        "unet.variants": 2,
+    }
+    return variant(c, name, smoke=smoke)

@@ -220,9 +220,7 @@ def test_hypergradient_equals_finite_differences(x64, toy_factory, name, inner_s
 
 def test_unrolled_without_inner_steps_is_first_order(toy):
     def after(gradient, inner_steps):
-        state, step = toy.step(
-            gradient=gradient, inner_steps=inner_steps, cap=100.0
-        )
+        state, step = toy.step(gradient=gradient, inner_steps=inner_steps, cap=100.0)
         return jax.device_get(step(state, toy.frozen, toy.batch, KEY)[0].params)
 
     assert_identical(after("unrolled", 0), after("first_order", 0))
