@@ -30,7 +30,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-            item_names=("state", "data"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest_step(self) -> int | None:
@@ -62,19 +65,20 @@ class Checkpoints:
         """
         step = self.latest_step() if step is None else step
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            text = " ".join(str(error).split())[:300]
+        self._manager.wait_until_finished()
+        saved = self._manager.item_metadata(step)["state"].tree
+        differs = _differences(_shapes(saved), _shapes(target))
+        if differs:  # Orbax would say so too, after it has started reading
             raise UserError(
-                f"checkpoint {self.folder}/{step} does not fit this config ({text}); "
+                f"checkpoint {self.folder}/{step} does not fit this config: {differs}; "
                 "use another --workdir"
-            ) from error
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+            ),
+        )
         logging.info("restored step %d from %s", step, self.folder)
         return restored["state"], restored["data"]
 
@@ -82,6 +86,35 @@ class Checkpoints:
         """Waits until every save is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns "params/a/kernel" -> shape; the same for a state and its metadata."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_path(keys): tuple(leaf.shape) for keys, leaf in leaves}
+
+
+def _path(keys) -> str:
+    names = ("name", "key", "idx")
+    return "/".join(
+        str(next(getattr(k, n) for n in names if hasattr(k, n))) for k in keys
+    )
+
+
+def _differences(saved: dict, wanted: dict) -> str:
+    parts = []
+    for what, names in (
+        ("missing", sorted(wanted.keys() - saved.keys())),
+        ("unexpected", sorted(saved.keys() - wanted.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{what} {', '.join(names[:3])}{more}")
+    for name in sorted(wanted.keys() & saved.keys()):
+        if wanted[name] != saved[name]:
+            parts.append(f"{name} is {list(saved[name])}, not {list(wanted[name])}")
+            break
+    return "; ".join(parts)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

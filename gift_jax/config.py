@@ -83,7 +83,10 @@ def load(spec: str) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={path} is no Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--config={path}, line {error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path} defines no get_config(variant)")
     try:
@@ -134,7 +137,11 @@ def prepare_workdir(
     if base:
         new["base_sha256"] = base
     if path.exists():
-        changed = _differences(json.loads(path.read_text()), new)
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); delete it") from error
+        changed = _differences(old, new)
         if changed:
             raise UserError(
                 f"--workdir={workdir} holds a run of another config ({changed}); "
@@ -147,9 +154,7 @@ def prepare_workdir(
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
-    handler = std_logging.FileHandler(workdir / "log.txt")
-    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
-    logging.get_absl_logger().addHandler(handler)
+    _log_to_file(workdir / "log.txt")
     logging.info("config %s", json.dumps(new, sort_keys=True))
     return workdir
 
@@ -173,6 +178,16 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _log_to_file(path: pathlib.Path) -> None:
+    logger = logging.get_absl_logger()
+    for old in [h for h in logger.handlers if isinstance(h, std_logging.FileHandler)]:
+        logger.removeHandler(old)  # of an earlier run of this process
+        old.close()
+    handler = std_logging.FileHandler(path)
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
 
 
 def _log_to_stderr() -> None:
@@ -252,12 +267,16 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 _PACE = ("steps", "log_every", "checkpoint_every", "keep")
 
 
+def _is_pace(name: str) -> bool:
+    return name.split(".")[-1] in _PACE and not name.startswith("samples.")
+
+
 def _differences(old: dict, new: dict) -> str:
     old, new = _flat(old), _flat(new)
     changed = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.split(".")[-1] not in _PACE
+        if old.get(name) != new.get(name) and not _is_pace(name)
     ]
     return "; ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
 

@@ -138,7 +138,7 @@ def run(
         compiled = compile_step(step_fn)
         with (
             _signals() as received,
-            MetricsLog(workdir, start) as log,
+            MetricsLog(workdir, start, store.latest_step) as log,
             progress.bar(options.name, options.steps, start) as bar,
         ):
             clock = time.perf_counter()
@@ -152,13 +152,17 @@ def run(
                     logging.info("%s: first step took %.1f s", options.name, seconds)
                 last = done == options.steps
                 stop = bool(received)
-                if done % options.log_every == 0 or last or stop or store.due(done):
+                if done % options.log_every == 0 or last or store.due(done):
                     log.write(done, metrics, _batch_size(batch))
+                elif stop:  # no line that a run without a stop would not have
+                    log.check(done, metrics)
                 bar.update(done, log.latest)
                 if last or stop or store.due(done):
                     store.save(done, state, batches.get_state())
-                if stop and not last:
-                    raise StoppedBySignal(received[0])
+                if stop:
+                    break
+            if received:
+                raise StoppedBySignal(received[0])
     return state
 
 
@@ -167,12 +171,20 @@ class MetricsLog:
 
     Lines of steps after `start` (of a run that was stopped between a logged step
     and its checkpoint) are dropped, so that a resumed run repeats none.
+
+    Args: last_good: returns the newest checkpoint's step, or None, for errors.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        last_good: Callable[[], int | None] = lambda: None,
+    ):
         self._path = workdir / "metrics.jsonl"
         self._workdir = workdir
         self._start = start
+        self._last_good = last_good
         self._since = (start, time.perf_counter())
         self.latest: dict[str, float] = {}
 
@@ -180,7 +192,7 @@ class MetricsLog:
         import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
 
         old = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= self._start]
+        kept = [line for line in old if _step_of(line) <= self._start]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self._path)
@@ -190,15 +202,22 @@ class MetricsLog:
         )
         return self
 
-    def write(self, step: int, metrics: Metrics, batch_size: int) -> None:
-        """Fetches, checks and writes one step's metrics (the only host copy)."""
+    def check(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Fetches one step's metrics (the only host copy); NonFiniteError if one is."""
         values = {name: float(v) for name, v in jax.device_get(metrics).items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
+            last = self._last_good()
+            good = "no checkpoint yet" if last is None else f"last checkpoint: {last}"
             raise NonFiniteError(
-                f"step {step}: {bad[0]} is {values[bad[0]]}; the last checkpoint "
-                "before it is intact. Lower the learning rate or bound the ascent."
+                f"step {step}: {bad[0]} is {values[bad[0]]} ({good}). "
+                "Lower the learning rate or bound the ascent."
             )
+        return values
+
+    def write(self, step: int, metrics: Metrics, batch_size: int) -> None:
+        """Fetches, checks and writes one step's metrics."""
+        values = self.check(step, metrics)
         (old_step, old_time), now = self._since, time.perf_counter()
         if step > old_step:
             seconds = (now - old_time) / (step - old_step)
@@ -237,6 +256,13 @@ def _signals():
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a process that was killed as it wrote
+        return math.inf
 
 
 def _batch_size(batch: Any) -> int:

@@ -5,6 +5,7 @@ import os
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gift_jax.config import UserError
@@ -20,8 +21,13 @@ def start(cpu_devices: int = 1) -> Mesh:
       One a core trains faster than one for all: XLA leaves many operations on one
       thread.
     """
+    if cpu_devices < 1:
+        raise UserError(f"config.cpu_devices={cpu_devices} must be at least 1; try 1")
     if cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
+        try:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+        except RuntimeError:  # JAX has started already, with what it has
+            logging.warning("cpu_devices=%d comes too late: ignored", cpu_devices)
     cache = os.environ.get("GIFT_JAX_CACHE", os.path.expanduser("~/.cache/gift_jax"))
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
     return Mesh(np.asarray(jax.devices()), ("data",))

@@ -38,8 +38,9 @@ def init(
     """
     if rank < 1:
         raise UserError(f"config.lora.rank={rank} must be at least 1; try 4")
-    for target in targets:
-        if not any(f"/{target}/kernel" in path for path in unet_params):
+    for target in targets or ("",):
+        pattern = re.compile(rf"/attn[12]/{re.escape(target)}/kernel$")
+        if not any(pattern.search(path) for path in unet_params):
             names = ", ".join(TARGETS)
             raise UserError(
                 f"config.lora.targets: no attention projection is called {target!r}; "

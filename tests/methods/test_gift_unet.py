@@ -18,7 +18,7 @@ KEY = jax.random.key(21)
 SETTINGS = {
     "mse": gift.Settings(beta=0.5, bound="log"),
     "mmd": gift.Settings(
-        beta=0.5, cap=1.2, noise_target="matched", distance="mmd", bound="hinge"
+        beta=0.5, cap=1.44, noise_target="matched", distance="mmd", bound="hinge"
     ),
 }
 

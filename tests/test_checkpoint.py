@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what goes in comes out, and what does not fit is refused."""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gift_jax import checkpoint, loop
+from gift_jax.config import UserError
+
+
+def make_state(value=1.0, size=3):
+    params = {"a/kernel": jnp.full((size, 2), value), "b": jnp.arange(4.0) + value}
+    tx = optax.adam(1e-3)
+    return loop.init_state(params, {"lower": tx.init(params), "upper": tx.init(params)})
+
+
+@pytest.fixture
+def store(tmp_path):
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "c", keep=2)) as store:
+        yield store
+
+
+def test_restore_returns_what_was_saved(store, tmp_path):
+    state = make_state(2.5).replace(step=jnp.int32(7))
+    store.save(7, state, {"safe": {"next_index": 21}})
+    store.close()
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "c")) as again:
+        assert again.latest_step() == 7
+        restored, data = again.restore(make_state(0.0))
+    assert data == {"safe": {"next_index": 21}}
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for ours, saved in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(state), strict=True
+    ):
+        assert ours.dtype == saved.dtype
+        np.testing.assert_array_equal(ours, saved)
+
+
+def test_a_new_folder_has_no_checkpoint(store):
+    assert store.latest_step() is None
+
+
+def test_only_the_newest_are_kept(store):
+    for step in (1, 2, 3):
+        store.save(step, make_state(float(step)), {})
+    store.close()
+    folders = {p.name for p in store.folder.iterdir()}
+    assert folders == {"2", "3"}
+
+
+def test_an_older_checkpoint_can_be_asked_for(store):
+    for step in (1, 2):
+        store.save(step, make_state(float(step)), {"at": step})
+    state, data = store.restore(make_state(0.0), step=1)
+    assert data == {"at": 1}
+    np.testing.assert_array_equal(state.params["a/kernel"], 1.0)
+
+
+def test_schedule(tmp_path):
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, every=50)) as store:
+        assert [s for s in range(1, 151) if store.due(s)] == [50, 100, 150]
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, every=0)) as store:
+        assert not any(store.due(s) for s in range(1, 151))
+
+
+def test_saving_is_not_disturbed_by_donation(store):
+    state = make_state(1.0, size=2**20)
+    wreck = jax.jit(lambda s: jax.tree.map(lambda a: a * 0 - 1, s), donate_argnums=0)
+    saved = jax.device_get(jax.tree.map(jnp.copy, state))
+    store.save(1, state, {})
+    wrecked = state
+    for _ in range(3):
+        wrecked = wreck(wrecked)
+    assert float(wrecked.params["b"][0]) == -1
+    restored, _ = store.restore(make_state(0.0, size=2**20))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), saved)
+
+
+def test_checkpoint_of_another_shape_is_refused(store):
+    store.save(4, make_state(size=3), {})
+    with pytest.raises(UserError, match=r"/4 does not fit.* is \[3, 2\], not \[5, 2\].*--workdir") as e:
+        store.restore(make_state(size=5))
+    assert "\n" not in str(e.value)
+
+
+def test_checkpoint_of_other_parameters_is_refused(store):
+    store.save(4, make_state(), {})
+    other = make_state()
+    other.params["c"] = other.params.pop("b")
+    message = "missing params/c; unexpected params/b; use another --workdir"
+    with pytest.raises(UserError, match=message) as e:
+        store.restore(other)
+    assert "\n" not in str(e.value)
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "sub" / "a.json"
+    checkpoint.write_json(path, {"b": 1, "a": [1, 2]})
+    checkpoint.write_json(path, {"b": 2})
+    assert json.loads(path.read_text()) == {"b": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: metrics, checkpoints, signals, resuming. The job is a small quadratic."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+from jax.sharding import Mesh
+
+from gift_jax import checkpoint, loop, progress, sharding
+from gift_jax.config import UserError
+
+KEY = jax.random.key(1)
+TX = optax.adam(0.1)
+ROOT = pathlib.Path(loop.__file__).parents[1]
+
+
+class Counter:
+    """A data iterator: batches of its own position; calls `at[position]` if there."""
+
+    def __init__(self, at=None):
+        self.position = 0
+        self._at = at or {}
+
+    def __next__(self):
+        self.position += 1
+        if self.position in self._at:
+            self._at[self.position]()
+        return {"x": np.full((4, 3), self.position, np.float32)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def quadratic(state, frozen, batch, key):
+    """Follows the data, with noise drawn from the key and the step."""
+    key = jax.random.fold_in(key, state.step)
+
+    def loss_fn(params):
+        noise = 0.1 * jax.random.normal(key, params["w"].shape)
+        wanted = jnp.mean(batch["train"]["x"], axis=0) + noise
+        return jnp.mean(jnp.square(params["w"] - wanted - frozen["shift"]))
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    updates, opt = TX.update(grads, state.opt["train"], state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = state.replace(step=state.step + 1, params=params, opt={"train": opt})
+    return new, {"train/loss": loss}
+
+
+def broken_after(steps):
+    """The same step, with a NaN loss at one step and in all parameters after it."""
+
+    def step(state, frozen, batch, key):
+        done = state.step + 1
+        new, metrics = quadratic(state, frozen, batch, key)
+        bad = jnp.where(done >= steps, jnp.nan, 0.0)
+        params = jax.tree.map(lambda a: a + bad, new.params)
+        return new.replace(params=params), {"train/loss": metrics["train/loss"] + bad}
+
+    return step
+
+
+def run(workdir, steps, *, at=None, step=quadratic, devices=1, **options):
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    params = {"w": jnp.zeros((3,))}
+    state = loop.init_state(params, {"train": TX.init(params)})
+    workdir.mkdir(exist_ok=True)
+    return loop.run(
+        sharding.replicate(mesh, state),
+        step,
+        sharding.replicate(mesh, {"shift": jnp.ones(3)}),
+        loop.Batches({"train": Counter(at)}),
+        sharding.replicate(mesh, KEY),
+        options=loop.Options(
+            steps, **({"log_every": 1, "checkpoint_every": 2} | options)
+        ),
+        workdir=workdir,
+        place=lambda batch: sharding.split(mesh, batch),
+    )
+
+
+def lines(workdir):
+    return [json.loads(s) for s in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(workdir):
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in lines(workdir)
+    ]
+
+
+def latest_checkpoint(workdir):
+    with contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")) as store:
+        return store.latest_step()
+
+
+def assert_same_state(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# --- metrics and progress -------------------------------------------------------------
+
+
+def test_metrics_are_one_json_object_a_logged_step(tmp_path):
+    run(tmp_path, 7, log_every=3, checkpoint_every=0)
+    logged = lines(tmp_path)
+    assert [line["step"] for line in logged] == [3, 6, 7]
+    for line in logged:
+        assert set(line) == {
+            "step", "train/loss", "time/step_s", "time/examples_per_s"
+        }  # fmt: skip
+        assert line["time/step_s"] > 0
+        assert np.isfinite(line["train/loss"])
+    rates = [line["time/step_s"] * line["time/examples_per_s"] for line in logged]
+    np.testing.assert_allclose(rates, 4, rtol=0.1)
+
+
+def test_metrics_go_to_tensorboard_too(tmp_path):
+    run(tmp_path, 2)
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_progress_lines_show_the_time_left(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    logger = logging.get_absl_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        run(tmp_path, 3, name="work")
+    finally:
+        logger.removeHandler(caplog.handler)
+        logging.set_verbosity(before)
+    shown = [m for m in caplog.messages if re.match(r"work \d/3 ", m)]
+    assert [m.split()[1] for m in dict.fromkeys(shown)] == ["1/3", "2/3", "3/3"]
+    assert all(re.search(r"train/loss [\d.e-]+ .* \d+:\d\d left$", m) for m in shown)
+
+
+def test_progress_estimates_the_time_left_from_this_run_only(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    said = []
+    monkeypatch.setattr(progress.logging, "info", lambda text, *a: said.append(text % a))
+    with progress.bar("work", 100, start=50) as bar:
+        clock[0] += 20.0
+        bar.update(60, {"upper/loss": 0.5, "other": 1.0})
+    assert said == ["work 60/100 upper/loss 0.5 2 s each, 1:20 left"]
+
+
+# --- NaN ------------------------------------------------------------------------------
+
+
+def test_nan_stops_the_run_and_is_never_saved(tmp_path):
+    with pytest.raises(loop.NonFiniteError, match=r"step 4: train/loss is nan.*: 2"):
+        run(tmp_path, 10, step=broken_after(4), checkpoint_every=2)
+    assert latest_checkpoint(tmp_path) == 2
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_nan_between_logged_steps_is_found_before_it_is_saved(tmp_path):
+    with pytest.raises(loop.NonFiniteError, match=r"step 6: train/loss is nan"):
+        run(tmp_path, 10, step=broken_after(4), log_every=100, checkpoint_every=3)
+    assert latest_checkpoint(tmp_path) == 3
+
+
+# --- resuming -------------------------------------------------------------------------
+
+
+def test_resumed_run_equals_a_straight_one(tmp_path):
+    straight = run(tmp_path / "a", 9)
+    assert float(jnp.abs(straight.params["w"]).max()) > 0.1
+    run(tmp_path / "b", 4)
+    resumed = run(tmp_path / "b", 9)
+    assert_same_state(straight, resumed)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+
+
+def test_run_killed_between_checkpoints_repeats_the_lost_steps(tmp_path):
+    def die():
+        raise RuntimeError("power cut")
+
+    straight = run(tmp_path / "a", 9, checkpoint_every=4)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "b", 9, checkpoint_every=4, at={8: die})
+    assert latest_checkpoint(tmp_path / "b") == 4
+    assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4, 5, 6, 7]
+    resumed = run(tmp_path / "b", 9, checkpoint_every=4)
+    assert_same_state(straight, resumed)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+
+
+def test_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    run(tmp_path / "a", 6)
+    run(tmp_path / "b", 4)
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train/lo')
+    run(tmp_path / "b", 6)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+
+
+def test_finished_run_takes_no_step_again(tmp_path):
+    done = run(tmp_path, 4)
+    text = (tmp_path / "metrics.jsonl").read_text()
+
+    def refuse(*_):
+        raise AssertionError("a step was taken")
+
+    again = run(tmp_path, 4, step=refuse)
+    assert_same_state(done, again)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_zero_steps_return_the_start(tmp_path):
+    state = run(tmp_path, 0)
+    assert int(state.step) == 0
+    np.testing.assert_array_equal(state.params["w"], 0)
+    assert lines(tmp_path) == []
+
+
+def test_checkpoint_that_does_not_fit_is_a_user_error(tmp_path):
+    run(tmp_path, 2)
+    params = {"w": jnp.zeros((5,))}
+    state = loop.init_state(params, {"train": TX.init(params)})
+    with pytest.raises(UserError, match="does not fit this config"):
+        loop.run(
+            state,
+            quadratic,
+            {"shift": jnp.ones(5)},
+            loop.Batches({"train": Counter()}),
+            KEY,
+            options=loop.Options(4),
+            workdir=tmp_path,
+        )
+
+
+# --- signals --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_then_stops_and_the_rerun_equals_a_straight_run(tmp_path, signum):
+    options = {"checkpoint_every": 100, "log_every": 2}
+    straight = run(tmp_path / "a", 8, **options)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    kill = {5: lambda: os.kill(os.getpid(), signum)}
+    with pytest.raises(loop.StoppedBySignal) as stopped:
+        run(tmp_path / "b", 8, at=kill, **options)
+    assert stopped.value.exit_code == 128 + signum
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert latest_checkpoint(tmp_path / "b") == 5
+    resumed = run(tmp_path / "b", 8, **options)
+    assert_same_state(straight, resumed)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+
+
+def test_signal_in_the_last_step_stops_the_job_too(tmp_path):
+    kill = {3: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    with pytest.raises(loop.StoppedBySignal):
+        run(tmp_path, 3, at=kill)
+    assert latest_checkpoint(tmp_path) == 3
+
+
+def test_second_ctrl_c_does_not_wait(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 5, at={3: twice}, checkpoint_every=0)
+
+
+def test_nan_at_the_moment_of_a_signal_is_not_saved(tmp_path):
+    kill = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    with pytest.raises(loop.NonFiniteError, match="step 4"):
+        run(tmp_path, 9, step=broken_after(4), at=kill, log_every=100)
+    assert latest_checkpoint(tmp_path) == 2
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_process_ends_with_the_signals_exit_code(tmp_path, signum, code):
+    script = f"""
+    import pathlib, sys, time
+    sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+    import test_loop
+    from gift_jax import config
+
+    def wait():
+        print("ready", flush=True)
+        time.sleep(2)  # goes on after the handler
+
+    config.run_main(
+        lambda: test_loop.run(pathlib.Path("job"), 9, at={{4: wait}}) and 0
+    )
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == code, error
+    assert "Traceback" not in error
+    assert f"stopped by signal {int(signum)} after a checkpoint" in error
+    assert latest_checkpoint(tmp_path / "job") == 4
+
+
+# --- compilation and devices ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_steps_after_the_first_compile_nothing(tmp_path, start):
+    compilations, seen = [], {}
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event)
+        if event == "/jax/core/compile/backend_compile_duration"
+        else None
+    )
+    if start:
+        run(tmp_path, start, devices=2)
+    at = {
+        start + i: lambda i=i: seen.update({i: len(compilations)}) for i in (1, 2, 5)
+    }
+    run(tmp_path, start + 5, devices=2, at=at, step=lambda *args: quadratic(*args))
+    assert seen[2] > seen[1]
+    assert seen[5] == seen[2]
+
+
+def test_state_is_donated_and_frozen_is_not(tmp_path):
+    step = loop.compile_step(quadratic)
+    params = {"w": jnp.zeros((3,))}
+    state = loop.init_state(params, {"train": TX.init(params)})
+    frozen = {"shift": jnp.ones(3)}
+    batch = {"train": {"x": jnp.ones((4, 3))}}
+    new, _ = step(state, frozen, batch, KEY)
+    assert state.opt["train"][0].mu["w"].is_deleted()
+    assert not frozen["shift"].is_deleted() and not new.params["w"].is_deleted()
+
+
+def test_result_does_not_depend_on_the_number_of_devices(tmp_path):
+    one = run(tmp_path / "a", 5)
+    two = run(tmp_path / "b", 5, devices=2)
+    assert len(two.params["w"].sharding.device_set) == 2
+    np.testing.assert_allclose(two.params["w"], one.params["w"], atol=1e-5)
+
+
+def test_batches_advance_and_resume_together():
+    batches = loop.Batches({"safe": Counter(), "harmful": Counter()})
+    next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = next(batches)
+    again = loop.Batches({"safe": Counter(), "harmful": Counter()})
+    again.set_state(state)
+    jax.tree.map(np.testing.assert_array_equal, next(again), expected)
+    assert set(expected) == {"safe", "harmful"}
