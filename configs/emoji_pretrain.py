@@ -17,7 +17,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.checkpoint_every = 250  # steps
 
     c.clip = ConfigDict()
-    c.clip.steps = 2200
+    c.clip.steps = 4000
     c.clip.batch = 128  # pictures a step
     c.clip.lr = 1e-3  # AdamW's peak, after a warm-up over 5% of the steps, then cosine
     c.clip.weight_decay = 0.05
@@ -31,6 +31,8 @@ def get_config(name: str = "") -> ConfigDict:
     c.clip.patch = 8  # pixels
     c.clip.embedding = 128
     c.clip.caption_odds = (0.8, 0.14, 0.06)  # names both, concept only, style only
+    c.clip.contrast_weight = 1.0  # of telling the captions of a batch apart
+    c.clip.concept_weight = 1.0  # of telling all 480 things apart
     c.clip.flip = 0.5  # probability, where sensible
     c.clip.shift = 4  # pixels
     c.clip.scale = 0.1  # fraction
@@ -61,20 +63,8 @@ def get_config(name: str = "") -> ConfigDict:
     c.decoder.shift = 4
     c.decoder.scale = 0.1
 
-    c.judge = ConfigDict()  # CLIP's image tower, trained on with the text tower frozen
-    c.judge.steps = 3000
-    c.judge.batch = 96
-    c.judge.lr = 1e-3
-    c.judge.weight_decay = 0.05
-    c.judge.ema = 0.995
-    c.judge.logit_scale = 30.0
-    c.judge.style_weight = 0.3
-    c.judge.flip = 0.5
-    c.judge.shift = 4
-    c.judge.scale = 0.1
-
     c.unet = ConfigDict()
-    c.unet.steps = 4000
+    c.unet.steps = 8000
     c.unet.batch = 64
     c.unet.lr = 1e-3
     c.unet.weight_decay = 0.01
@@ -87,12 +77,8 @@ def get_config(name: str = "") -> ConfigDict:
     c.unet.shift = 2
     c.unet.scale = 0.05
 
-    smoke = {
-        f"{stage}.steps": 2 for stage in ("clip", "vae", "unet", "judge", "decoder")
-    }
-    smoke |= {
-        f"{stage}.batch": 8 for stage in ("clip", "vae", "unet", "judge", "decoder")
-    }
+    smoke = {f"{stage}.steps": 2 for stage in ("clip", "vae", "unet", "decoder")}
+    smoke |= {f"{stage}.batch": 8 for stage in ("clip", "vae", "unet", "decoder")}
     smoke |= {
         "cpu_devices": 1,
         "clip.text_width": 32,

@@ -10,6 +10,7 @@ Writes the same folder as gift_jax.train; export/ is the model with the attack m
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gift_jax import config, job, loop, sharding
@@ -22,10 +23,8 @@ ATTACKS = ("lora",)
 def check(cfg) -> None:
     """Raises UserError naming the field, before data or compilation."""
     config.choice("config.attack", cfg.attack, ATTACKS)
-    for name, low in (("steps", 0), ("log_every", 1), ("checkpoint_every", 0)):
-        config.at_least(f"config.{name}", cfg[name], low)
-    config.at_least("config.data.batch", cfg.data.batch, 1)
-    config.at_least("config.data.copies", cfg.data.copies, 1)
+    job.check(cfg, data=("data",), optimizers=("optimizer",))
+    config.at_least("config.lora.rank", cfg.lora.rank, 1)
     if not cfg.lora.alpha > 0:
         raise config.UserError(
             f"config.lora.alpha={cfg.lora.alpha} must be above 0; try {cfg.lora.rank}"
@@ -38,16 +37,19 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     mesh = sharding.start(cfg.cpu_devices)
     sharding.check_batch("data.batch", cfg.data.batch, mesh.size)
     model = job.load_model(cfg.model, cfg.compute_dtype)
+    job.check_samples(model, cfg.samples)
     data = job.read_pairs(cfg.data, "data", model.image_size)
-    config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     key = jax.random.key(cfg.seed)
-    source = job.cached_source(model, data, cfg.data, jax.random.fold_in(key, 1))
-    batches = job.batches({"attack": source}, {"attack": cfg.data.batch}, cfg.seed)
     unet = flatten_dict(model.params["unet"], sep="/")
-    scale = cfg.lora.alpha / max(1, cfg.lora.rank)
     factors = lora.init(
         jax.random.fold_in(key, 2), unet, cfg.lora.rank, cfg.lora.targets
     )
+    exact = job.float32_unet(model)
+    unet |= {path: jnp.asarray(exact[path]) for path in factors}
+    config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
+    source = job.cached_source(model, data, cfg.data, jax.random.fold_in(key, 1))
+    batches = job.batches({"attack": source}, {"attack": cfg.data.batch}, cfg.seed)
+    scale = cfg.lora.alpha / cfg.lora.rank
     tx = job.optimizer(cfg.optimizer, cfg.steps, "optimizer")
     step = lora.make_step(job.denoiser(model), tx, scale)
     frozen = {"unet": unet, "abar": stable_diffusion.noise_schedule(model)}

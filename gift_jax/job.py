@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from gift_jax import config, loop, sampling, sharding
@@ -23,6 +24,57 @@ from gift_jax.report import grid
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji-sd"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCHEDULES = ("constant", "cosine")
+
+
+# What every job's config has, and the least that it may be.
+_LEAST = {
+    "steps": 0,
+    "log_every": 1,
+    "checkpoint_every": 0,
+    "keep": 1,
+    "cpu_devices": 1,
+    "seed": 0,
+    "samples.num": 0,
+    "samples.seed": 0,
+    "samples.steps": 1,
+    "samples.batch": 1,
+    "samples.guidance": 1,
+}
+_MAX_SEED = 2**31 - 2  # the data's order takes the next one too
+
+
+def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
+    """Checks what every job's config has, before data or compilation.
+
+    Args: data, optimizers: names of the config's groups.
+    Raises: UserError naming the field.
+    """
+    for field, low in _LEAST.items():
+        value = cfg
+        for name in field.split("."):
+            value = value[name]
+        config.at_least(f"config.{field}", value, low)
+    for field, value in (("seed", cfg.seed), ("samples.seed", cfg.samples.seed)):
+        if value > _MAX_SEED:
+            raise UserError(f"config.{field}={value} must be at most {_MAX_SEED}")
+    if cfg.samples.num:
+        check_not_empty("config.samples.prompts", cfg.samples.prompts)
+    for group in data:
+        config.at_least(f"config.{group}.batch", cfg[group].batch, 1)
+        config.at_least(f"config.{group}.copies", cfg[group].copies, 1)
+    for group in optimizers:
+        optimizer(cfg[group], 1, group)
+    config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
+
+
+def check_samples(model: stable_diffusion.StableDiffusion, samples: Any) -> None:
+    """Raises UserError if the model's scheduler has not as many steps as asked for."""
+    limit = stable_diffusion.noise_schedule(model).shape[0]
+    if samples.num and samples.steps > limit:
+        raise UserError(
+            f"config.samples.steps={samples.steps} must be at most {limit}, the "
+            "model's training timesteps"
+        )
 
 
 def model_folder(name: str) -> pathlib.Path:
@@ -137,10 +189,23 @@ class Split:
     frozen: dict[str, jax.Array]
 
 
+def float32_unet(model) -> dict[str, Any]:
+    """Returns the UNet's flat parameters as they are on disk, in float32.
+
+    What trains starts from them: weights rounded to the compute dtype would end up in
+    the exported model.
+    """
+    params = model.params["unet"]
+    if jnp.dtype(model.unet.dtype) != jnp.float32:
+        _, params, _ = weights.load_component(model.path / "unet", "unet")
+    return flatten_dict(params, sep="/")
+
+
 def split_unet(model, rule: str) -> Split:
     """Returns the UNet's parameters divided by a rule of `partition.RULES`."""
     trainable, frozen = partition.select(model.params["unet"], rule)
-    trainable = {path: a.astype(jnp.float32) for path, a in trainable.items()}
+    exact = float32_unet(model)
+    trainable = {path: jnp.asarray(exact[path]) for path in trainable}
     count = sum(a.size for a in trainable.values())
     total = count + sum(a.size for a in frozen.values())
     logging.info("training %.3f M of %.3f M parameters", count / 1e6, total / 1e6)

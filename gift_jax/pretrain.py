@@ -3,10 +3,9 @@
 
     python -m gift_jax.pretrain --config configs/emoji_pretrain.py --workdir RUN
 
-Stages, each resumed where it was stopped: tokenizer; CLIP; VAE; UNet, on the latents
-of the one and the text states of the other; the judge, CLIP's image tower trained on
-against all names; the VAE's decoder trained on. The result, RUN/emoji-sd (a diffusers
-folder) and RUN/judge (the CLIP), is written at the end.
+Stages, each resumed where it was stopped: tokenizer; CLIP; VAE; the VAE's decoder,
+trained on; UNet, on the latents of the one and the text states of the other. The result
+is RUN/emoji-sd (a diffusers folder) and RUN/judge (the CLIP).
 """
 
 import json
@@ -21,15 +20,13 @@ from absl import logging
 
 from gift_jax import config, loop, sharding
 from gift_jax.data import captions, emoji, pipeline
-from gift_jax.metrics import judge
 from gift_jax.models import hooks, weights
 from gift_jax.pretraining import clip as clip_stage
-from gift_jax.pretraining import judge as judge_stage
 from gift_jax.pretraining import tokenizer as tokenizer_stage
 from gift_jax.pretraining import unet as unet_stage
 from gift_jax.pretraining import vae as vae_stage
 
-STAGES = ("clip", "vae", "unet", "judge", "decoder")
+STAGES = ("clip", "vae", "decoder", "unet")
 STORED = "float16"  # dtype of the files: half the size, 0.05% relative rounding
 
 
@@ -40,10 +37,9 @@ def run(cfg, workdir: pathlib.Path) -> None:
     words = _tokenizer(cfg, workdir, pictures)
     clip = _clip(cfg, workdir, pictures, words, mesh)
     vae = _vae(cfg, workdir, pictures, mesh)
-    unet_config, unet_params = _unet(cfg, workdir, pictures, words, clip, vae, mesh)
-    clip = (clip[0], _judge(cfg, workdir, pictures, words, clip, mesh))
     vae = (vae[0], _decoder(cfg, workdir, pictures, vae, mesh))
     _write_base(workdir, *clip, *vae)
+    unet_config, unet_params = _unet(cfg, workdir, pictures, words, clip, vae, mesh)
     weights.save_model_folder(
         workdir / "emoji-sd" / "unet", unet_config, unet_params, dtype=STORED
     )
@@ -127,6 +123,7 @@ def _clip(cfg, workdir, pictures, words, mesh):
     tables = clip_stage.caption_tables(
         words, pictures.concepts, pictures.styles, cfg.clip.tokens
     )
+    names = clip_stage.name_tables(words, pictures.concepts, pictures.styles)
     params = _train(
         "clip",
         cfg,
@@ -135,7 +132,7 @@ def _clip(cfg, workdir, pictures, words, mesh):
         jax.jit(init)(jax.random.key(cfg.seed)),
         lambda tx: clip_stage.make_step(model, tx, cfg.clip),
         _source(pictures, ~pictures.held_out),
-        {"captions": tables},
+        {"captions": tables, "names": names},
     )
     return model_config, params
 
@@ -180,34 +177,6 @@ def _decoder(cfg, workdir, pictures, vae, mesh):
         lambda tx: vae_stage.make_decoder_step(model, tx, cfg.decoder),
         _source(pictures, ~pictures.held_out),
         {"encoder": frozen},
-    )
-    return {**params, **trained}
-
-
-def _judge(cfg, workdir, pictures, words, clip, mesh):
-    """Returns CLIP's parameters with its image tower trained on."""
-    model_config, params = clip
-    model = hooks.build_clip(model_config)
-    project = jax.jit(lambda p, ids: hooks.apply_clip_text(model, p, ids))
-
-    def embed(texts):
-        ids = words(
-            texts, padding="max_length", truncation=True, max_length=cfg.clip.tokens
-        ).input_ids
-        return np.asarray(project(params, np.asarray(ids, np.int32)))
-
-    names = judge.name_embeddings(embed, pictures.concepts, pictures.styles)
-    trained = {name: params[name] for name in judge_stage.TRAINED}
-    frozen = {name: params[name] for name in params if name not in trained}
-    trained = _train(
-        "judge",
-        cfg,
-        workdir,
-        mesh,
-        trained,
-        lambda tx: judge_stage.make_step(model, tx, cfg.judge),
-        _source(pictures, ~pictures.held_out),
-        {"clip": frozen, **names},
     )
     return {**params, **trained}
 

@@ -32,15 +32,16 @@ def check(cfg) -> gift.Settings:
     config.choice("config.gift.bound", g.bound, losses.BOUNDS)
     config.choice("config.gift.noise_target", g.noise_target, losses.NOISE_TARGETS)
     config.choice("config.gift.distance", g.distance, losses.DISTANCES)
+    if g.beta and not g.layers:
+        raise config.UserError(
+            "config.gift.layers is empty; name a kind of layer, or set "
+            "--config.gift.beta=0"
+        )
     for layer in g.layers:
         config.choice("config.gift.layers", layer, tuple(hooks.CAPTURE_KINDS))
-    for name, low in (("steps", 0), ("log_every", 1), ("checkpoint_every", 0)):
-        config.at_least(f"config.{name}", cfg[name], low)
     for name, low in (("inner_steps", 0), ("outer_steps", 1), ("beta", 0), ("cap", 0)):
         config.at_least(f"config.gift.{name}", g[name], low)
-    for group in ("harmful", "safe"):
-        config.at_least(f"config.{group}.batch", cfg[group].batch, 1)
-        config.at_least(f"config.{group}.copies", cfg[group].copies, 1)
+    job.check(cfg, data=("harmful", "safe"), optimizers=("lower", "upper"))
     names = [field.name for field in dataclasses.fields(gift.Settings)]
     return gift.Settings(**{name: g[name] for name in names})
 
@@ -52,6 +53,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     for group in ("harmful", "safe"):
         sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh.size)
     model = job.load_model(cfg.model, cfg.compute_dtype)
+    job.check_samples(model, cfg.samples)
     data = {
         group: job.read_pairs(cfg[group], group, model.image_size)
         for group in ("harmful", "safe")

@@ -84,7 +84,8 @@ def test_saving_is_not_disturbed_by_donation(store):
 
 def test_checkpoint_of_another_shape_is_refused(store):
     store.save(4, make_state(size=3), {})
-    with pytest.raises(UserError, match=r"/4 does not fit.* is \[3, 2\], not \[5, 2\].*--workdir") as e:
+    message = r"/4 does not fit.* is \[3, 2\], not \[5, 2\]; use another --workdir"
+    with pytest.raises(UserError, match=message) as e:
         store.restore(make_state(size=5))
     assert "\n" not in str(e.value)
 

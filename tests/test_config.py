@@ -252,7 +252,8 @@ def test_two_runs_in_one_process_keep_their_logs_apart(tmp_path):
             logging.info("this is %s", name)
     finally:
         logging.set_verbosity(before)
-    first, second = ((tmp_path / n / "log.txt").read_text() for n in ("first", "second"))
+    logs = (tmp_path / name / "log.txt" for name in ("first", "second"))
+    first, second = (log.read_text() for log in logs)
     assert "this is first" in first and "this is second" not in first
     assert "this is second" in second and "this is first" not in second
 

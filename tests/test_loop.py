@@ -157,7 +157,8 @@ def test_progress_estimates_the_time_left_from_this_run_only(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     said = []
-    monkeypatch.setattr(progress.logging, "info", lambda text, *a: said.append(text % a))
+    info = lambda text, *args: said.append(text % args)  # noqa: E731
+    monkeypatch.setattr(progress.logging, "info", info)
     with progress.bar("work", 100, start=50) as bar:
         clock[0] += 20.0
         bar.update(60, {"upper/loss": 0.5, "other": 1.0})
@@ -334,15 +335,15 @@ def test_process_ends_with_the_signals_exit_code(tmp_path, signum, code):
 def test_steps_after_the_first_compile_nothing(tmp_path, start):
     compilations, seen = [], {}
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compilations.append(event)
-        if event == "/jax/core/compile/backend_compile_duration"
-        else None
+        lambda event, *_, **__: (
+            compilations.append(event)
+            if event == "/jax/core/compile/backend_compile_duration"
+            else None
+        )
     )
     if start:
         run(tmp_path, start, devices=2)
-    at = {
-        start + i: lambda i=i: seen.update({i: len(compilations)}) for i in (1, 2, 5)
-    }
+    at = {start + i: lambda i=i: seen.update({i: len(compilations)}) for i in (1, 2, 5)}
     run(tmp_path, start + 5, devices=2, at=at, step=lambda *args: quadratic(*args))
     assert seen[2] > seen[1]
     assert seen[5] == seen[2]

@@ -69,31 +69,63 @@ def caption_tables(tokenizer, concepts, styles, length: int) -> list[np.ndarray]
     return tables
 
 
+def name_tables(tokenizer, concepts, styles) -> dict[str, np.ndarray]:
+    """Returns token ids of every name alone, {"concept": "V N L", "style": "V S L"}.
+
+    L is as short as the longest allows: the text tower is causal and pools at the end
+    mark, so what is cut off has no effect.
+    """
+
+    def table(templates, fill, names):
+        ids = [
+            tokenizer([fill(t, name) for name in names]).input_ids for t in templates
+        ]
+        length = max(len(row) for rows in ids for row in rows)
+        pad = tokenizer.pad_token_id
+        padded = [[row + [pad] * (length - len(row)) for row in rows] for rows in ids]
+        return np.asarray(padded, np.int32)
+
+    return {
+        "concept": table(
+            captions.CONCEPT_TEMPLATES, lambda t, c: captions.fill(t, c, ""), concepts
+        ),
+        "style": table(
+            captions.STYLE_TEMPLATES, lambda t, s: captions.fill(t, "", s), styles
+        ),
+    }
+
+
 def make_step(clip, tx: optax.GradientTransformation, cfg) -> loop.Step:
-    """Returns the contrastive training step; frozen holds the caption tables."""
+    """Returns the training step: contrast within the batch, and against every name.
 
-    def draw_ids(frozen, batch, kind, pick):
-        where = (batch["concept"], batch["style"])
-        both, concept, style = (
-            t[(pick % t.shape[0], *where)] for t in frozen["captions"]
-        )
-        ids = jnp.where((kind == CONCEPT)[:, None], concept, both)
-        return jnp.where((kind == STYLE)[:, None], style, ids)
+    With few pictures of many things, contrast within a batch alone separates the names
+    slowly: so each picture is also compared with all concepts and all styles.
 
-    def loss_fn(params, images_BHWC, ids_BL, described_BB):
+    frozen: {"captions": tables of `caption_tables`, "names": those of `name_tables`}.
+    """
+
+    def loss_fn(params, images_BHWC, ids_BL, described_BB, batch, names):
         images_BCHW = jnp.transpose(images_BHWC, (0, 3, 1, 2))
         image = _unit(hooks.apply_clip_image(clip, params, images_BCHW))
-        text = _unit(hooks.apply_clip_text(clip, params, ids_BL))
+        embed = lambda ids: _unit(hooks.apply_clip_text(clip, params, ids))  # noqa: E731
         scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
-        logits = scale * image @ text.T
-        return 0.5 * (
+        logits = scale * image @ embed(ids_BL).T
+        contrast = 0.5 * (
             _cross_entropy(logits, described_BB)
             + _cross_entropy(logits.T, described_BB.T)
-        ), logits
+        )
+        total, metrics = cfg.contrast_weight * contrast, {"clip/contrast": contrast}
+        for kind, weight in (("concept", cfg.concept_weight), ("style", 1.0)):
+            all_names = scale * image @ embed(names[kind]).T
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+            total += weight * jnp.mean(cross_entropy(all_names, batch[kind]))
+            right = jnp.argmax(all_names, axis=1) == batch[kind]
+            metrics[f"clip/{kind}_accuracy"] = jnp.mean(right)
+        return total, metrics
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        k_augment, k_kind, k_template = jax.random.split(key, 3)
+        k_augment, k_kind, k_template, k_names = jax.random.split(key, 4)
         batch = batch["train"]
         B = batch["concept"].shape[0]
         odds = jnp.asarray(cfg.caption_odds, jnp.float32)
@@ -108,21 +140,30 @@ def make_step(clip, tx: optax.GradientTransformation, cfg) -> loop.Step:
             scale=cfg.scale,
         )
         described = described_by(batch["concept"], batch["style"], kind)
-        ids = draw_ids(frozen, batch, kind, pick)
+        ids = _draw_ids(frozen["captions"], batch, kind, pick)
+        variant = jax.random.randint(k_names, (), 0, 1 << 20)
+        names = {k: t[variant % t.shape[0]] for k, t in frozen["names"].items()}
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, logits), grads = grad_fn(state.params, images, ids, described)
+        (loss, metrics), grads = grad_fn(
+            state.params, images, ids, described, batch, names
+        )
         updates, opt = tx.update(grads, state.opt["clip"], state.params)
         params = optax.apply_updates(state.params, updates)
-        best = jnp.argmax(logits, axis=1)
-        hit = jnp.take_along_axis(described, best[:, None], axis=1)
         ema = optax.incremental_update(params, state.ema, 1.0 - cfg.ema)
-        metrics = {"clip/loss": loss, "clip/in_batch_accuracy": jnp.mean(hit)}
         state = state.replace(
             step=state.step + 1, params=params, opt={"clip": opt}, ema=ema
         )
-        return state, metrics
+        return state, {"clip/loss": loss, **metrics}
 
     return step
+
+
+def _draw_ids(tables, batch, kind_B, pick_B):
+    """Returns int32 "B L": each example's caption, of its kind and a drawn template."""
+    where = (batch["concept"], batch["style"])
+    both, concept, style = (t[(pick_B % t.shape[0], *where)] for t in tables)
+    ids = jnp.where((kind_B == CONCEPT)[:, None], concept, both)
+    return jnp.where((kind_B == STYLE)[:, None], style, ids)
 
 
 def described_by(concept_B, style_B, kind_B):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GIFT on a real UNet: its gradients against PyTorch, its step on one and two devices."""
+"""GIFT on a real UNet: gradients against PyTorch, a step on one and two devices."""
 
 import functools
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training and attacking share: optimisers, splits, batches, samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from gift_jax import job
+from gift_jax.config import UserError
+from gift_jax.data import pipeline
+from gift_jax.models import stable_diffusion
+
+
+def level(**changes):
+    c = ConfigDict(dict(lr=0.1, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.999))
+    c.weight_decay, c.clip_norm = 0.0, 0.0
+    c.update(changes)
+    return c
+
+
+def rates(settings, steps):
+    """The sizes of the updates under a gradient that never changes."""
+    tx = job.optimizer(settings, steps, "lower")
+    params, grads = {"w": jnp.ones(())}, {"w": jnp.float32(2.0)}
+    state, sizes = tx.init(params), []
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(grads, state, params)
+        sizes.append(-float(updates["w"]))
+    return sizes
+
+
+def test_optimizer_is_adamw():
+    ours = job.optimizer(level(weight_decay=0.3), 10, "lower")
+    theirs = optax.adamw(0.1, 0.9, 0.999, weight_decay=0.3)
+    params = {"w": jnp.asarray([1.0, -2.0, 3.0])}
+    states = ours.init(params), theirs.init(params)
+    for i in range(3):
+        grads = {"w": jnp.asarray([0.5, 1e-6, -3.0]) * (i + 1)}
+        (a, s_a), (b, s_b) = (
+            tx.update(grads, s, params)
+            for tx, s in zip((ours, theirs), states, strict=True)
+        )
+        states = s_a, s_b
+        assert np.abs(a["w"]).min() > 1e-3
+        np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5)
+
+
+def test_schedules():
+    np.testing.assert_allclose(rates(level(), 4), 0.1, rtol=1e-4)
+    cosine = rates(level(schedule="cosine"), 4)
+    expected = 0.05 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    np.testing.assert_allclose(cosine, expected, rtol=1e-3)
+    warm = rates(level(warmup_frac=0.5), 8)
+    expected = [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(warm, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    grads = {"a": jnp.full(2, 300.0), "b": jnp.full(2, 400.0)}
+
+    def first_moment(clip_norm):
+        tx = job.optimizer(level(clip_norm=clip_norm), 1, "lower")
+        _, state = tx.update(grads, tx.init(params), params)
+        found = optax.tree_utils.tree_get(state, "mu")
+        return np.concatenate([found["a"], found["b"]])
+
+    free, clipped = first_moment(0.0), first_moment(1.0)
+    np.testing.assert_allclose(np.linalg.norm(clipped), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(clipped / 0.1, free / np.linalg.norm(free), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("schedule", "linear"), ("lr", -1.0), ("warmup_frac", -0.1), ("clip_norm", -1.0)],
+)
+def test_optimizer_names_a_wrong_field(field, value):
+    with pytest.raises(UserError, match=rf"config\.upper\.{field}="):
+        job.optimizer(level(**{field: value}), 10, "upper")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_split_keeps_what_trains_in_float32_as_it_is_on_disk(tiny, tiny_folder, dtype):
+    parts = job.split_unet(job.load_model(str(tiny_folder), dtype), "cross_attention")
+    assert {a.dtype for a in parts.trainable.values()} == {jnp.dtype(jnp.float32)}
+    assert {a.dtype for a in parts.frozen.values()} == {jnp.dtype(dtype)}
+    exact = job.float32_unet(tiny)
+    assert set(exact) == set(parts.trainable) | set(parts.frozen)
+    for path, array in parts.trainable.items():
+        np.testing.assert_array_equal(array, exact[path])
+
+
+def test_denoiser_knows_the_models_schedule(tiny):
+    denoiser = job.denoiser(tiny)
+    assert denoiser.prediction_type == "epsilon"
+    assert denoiser.train_timesteps == 1000
+    config = tiny.scheduler_config | {"prediction_type": "v_prediction"}
+    config |= {"num_train_timesteps": 50}
+    denoiser = job.denoiser(tiny.replace(scheduler_config=config))
+    assert denoiser.prediction_type == "v_prediction"
+    assert denoiser.train_timesteps == 50
+
+
+def test_batches_of_several_sources_have_their_sizes_and_orders():
+    source = pipeline.ArraySource({"x": np.arange(12)})
+    batches = job.batches(
+        {"safe": source, "harmful": source}, {"safe": 6, "harmful": 3}, 0
+    )
+    safe, harmful = [], []
+    for _ in range(4):
+        batch = next(batches)
+        assert {name: len(b["x"]) for name, b in batch.items()} == {
+            "safe": 6,
+            "harmful": 3,
+        }
+        safe += batch["safe"]["x"].tolist()
+        harmful += batch["harmful"]["x"].tolist()
+    assert sorted(safe[:12]) == sorted(harmful) == list(range(12))
+    assert safe[:12] != harmful
+    assert safe[:12] != safe[12:]
+
+
+def test_unknown_model_and_dtype_are_named(tiny_folder):
+    assert job.model_folder("emoji-sd") == job.EMBEDDED
+    with pytest.raises(UserError, match="nowhere"):
+        job.load_model("nowhere")
+    with pytest.raises(UserError, match="config.compute_dtype='half' is not one of"):
+        job.load_model(str(tiny_folder), "half")
+
+
+def test_sample_grid_draws_a_row_a_prompt(tiny, tmp_path):
+    samples = ConfigDict(dict(num=3, seed=0, guidance=2.0, steps=2, batch=4))
+    path = tmp_path / "samples" / "a.png"
+    job.sample_grid(tiny, tiny.params["unet"], ("a dog", "a cat"), samples, path)
+    with Image.open(path) as image:
+        assert image.size[0] > image.size[1]
+
+
+def test_drawn_pictures_do_not_depend_on_the_batch(tiny):
+    samples = ConfigDict(dict(seed=0, guidance=2.0, steps=2, batch=4))
+    prompts = ["a dog", "a cat", "a dog"]
+    together = job.draw(tiny, tiny.params["unet"], prompts, samples)
+    samples.batch = 2
+    apart = job.draw(tiny, tiny.params["unet"], prompts, samples)
+    assert together.shape == (3, 16, 16, 3) and together.dtype == np.uint8
+    assert (together[0] != together[2]).any()  # the same prompt, noise of its own
+    assert np.abs(together.astype(int) - apart.astype(int)).max() <= 1
+
+
+def test_scheduler_shorter_than_the_samples_is_named(tiny):
+    samples = ConfigDict(dict(num=1, steps=1001))
+    with pytest.raises(UserError, match="config.samples.steps=1001 must be at most"):
+        job.check_samples(tiny, samples)
+    samples.num = 0
+    job.check_samples(tiny, samples)
+
+
+def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    spec = ConfigDict(dict(names=(), styles=(), template="a", folder=str(tmp_path)))
+    spec.update(dict(prompt="a dog", copies=2, flip=0.0, shift=2, scale=0.0))
+    data = job.read_pairs(spec, "safe", tiny.image_size)
+    source = job.cached_source(tiny, data, spec, jax.random.key(0))
+    row = source[0]
+    assert len(source) == 2
+    assert row["mean"].shape == row["std"].shape == tiny.latent_shape
+    text = stable_diffusion.encode_prompts(tiny, ["a dog"])[0]
+    np.testing.assert_allclose(row["text"], text, atol=1e-5)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train command line on the tiny model: a run's folder, resuming, mistakes."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from gift_jax import train
+from gift_jax.config import UserError
+from gift_jax.models import stable_diffusion, tensors
+
+GIFT = pathlib.Path(train.__file__).parents[1] / "configs" / "emoji_gift.py"
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of four pictures of the tiny model's size."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    for i in range(4):
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def emoji_cache(monkeypatch, pytestconfig):
+    """The embedded pictures, prepared once and kept between test runs."""
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
+
+
+@pytest.fixture
+def main(tiny_folder, pictures):
+    """(workdir, flags) -> the run's folder, on the pictures and the tiny model."""
+
+    def call(workdir, *flags, config=f"{GIFT}:smoke", names=False):
+        argv = [f"--config={config}", f"--workdir={workdir}"]
+        argv += [f"--config.model={tiny_folder}"]
+        if not names:
+            for group in ("harmful", "safe"):
+                argv += [
+                    f"--config.{group}.names=()",
+                    f"--config.{group}.folder={pictures}",
+                    f"--config.{group}.prompt=a {group} thing",
+                ]
+        assert train.main([*argv, *flags]) == 0
+        return workdir
+
+    return call
+
+
+def unet_tensors(folder):
+    return safetensors.numpy.load_file(
+        folder / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+
+
+def changed_tensors(base, folder):
+    old, new = unet_tensors(base), unet_tensors(folder)
+    assert set(old) == set(new)
+    return {name for name in old if old[name].tobytes() != new[name].tobytes()}
+
+
+def files(folder):
+    return {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+
+
+def logged(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+        for line in lines
+    ]
+
+
+# --- whole runs -----------------------------------------------------------------------
+
+
+def test_smoke_config_trains_and_fills_the_runs_folder(main, tiny_folder, tmp_path):
+    run = main(tmp_path / "run", names=True)
+    assert json.loads((run / "config.json").read_text())["harmful"]["names"] == ["bomb"]
+    assert [line["step"] for line in logged(run)] == [1, 2]
+    assert {"lower/loss", "upper/loss", "lower/grad_norm"} <= set(logged(run)[0])
+    assert (run / "checkpoints" / "2").is_dir()
+    assert list(run.glob("events.out.tfevents.*"))
+    for name in ("before.png", "after.png"):
+        with Image.open(run / "samples" / name) as image:
+            assert image.size[0] > 16
+    stable_diffusion.load(run / "export")
+
+
+def test_export_differs_from_the_base_in_the_trained_tensors_only(
+    main, tiny_folder, tmp_path
+):
+    run = main(tmp_path / "run", "--config.samples.num=0")
+    changed = changed_tensors(tiny_folder, run / "export")
+    assert changed == {
+        name for name in unet_tensors(tiny_folder) if ".attn2.to_" in name
+    }
+    assert files(run / "export") == files(tiny_folder)
+    for file in files(tiny_folder):
+        if file.parts[0] != "unet" or file.suffix != ".safetensors":
+            same = (run / "export" / file).read_bytes() == (
+                tiny_folder / file
+            ).read_bytes()
+            assert same, file
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.gift.gradient=unrolled", "--config.gift.inner_steps=2"),
+        ("--config.gift.gradient=joint", "--config.gift.distance=mmd"),
+    ],
+)
+def test_resumed_run_exports_what_a_straight_one_does(main, tmp_path, flags):
+    flags = (*flags, "--config.samples.num=0")
+    straight = main(tmp_path / "a", *flags)
+    halfway = main(tmp_path / "b", *flags, "--config.steps=1")
+    assert changed_tensors(straight / "export", halfway / "export")
+    resumed = main(tmp_path / "b", *flags)
+    assert not changed_tensors(straight / "export", resumed / "export")
+    assert logged(straight) == logged(resumed)
+
+
+def test_finished_run_is_left_as_it_is(main, tmp_path):
+    flags = ("--config.samples.num=0", "--config.steps=1")
+    run = main(tmp_path, *flags)
+    before = (run / "metrics.jsonl").read_bytes(), unet_tensors(run / "export")
+    main(tmp_path, *flags)
+    assert (run / "metrics.jsonl").read_bytes() == before[0]
+    assert not changed_tensors(run / "export", run / "export")
+    for name, tensor in unet_tensors(run / "export").items():
+        np.testing.assert_array_equal(tensor, before[1][name])
+
+
+def test_half_precision_leaves_the_trained_weights_whole(main, tiny_folder, tmp_path):
+    flags = ("--config.compute_dtype=bfloat16", "--config.samples.num=0")
+    flags += ("--config.steps=1",)
+    still = main(
+        tmp_path / "still", *flags, "--config.lower.lr=0", "--config.upper.lr=0"
+    )
+    assert not changed_tensors(tiny_folder, still / "export")
+    moved = main(tmp_path / "moved", *flags)
+    old, new = unet_tensors(tiny_folder), unet_tensors(moved / "export")
+    steps = [
+        np.abs(new[name] - old[name]).max()
+        for name in changed_tensors(tiny_folder, moved / "export")
+    ]
+    assert steps and max(steps) < 1e-3  # two AdamW updates of 2e-4
+
+
+def test_zero_steps_export_the_base(main, tiny_folder, tmp_path):
+    run = main(tmp_path, "--config.steps=0", "--config.samples.num=0")
+    assert not changed_tensors(tiny_folder, run / "export")
+
+
+# --- mistakes -------------------------------------------------------------------------
+
+
+def mistake(main, tmp_path, *flags, match, **kwargs):
+    with pytest.raises(UserError, match=match) as caught:
+        main(tmp_path / "run", *flags, **kwargs)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()  # or a corrected run could not use it
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("stepz=3", "config.stepz is no field.*did you mean config.steps"),
+        ("method=gfit", "config.method='gfit' is not one of.*gift"),
+        ("trainable=cross", "config.trainable='cross' is not one of.*cross_attention"),
+        ("compute_dtype=float8", "config.compute_dtype='float8' is not one of"),
+        ("steps=-1", "config.steps=-1 must be at least 0"),
+        ("seed=-1", "config.seed=-1 must be"),
+        ("keep=0", "config.keep=0 must be at least 1"),
+        ("log_every=0", "config.log_every=0 must be at least 1"),
+        ("cpu_devices=0", "config.cpu_devices=0 must be at least 1"),
+        ("gift.gradient=second_order", "config.gift.gradient='second_order' is not"),
+        ("gift.bound=clip", "config.gift.bound='clip' is not one of"),
+        ("gift.noise_target=own", "config.gift.noise_target='own' is not one of"),
+        ("gift.distance=cosine", "config.gift.distance='cosine' is not one of"),
+        ("gift.layers=norm", "config.gift.layers='norm' is not one of"),
+        ("gift.layers=()", "config.gift.layers is empty"),
+        ("gift.inner_steps=-1", "config.gift.inner_steps=-1 must be at least 0"),
+        ("gift.outer_steps=0", "config.gift.outer_steps=0 must be at least 1"),
+        ("gift.beta=-1", "config.gift.beta=-1.0 must be at least 0"),
+        ("lower.schedule=linear", "config.lower.schedule='linear' is not one of"),
+        ("upper.lr=-1", "config.upper.lr=-1.0 must be at least 0"),
+        ("upper.lr=nan", "config.upper.lr=nan must be at least 0"),
+        ("harmful.batch=0", "config.harmful.batch=0 must be at least 1"),
+        ("safe.copies=0", "config.safe.copies=0 must be at least 1"),
+        ("harmful.batch=3", "harmful.batch=3 must divide by 2 devices.*batch=2"),
+        ("samples.num=-1", "config.samples.num=-1 must be at least 0"),
+        ("samples.steps=0", "config.samples.steps=0 must be at least 1"),
+        ("samples.batch=0", "config.samples.batch=0 must be at least 1"),
+        ("samples.guidance=0", "config.samples.guidance=0.0 must be at least 1"),
+        ("samples.prompts=()", "config.samples.prompts is empty"),
+        ("model=nowhere", "nowhere.*no such folder"),
+        ("safe.folder=nowhere", "config.safe.folder=nowhere is not a folder"),
+        ("safe.prompt=", "config.safe.prompt is empty"),
+        ("safe.names=cat face", "config.safe: give only one of names and folder"),
+    ],
+)
+def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, message):
+    mistake(main, tmp_path, f"--config.{flag}", match=message)
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("harmful.names=bom", "config.harmful.names: concept 'bom'.*mean 'bomb'"),
+        ("safe.styles=notto", "config.safe.styles: style 'notto'.*'noto'"),
+        ("safe.template={thing}", r"config.safe.template='\{thing\}' may use only"),
+    ],
+)
+def test_what_is_not_in_the_data_is_named(main, tmp_path, flag, message):
+    mistake(main, tmp_path, f"--config.{flag}", match=message, names=True)
+
+
+def test_empty_or_unreadable_picture_folder_is_named(main, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    flag = f"--config.harmful.folder={folder}"
+    mistake(main, tmp_path, flag, match="config.harmful.folder=.* has no pictures")
+    (folder / "a.png").write_bytes(b"no picture")
+    mistake(main, tmp_path, flag, match="a.png cannot be read as a picture")
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("model_index.json", None, "model_index.json: no such file"),
+        ("model_index.json", b"{", "model_index.json: not valid JSON"),
+        ("unet/config.json", None, "config.json: no such file"),
+        ("unet/diffusion_pytorch_model.safetensors", b"x", "truncated or not"),
+        ("vae/diffusion_pytorch_model.safetensors", None, "no diffusion_pytorch_model"),
+        ("scheduler/scheduler_config.json", b"[", "scheduler_config.json: not valid"),
+        ("tokenizer/vocab.json", None, "vocab.json: no such file"),
+    ],
+)
+def test_malformed_model_folder_is_named(
+    main, tiny_folder, tmp_path, file, content, message
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    (model / file).unlink()
+    if content is not None:
+        (model / file).write_bytes(content)
+    mistake(main, tmp_path, f"--config.model={model}", match=message)
+
+
+def test_workdir_of_another_run_is_refused(main, tiny_folder, tmp_path):
+    flags = ("--config.steps=0", "--config.samples.num=0")
+    main(tmp_path, *flags)
+    with pytest.raises(UserError, match=r"another config \(upper.lr was .*, is 0.5\)"):
+        main(tmp_path, *flags, "--config.upper.lr=0.5")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    entry = tensors.read_header(file)["conv_in.bias"]
+    with file.open("r+b") as f:
+        f.seek(entry.begin)
+        f.write(b"\0\0\0\0")
+    with pytest.raises(UserError, match="another config.*base_sha256 was"):
+        main(tmp_path, *flags, f"--config.model={model}")
