@@ -51,7 +51,8 @@ def model_config(cfg, vocabulary: int) -> dict:
 def caption_tables(tokenizer, concepts, styles, length: int) -> list[np.ndarray]:
     """Returns token ids for every caption: [both, concept only, style only].
 
-    Each is int32 "V N S L": template variant, concept, style, tokens.
+    Each is int32 "V N S L": template variant, concept, style, tokens; L is as short as
+    the longest caption allows, see `name_tables`.
     """
     kinds = (
         [lambda c, s, t=t: captions.fill(t, c, s) for t in captions.TEMPLATES],
@@ -66,7 +67,8 @@ def caption_tables(tokenizer, concepts, styles, length: int) -> list[np.ndarray]
         ).input_ids
         shape = (len(templates), len(concepts), len(styles), length)
         tables.append(np.asarray(ids, np.int32).reshape(shape))
-    return tables
+    longest = max(int(np.max(np.sum(t != tokenizer.pad_token_id, -1))) for t in tables)
+    return [t[..., : longest + 1] for t in tables]
 
 
 def name_tables(tokenizer, concepts, styles) -> dict[str, np.ndarray]:
