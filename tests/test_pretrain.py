@@ -27,7 +27,8 @@ def test_pretrain_smoke_writes_a_loadable_model(tmp_path):
     for stage in pretrain.STAGES:
         lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2
-    text = weights.load_component(tmp_path / "emoji-sd" / "text_encoder", "text_encoder")
+    folder = tmp_path / "emoji-sd" / "text_encoder"
+    text = weights.load_component(folder, "text_encoder")
     clip = weights.load_component(tmp_path / "judge", "clip")
     ours = text[1]["text_model"]["final_layer_norm"]["scale"]
     np.testing.assert_array_equal(
