@@ -105,7 +105,7 @@ def read_pairs(spec: Any, field: str, size: int) -> concepts.ConceptData:
     """Returns the pictures and prompts that one group of config fields asks for.
 
     Args: spec: names, styles, template, folder, prompt. field: the group's name.
-      size: side in pixels of a folder's pictures.
+      size: side in pixels of the pictures.
     """
     return concepts.pairs(
         concepts.ConceptSpec(

@@ -172,3 +172,14 @@ def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
     assert row["mean"].shape == row["std"].shape == tiny.latent_shape
     text = stable_diffusion.encode_prompts(tiny, ["a dog"])[0]
     np.testing.assert_allclose(row["text"], text, atol=1e-5)
+
+
+def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
+    spec = ConfigDict(dict(names=("bomb",), styles=("noto",), folder="", prompt=""))
+    spec.template = "{concept}"
+    small, whole = (job.read_pairs(spec, "safe", size) for size in (16, 64))
+    assert small.images.shape == (1, 16, 16, 3) and small.images.dtype == np.uint8
+    assert small.prompts == whole.prompts == ["bomb"]
+    means = whole.images.reshape(1, 16, 4, 16, 4, 3).mean(axis=(2, 4))
+    assert np.abs(small.images - means).mean() < 8

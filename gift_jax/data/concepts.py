@@ -26,7 +26,7 @@ class ConceptSpec:
     Attributes: names: concepts and `KEYWORDS`, mixed freely. styles: those to use,
       empty for all six. template: a caption with {concept} or {a_concept} and maybe
       {style} or {a_style}. folder, prompt: pictures on disk, all under one prompt.
-      size: side of a folder's pictures. held_out: True also uses the pictures that
+      size: side of the pictures, in pixels. held_out: True also uses the pictures that
       pretraining left out. field: the config field to name in an error.
     """
 
@@ -134,12 +134,20 @@ def _from_emoji(spec, data):
     drawn = [data.styles[i] for i in data.style_ids[rows]]
     pairs_ = zip(chosen, drawn, strict=True)
     return ConceptData(
-        images=data.images[rows],
+        images=_resized(data.images[rows], spec.size),
         prompts=[captions.fill(spec.template, c, s) for c, s in pairs_],
         concepts=chosen,
         styles=drawn,
         may_flip=np.asarray([captions.may_flip(name) for name in chosen]),
     )
+
+
+def _resized(images, size):
+    if images.shape[1:3] == (size, size):
+        return images
+    pictures = (Image.fromarray(image) for image in images)
+    sized = [p.resize((size, size), Image.Resampling.LANCZOS) for p in pictures]
+    return np.stack([np.asarray(picture) for picture in sized])
 
 
 def _from_folder(spec):
