@@ -67,6 +67,7 @@ def target(z_BCHW, eps_BCHW, abar_B, prediction_type: str):
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Returns x in float32, or as it is if it is wider."""
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -129,6 +129,6 @@ def make_step(unet, tx: optax.GradientTransformation, cfg) -> loop.Step:
         state = state.replace(
             step=state.step + 1, params=params, opt={"unet": opt}, ema=ema
         )
-        return state, {"unet/loss": loss, "unet/grad_norm": optax.global_norm(grads)}
+        return state, {"unet/loss": loss, "unet/grad_norm": losses.global_norm(grads)}
 
     return step
