@@ -114,7 +114,7 @@ def test_export_differs_from_the_base_in_the_trained_tensors_only(
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--config.gift.gradient=unrolled",),
+        pytest.param(("--config.gift.gradient=unrolled",), marks=pytest.mark.slow),
         ("--config.gift.gradient=joint", "--config.gift.distance=mmd"),
     ],
 )
