@@ -17,22 +17,18 @@ def get_config(name: str = "") -> ConfigDict:
     c.checkpoint_every = 250  # steps
 
     c.clip = ConfigDict()
-    c.clip.steps = 4000
-    c.clip.batch = 128  # pictures a step
+    c.clip.steps = 3000
+    c.clip.batch = 64  # pictures a step
     c.clip.lr = 1e-3  # AdamW's peak, after a warm-up over 5% of the steps, then cosine
     c.clip.weight_decay = 0.05
     c.clip.ema = 0.995  # decay of the averaged weights, the ones that ship
     c.clip.tokens = 32  # prompt length
     c.clip.text_width = 128
     c.clip.text_layers = 3
-    c.clip.image_width = 128
-    c.clip.image_layers = 4
     c.clip.heads = 4
-    c.clip.patch = 8  # pixels
+    c.clip.image_channels = (32, 64, 128, 256)
     c.clip.embedding = 128
     c.clip.caption_odds = (0.8, 0.14, 0.06)  # names both, concept only, style only
-    c.clip.contrast_weight = 1.0  # of telling the captions of a batch apart
-    c.clip.concept_weight = 1.0  # of telling all 480 things apart
     c.clip.flip = 0.5  # probability, where sensible
     c.clip.shift = 4  # pixels
     c.clip.scale = 0.1  # fraction
@@ -53,7 +49,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.vae.scale = 0.1
 
     c.decoder = ConfigDict()  # the VAE's decoder, trained on with the encoder frozen
-    c.decoder.steps = 1200
+    c.decoder.steps = 600
     c.decoder.batch = 24
     c.decoder.lr = 1e-3
     c.decoder.weight_decay = 0.0
@@ -64,7 +60,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.decoder.scale = 0.1
 
     c.unet = ConfigDict()
-    c.unet.steps = 8000
+    c.unet.steps = 6500
     c.unet.batch = 64
     c.unet.lr = 1e-3
     c.unet.weight_decay = 0.01
@@ -83,8 +79,7 @@ def get_config(name: str = "") -> ConfigDict:
         "cpu_devices": 1,
         "clip.text_width": 32,
         "clip.text_layers": 1,
-        "clip.image_width": 32,
-        "clip.image_layers": 1,
+        "clip.image_channels": (8, 8, 8),
         "clip.embedding": 32,
         "vae.channels": (32, 32, 32, 32),
         "unet.channels": (32, 64),

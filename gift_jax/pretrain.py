@@ -8,6 +8,7 @@ trained on; UNet, on the latents of the one and the text states of the other. Th
 is RUN/emoji-sd (a diffusers folder) and RUN/judge (the CLIP).
 """
 
+import functools
 import json
 import pathlib
 import shutil
@@ -114,16 +115,12 @@ def _clip(cfg, workdir, pictures, words, mesh):
     model_config = clip_stage.model_config(cfg.clip, len(words))
     model = hooks.build_clip(model_config)
 
-    def init(key):
-        ids = jnp.zeros((1, cfg.clip.tokens), jnp.int32)
-        positions = jnp.arange(cfg.clip.tokens)[None]
-        x_BHWC = jnp.zeros((1, 64, 64, 3))
-        return model.init(key, ids, x_BHWC, jnp.ones_like(ids), positions)["params"]
-
     tables = clip_stage.caption_tables(
         words, pictures.concepts, pictures.styles, cfg.clip.tokens
     )
-    names = clip_stage.name_tables(words, pictures.concepts, pictures.styles)
+    init = functools.partial(
+        clip_stage.init_params, model, len(pictures.concepts), len(pictures.styles)
+    )
     params = _train(
         "clip",
         cfg,
@@ -132,8 +129,8 @@ def _clip(cfg, workdir, pictures, words, mesh):
         jax.jit(init)(jax.random.key(cfg.seed)),
         lambda tx: clip_stage.make_step(model, tx, cfg.clip),
         _source(pictures, ~pictures.held_out),
-        {"captions": tables, "names": names},
-    )
+        {"captions": tables},
+    )["clip"]
     return model_config, params
 
 

@@ -60,6 +60,8 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPTextModule,
 )
 
+from gift_jax.models import conv_clip  # noqa: E402
+
 CAPTURE_KINDS = {
     "transformer": (attention_flax.FlaxBasicTransformerBlock,),
     "resnet": (resnet_flax.FlaxResnetBlock2D,),
@@ -102,8 +104,13 @@ def build_text(config, dtype=jnp.float32):
 
 
 def build_clip(config, dtype=jnp.float32):
-    """Returns the two-tower CLIP module for a CLIPModel `config.json` dict."""
-    return FlaxCLIPModule(CLIPConfig(**config), dtype=dtype)
+    """Returns the two-tower CLIP module for a CLIPModel `config.json` dict.
+
+    With `conv_channels` in its vision_config it is a `conv_clip.ConvClip`.
+    """
+    convolutional = "conv_channels" in config.get("vision_config", {})
+    module = conv_clip.ConvClip if convolutional else FlaxCLIPModule
+    return module(CLIPConfig(**config), dtype=dtype)
 
 
 def init_params(module, key):

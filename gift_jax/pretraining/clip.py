@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small CLIP: its text tower conditions emoji-sd, its image tower judges it."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,23 +30,14 @@ def model_config(cfg, vocabulary: int) -> dict:
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
     }
-    vision = {
-        "hidden_size": cfg.image_width,
-        "intermediate_size": 4 * cfg.image_width,
-        "num_hidden_layers": cfg.image_layers,
-        "num_attention_heads": cfg.heads,
-        "image_size": 64,
-        "patch_size": cfg.patch,
-        "projection_dim": cfg.embedding,
-        "hidden_act": "quick_gelu",
-    }
+    vision = {"image_size": 64, "conv_channels": list(cfg.image_channels)}
     return {
-        "architectures": ["CLIPModel"],
+        "architectures": ["ConvClip"],
         "model_type": "clip",
         "projection_dim": cfg.embedding,
-        "logit_scale_init_value": 2.6592,
+        "logit_scale_init_value": 3.0,
         "text_config": {"model_type": "clip_text_model", **text},
-        "vision_config": {"model_type": "clip_vision_model", **vision},
+        "vision_config": vision,
     }
 
 
@@ -71,69 +64,88 @@ def caption_tables(tokenizer, concepts, styles, length: int) -> list[np.ndarray]
     return [t[..., : longest + 1] for t in tables]
 
 
-def name_tables(tokenizer, concepts, styles) -> dict[str, np.ndarray]:
-    """Returns token ids of every name alone, {"concept": "V N L", "style": "V S L"}.
+def init_params(clip, concepts: int, styles: int, key) -> dict:
+    """Returns {"clip": the model's parameters, "proxies": a vector for every name}.
 
-    L is as short as the longest allows: the text tower is causal and pools at the end
-    mark, so what is cut off has no effect.
+    The text tower is drawn anew, wide enough that captions start out different:
+    transformers' Flax CLIP draws with a standard deviation of 0.01, from where the
+    names take thousands of steps to part.
     """
+    k_clip, k_text, k_concept, k_style = jax.random.split(key, 4)
+    params = hooks.init_params(clip, k_clip)
+    depth = len(params["text_model"]["encoder"]["layers"])
 
-    def table(templates, fill, names):
-        ids = [
-            tokenizer([fill(t, name) for name in names]).input_ids for t in templates
-        ]
-        length = max(len(row) for rows in ids for row in rows)
-        pad = tokenizer.pad_token_id
-        padded = [[row + [pad] * (length - len(row)) for row in rows] for rows in ids]
-        return np.asarray(padded, np.int32)
+    def draw(path, leaf):
+        *_, module, name = (part.key for part in path)
+        key = jax.random.fold_in(
+            k_text, zlib.crc32(jax.tree_util.keystr(path).encode())
+        )
+        if name == "embedding":
+            return 0.1 * jax.random.normal(key, leaf.shape)
+        if name != "kernel":
+            return leaf
+        last = module in ("out_proj", "fc2")  # what a block adds to its input
+        scale = (leaf.shape[0] * (2 * depth if last else 1)) ** -0.5
+        return scale * jax.random.normal(key, leaf.shape)
 
-    return {
-        "concept": table(
-            captions.CONCEPT_TEMPLATES, lambda t, c: captions.fill(t, c, ""), concepts
-        ),
-        "style": table(
-            captions.STYLE_TEMPLATES, lambda t, s: captions.fill(t, "", s), styles
-        ),
+    params["text_model"] = jax.tree_util.tree_map_with_path(draw, params["text_model"])
+    width = params["text_projection"]["kernel"].shape[1]
+    proxies = {
+        "concept": jax.random.normal(k_concept, (concepts, width)),
+        "style": jax.random.normal(k_style, (styles, width)),
     }
+    return {"clip": params, "proxies": proxies}
 
 
 def make_step(clip, tx: optax.GradientTransformation, cfg) -> loop.Step:
-    """Returns the training step: contrast within the batch, and against every name.
+    """Returns the training step: contrast within the batch, and a proxy for each name.
 
-    With few pictures of many things, contrast within a batch alone separates the names
-    slowly: so each picture is also compared with all concepts and all styles.
+    With few pictures of many things, contrast alone separates the names slowly, since
+    either tower waits for the other. So both also learn to tell the names apart, next
+    to vectors that stand for them ("No Fuss Distance Metric Learning using Proxies",
+    arXiv 1703.07464); only the towers are kept.
 
-    frozen: {"captions": tables of `caption_tables`, "names": those of `name_tables`}.
+    frozen: {"captions": tables of `caption_tables`}.
     """
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
-    def loss_fn(params, images_BHWC, ids_BL, described_BB, batch, names):
+    def loss_fn(params, images_BHWC, ids_BL, kind_B, batch):
         images_BCHW = jnp.transpose(images_BHWC, (0, 3, 1, 2))
-        image = _unit(hooks.apply_clip_image(clip, params, images_BCHW))
-        embed = lambda ids: _unit(hooks.apply_clip_text(clip, params, ids))  # noqa: E731
-        scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
-        logits = scale * image @ embed(ids_BL).T
-        contrast = 0.5 * (
-            _cross_entropy(logits, described_BB)
-            + _cross_entropy(logits.T, described_BB.T)
+        image_BD = _unit(hooks.apply_clip_image(clip, params["clip"], images_BCHW))
+        text_BD = _unit(hooks.apply_clip_text(clip, params["clip"], ids_BL))
+        scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], jnp.log(100.0)))
+        logits_BB = scale * image_BD @ text_BD.T
+        described_BB = described_by(batch["concept"], batch["style"], kind_B)
+        total = 0.5 * (
+            _cross_entropy(logits_BB, described_BB)
+            + _cross_entropy(logits_BB.T, described_BB.T)
         )
-        total, metrics = cfg.contrast_weight * contrast, {"clip/contrast": contrast}
-        for kind, weight in (("concept", cfg.concept_weight), ("style", 1.0)):
-            all_names = scale * image @ embed(names[kind]).T
-            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-            total += weight * jnp.mean(cross_entropy(all_names, batch[kind]))
-            right = jnp.argmax(all_names, axis=1) == batch[kind]
-            metrics[f"clip/{kind}_accuracy"] = jnp.mean(right)
+        metrics = {"clip/contrast": total}
+        for name, other in (("concept", STYLE), ("style", CONCEPT)):
+            wanted_B = batch[name]
+            proxy_ND = _unit(params["proxies"][name])
+            by_image, by_text = (
+                scale * image_BD @ proxy_ND.T,
+                scale * text_BD @ proxy_ND.T,
+            )
+            names_B = kind_B != other  # captions that say it
+            total += jnp.mean(cross_entropy(by_image, wanted_B))
+            total += _mean(cross_entropy(by_text, wanted_B), names_B)
+            right = jnp.argmax(by_image, axis=1) == wanted_B
+            metrics[f"clip/{name}_accuracy"] = jnp.mean(right)
+            right = jnp.argmax(by_text, axis=1) == wanted_B
+            metrics[f"clip/{name}_accuracy_text"] = _mean(right, names_B)
         return total, metrics
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        k_augment, k_kind, k_template, k_names = jax.random.split(key, 4)
+        k_augment, k_kind, k_template = jax.random.split(key, 3)
         batch = batch["train"]
         B = batch["concept"].shape[0]
         odds = jnp.asarray(cfg.caption_odds, jnp.float32)
-        kind = jax.random.choice(k_kind, 3, (B,), p=odds)
-        pick = jax.random.randint(k_template, (B,), 0, 1 << 20)
-        images = augment.augment(
+        kind_B = jax.random.choice(k_kind, 3, (B,), p=odds)
+        pick_B = jax.random.randint(k_template, (B,), 0, 1 << 20)
+        images_BHWC = augment.augment(
             k_augment,
             batch["image"].astype(jnp.float32) / 127.5 - 1.0,
             batch["may_flip"],
@@ -141,13 +153,10 @@ def make_step(clip, tx: optax.GradientTransformation, cfg) -> loop.Step:
             shift=cfg.shift,
             scale=cfg.scale,
         )
-        described = described_by(batch["concept"], batch["style"], kind)
-        ids = _draw_ids(frozen["captions"], batch, kind, pick)
-        variant = jax.random.randint(k_names, (), 0, 1 << 20)
-        names = {k: t[variant % t.shape[0]] for k, t in frozen["names"].items()}
+        ids_BL = _draw_ids(frozen["captions"], batch, kind_B, pick_B)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), grads = grad_fn(
-            state.params, images, ids, described, batch, names
+            state.params, images_BHWC, ids_BL, kind_B, batch
         )
         updates, opt = tx.update(grads, state.opt["clip"], state.params)
         params = optax.apply_updates(state.params, updates)
@@ -179,6 +188,10 @@ def described_by(concept_B, style_B, kind_B):
     by_concept = same_concept | (kind_B == STYLE)[None, :]
     by_style = same_style | (kind_B == CONCEPT)[None, :]
     return by_concept & by_style
+
+
+def _mean(x_B, where_B):
+    return jnp.sum(x_B * where_B) / jnp.maximum(1, jnp.sum(where_B))
 
 
 def _unit(x_BD):
