@@ -133,7 +133,10 @@ def run(
     with contextlib.closing(store):
         if store.latest_step() is not None:
             state, position = store.restore(state)
-            batches.set_state(position)
+            batches.set_state(position["batches"])
+            saved = jnp.asarray(position["key"], jnp.uint32)
+            key = jax.device_put(jax.random.wrap_key_data(saved), key.sharding)
+        identity = {"key": jax.random.key_data(key).tolist()}
         start = int(state.step)
         compiled = compile_step(step_fn)
         with (
@@ -158,7 +161,8 @@ def run(
                     log.check(done, metrics)
                 bar.update(done, log.latest)
                 if last or stop or store.due(done):
-                    store.save(done, state, batches.get_state())
+                    position = {**identity, "batches": batches.get_state()}
+                    store.save(done, state, position)
                 if stop:
                     break
             if received:

@@ -76,7 +76,7 @@ def broken_after(steps):
     return step
 
 
-def run(workdir, steps, *, at=None, step=quadratic, devices=1, **options):
+def run(workdir, steps, *, at=None, step=quadratic, devices=1, key=KEY, **options):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     params = {"w": jnp.zeros((3,))}
     state = loop.init_state(params, {"train": TX.init(params)})
@@ -86,7 +86,7 @@ def run(workdir, steps, *, at=None, step=quadratic, devices=1, **options):
         step,
         sharding.replicate(mesh, {"shift": jnp.ones(3)}),
         loop.Batches({"train": Counter(at)}),
-        sharding.replicate(mesh, KEY),
+        sharding.replicate(mesh, key),
         options=loop.Options(
             steps, **({"log_every": 1, "checkpoint_every": 2} | options)
         ),
@@ -130,6 +130,15 @@ def test_metrics_are_one_json_object_a_logged_step(tmp_path):
         assert np.isfinite(line["train/loss"])
     rates = [line["time/step_s"] * line["time/examples_per_s"] for line in logged]
     np.testing.assert_allclose(rates, 4, rtol=0.1)
+
+
+def test_a_resumed_run_keeps_its_key(tmp_path):
+    straight = run(tmp_path / "straight", 4)
+    other = run(tmp_path / "other", 4, key=jax.random.key(2))
+    assert (straight.params["w"] != other.params["w"]).any()
+    run(tmp_path / "resumed", 2)
+    resumed = run(tmp_path / "resumed", 4, key=jax.random.key(2), devices=2)
+    np.testing.assert_allclose(straight.params["w"], resumed.params["w"], rtol=1e-6)
 
 
 def test_metrics_go_to_tensorboard_too(tmp_path):

@@ -174,7 +174,9 @@ def atomic_folder(out):
     temp.mkdir()
     try:
         yield temp
+        mode = temp.stat().st_mode & 0o666  # as the user's umask has it
         for file in [p for p in temp.rglob("*") if p.is_file()]:
+            file.chmod(mode)  # the safetensors library writes 0600
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         old = out.parent / f".{out.name}.old-{os.getpid()}"

@@ -2,6 +2,7 @@
 """Reading and writing model folders: names, layouts, dtypes, mistakes, export."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -235,6 +236,16 @@ def test_export_changes_only_what_was_trained(tiny_folder, tmp_path):
     for name in names - {next(n for n in names if str(n) == UNET_FILE)}:
         copy = tmp_path / "out" / name
         assert copy.read_bytes() == (tiny_folder / name).read_bytes()
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tiny_folder, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        export_one(tiny_folder, tmp_path / "out")
+    finally:
+        os.umask(mask)
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {"0o640"}
 
 
 def test_export_keeps_the_files_dtype(tiny_folder, tiny, tmp_path):
