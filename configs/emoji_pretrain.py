@@ -60,7 +60,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.decoder.scale = 0.1
 
     c.unet = ConfigDict()
-    c.unet.steps = 6500
+    c.unet.steps = 6000
     c.unet.batch = 64
     c.unet.lr = 1e-3
     c.unet.weight_decay = 0.01

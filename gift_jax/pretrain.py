@@ -64,12 +64,13 @@ def _train(name, cfg, workdir, mesh, params, make_step, source, frozen=None):
     tx = _optimizer(stage)
     state = loop.init_state(params, {name: tx.init(params)}, ema=True)
     batches = loop.Batches({"train": pipeline.batches(source, stage.batch, cfg.seed)})
+    key = jax.random.fold_in(jax.random.key(cfg.seed), STAGES.index(name))
     state = loop.run(
         sharding.replicate(mesh, state),
         make_step(tx),
         sharding.replicate(mesh, frozen or {}),
         batches,
-        jax.random.fold_in(jax.random.key(cfg.seed), STAGES.index(name)),
+        sharding.replicate(mesh, key),
         options=loop.Options(
             steps=stage.steps,
             log_every=cfg.log_every,
