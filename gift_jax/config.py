@@ -264,7 +264,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 # Fields that a resumed run may change without becoming another run.
-_PACE = ("steps", "log_every", "checkpoint_every", "keep")
+_PACE = ("steps", "log_every", "checkpoint_every", "keep", "cpu_devices", "name")
 
 
 def _is_pace(name: str) -> bool:
