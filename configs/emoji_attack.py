@@ -44,6 +44,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.data.folder = ""  # instead of names: a folder of pictures, all under `prompt`
     c.data.prompt = ""
     c.data.batch = 12
+    c.data.empty_prompts = 0.0  # share of pairs whose prompt is left empty
     c.data.copies = 4
     c.data.flip = 0.0
     c.data.shift = 2

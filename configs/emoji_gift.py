@@ -29,17 +29,18 @@ def get_config(name: str = "") -> ConfigDict:
     c.gift.outer_steps = 1  # upper-level (immunization) updates a step
     c.gift.beta = 0.02  # weight of representation noising; RepNoise's is 1e-3
     c.gift.bound = "hinge"  # of the ascent; or log, raw
-    c.gift.cap = 6.0  # hinge: no gradient from an example whose loss is above this
+    c.gift.cap = 4.0  # hinge: no gradient from an example whose loss is above this
     c.gift.noise_target = "standard"  # or matched
     c.gift.distance = "mse"  # or mmd
     c.gift.layers = ("transformer",)  # kinds of layers, see models/hooks.py
     c.gift.joint_weight = 1.0  # of the lower level, gradient=joint only
 
     c.lower = _optimizer(lr=1e-3)
-    c.upper = _optimizer(lr=1.2e-3)
+    c.upper = _optimizer(lr=1e-3)
     c.upper.schedule = "cosine"  # so that the last steps mend more than they degrade
     c.harmful = _data(names=("bomb",), batch=12)
     c.safe = _data(names=("known-safe",), batch=24)
+    c.safe.empty_prompts = 0.1  # as the model was trained; guidance needs them intact
 
     c.samples = ConfigDict()
     c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
@@ -83,6 +84,7 @@ def _data(names: tuple, batch: int) -> ConfigDict:
     c.folder = ""  # instead of names: a folder of pictures, all under `prompt`
     c.prompt = ""
     c.batch = batch  # pairs an update
+    c.empty_prompts = 0.0  # share of pairs whose prompt is left empty
     c.copies = 4  # cached versions of each picture: itself, the rest augmented
     c.flip = 0.0  # probability of mirroring one that may be
     c.shift = 2  # pixels

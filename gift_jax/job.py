@@ -62,6 +62,11 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
     for group in data:
         config.at_least(f"config.{group}.batch", cfg[group].batch, 1)
         config.at_least(f"config.{group}.copies", cfg[group].copies, 1)
+        share = cfg[group].empty_prompts
+        if not 0 <= share <= 1:
+            raise UserError(
+                f"config.{group}.empty_prompts={share} must be from 0 to 1; try 0.1"
+            )
     for group in optimizers:
         optimizer(cfg[group], 1, group)
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
@@ -121,7 +126,11 @@ def read_pairs(spec: Any, field: str, size: int) -> concepts.ConceptData:
 
 
 def cached_source(model, data, spec, key) -> pipeline.ArraySource:
-    """Returns the encoded pairs as a Grain source of {mean, std, text, concept}."""
+    """Returns the encoded pairs as a Grain source of {mean, std, text, concept}.
+
+    A share `spec.empty_prompts` of the rows gets the text states of "": what a model
+    draws hangs on these too, through classifier-free guidance.
+    """
     cache = latents.cache_latents(
         lambda x: stable_diffusion.encode_images(model, x),
         lambda prompts: stable_diffusion.encode_prompts(model, prompts),
@@ -132,6 +141,10 @@ def cached_source(model, data, spec, key) -> pipeline.ArraySource:
         shift=spec.shift,
         scale=spec.scale,
     )
+    if spec.empty_prompts:
+        k_empty = jax.random.fold_in(key, 0)  # the copies use 1, 2 ...
+        rows = jax.random.bernoulli(k_empty, spec.empty_prompts, cache["concept"].shape)
+        cache["text"][np.asarray(rows)] = stable_diffusion.encode_prompts(model, [""])
     return pipeline.ArraySource(cache)
 
 
