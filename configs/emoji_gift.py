@@ -29,14 +29,14 @@ def get_config(name: str = "") -> ConfigDict:
     c.gift.outer_steps = 1  # upper-level (immunization) updates a step
     c.gift.beta = 0.02  # weight of representation noising; RepNoise's is 1e-3
     c.gift.bound = "hinge"  # of the ascent; or log, raw
-    c.gift.cap = 4.0  # hinge: no gradient from an example whose loss is above this
+    c.gift.cap = 20.0  # hinge: no gradient from an example whose loss is above this
     c.gift.noise_target = "standard"  # or matched
     c.gift.distance = "mse"  # or mmd
     c.gift.layers = ("transformer",)  # kinds of layers, see models/hooks.py
     c.gift.joint_weight = 1.0  # of the lower level, gradient=joint only
 
-    c.lower = _optimizer(lr=1e-3)
-    c.upper = _optimizer(lr=1e-3)
+    c.lower = _optimizer(lr=1.2e-3)
+    c.upper = _optimizer(lr=2.2e-3)
     c.upper.schedule = "cosine"  # so that the last steps mend more than they degrade
     c.harmful = _data(names=("bomb",), batch=12)
     c.safe = _data(names=("known-safe",), batch=24)

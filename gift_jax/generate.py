@@ -20,12 +20,10 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gift_jax import config, progress, sampling
+from gift_jax import config, job, progress, sampling
 from gift_jax.config import UserError
 from gift_jax.models import stable_diffusion, weights
 from gift_jax.report import grid
-
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "emoji-sd"
 
 
 def _parser():
@@ -33,7 +31,9 @@ def _parser():
 
     p = config.parser(__doc__, "generate")
     p.add_argument(
-        "--model", help="a diffusers folder (default: the embedded emoji-sd)"
+        "--model",
+        default="emoji-sd",
+        help="a diffusers folder (default: emoji-sd, the embedded one)",
     )
     p.add_argument(
         "--prompt", action="append", required=True, help="what to draw; repeatable"
@@ -71,8 +71,6 @@ def _check(args):
         raise UserError(f"--seed={args.seed} must be from 0 to {2**32 - 1}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out={args.out!r} is a file; must be a folder")
-    if args.model is None and not EMBEDDED_MODEL.is_dir():
-        raise UserError("the embedded model is not installed; give --model DIR")
 
 
 def draw(
@@ -122,7 +120,7 @@ def main(argv=None):
     """
     args = _parser().parse_args(argv)
     _check(args)
-    model = stable_diffusion.load(args.model or EMBEDDED_MODEL, args.dtype)
+    model = stable_diffusion.load(job.model_folder(args.model), args.dtype)
     scheduler = args.scheduler or sampling.default_scheduler(model.scheduler_config)
     total, began = len(args.prompt) * args.num, time.monotonic()
     logging.info("drawing %d pictures; the first batch compiles", total)
@@ -140,7 +138,7 @@ def main(argv=None):
             guidance=args.guidance,
         )
     settings = vars(args) | {
-        "model": str(args.model or "embedded emoji-sd"),
+        "model": args.model,
         "model_sha256": weights.content_hash(model.path),
         "scheduler": scheduler,
         "scheduler_config": model.scheduler_config,
