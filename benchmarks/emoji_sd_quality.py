@@ -106,7 +106,7 @@ def judge_quality(judge, pictures) -> dict:
 def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--model", default="emoji-sd")
-    flags.add_argument("--judge", default=str(judge_metric.FOLDER))
+    flags.add_argument("--judge", default="embedded", help="folder (default: embedded)")
     flags.add_argument("--out", required=True, type=pathlib.Path)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--guidance", type=float, default=3.0)
@@ -115,7 +115,10 @@ def main() -> int:
     args = flags.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     sharding.start()
-    judge = judge_metric.load(pathlib.Path(args.judge))
+    embedded = args.judge == "embedded"
+    judge = judge_metric.load(
+        judge_metric.FOLDER if embedded else pathlib.Path(args.judge)
+    )
     pictures = emoji.load()
     model = job.load_model(args.model)
     result = {

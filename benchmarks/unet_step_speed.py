@@ -24,17 +24,14 @@ from gift_jax.models import hooks, stable_diffusion
 
 def draw(model, batch: int, rng) -> dict[str, np.ndarray]:
     """Returns random latents, timesteps, text states and noise for one step."""
-    shape, (length, width) = (batch, *model.latent_shape), _text_shape(model)
+    shape = (batch, *model.latent_shape)
+    text_shape = stable_diffusion.encode_prompts(model, [""]).shape[1:]
     return {
         "z_t": rng.normal(size=shape).astype(np.float32),
         "t": rng.integers(0, 1000, batch).astype(np.int32),
-        "text": rng.normal(size=(batch, length, width)).astype(np.float32),
+        "text": rng.normal(size=(batch, *text_shape)).astype(np.float32),
         "eps": rng.normal(size=shape).astype(np.float32),
     }
-
-
-def _text_shape(model):
-    return stable_diffusion.encode_prompts(model, [""]).shape[1:]
 
 
 def make_ours(model, data, mesh):

@@ -55,7 +55,7 @@ def _parser():
     )
     p.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=tuple(job.DTYPES),
         default="float32",
         help="of weights and computation (default float32)",
     )
@@ -120,7 +120,7 @@ def main(argv=None):
     """
     args = _parser().parse_args(argv)
     _check(args)
-    model = stable_diffusion.load(job.model_folder(args.model), args.dtype)
+    model = job.load_model(args.model, args.dtype)
     scheduler = args.scheduler or sampling.default_scheduler(model.scheduler_config)
     total, began = len(args.prompt) * args.num, time.monotonic()
     logging.info("drawing %d pictures; the first batch compiles", total)

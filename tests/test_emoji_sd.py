@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny_model import relative_error
 
 from gift_jax import generate, job, sampling
 from gift_jax.data import captions, emoji
@@ -23,12 +24,6 @@ def model():
 @pytest.fixture(scope="module")
 def the_judge():
     return judge.load()
-
-
-def relative_error(ours, theirs):
-    ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.01
-    return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def test_it_is_small_and_whole():
@@ -110,9 +105,8 @@ def test_pytorch_draws_the_exported_model_alike(model, tmp_path):
 
     assert np.abs(ours(model) - theirs).mean() > 1  # another model draws otherwise
     assert np.abs(ours(exported) - theirs).mean() <= 1
-    before = dict(frozen)
     after = partition.select(exported.params["unet"], "cross_attention")[1]
-    for path, array in before.items():
+    for path, array in frozen.items():
         np.testing.assert_array_equal(array, after[path])
 
 
@@ -128,9 +122,8 @@ def test_the_judge_names_real_pictures(the_judge):
 
 
 def test_it_draws_what_is_asked_for(the_judge, tmp_path):
-    names = ("bomb", "cat face", "rose", "pill", "automobile", "key")
-    names = [n for n in names if n in emoji.known_concepts()][:4]
-    assert len(names) == 4
+    names = ("bomb", "cat face", "rose", "pill")
+    assert set(names) <= set(emoji.known_concepts())
     flags = ["--model=emoji-sd", f"--out={tmp_path}", "--num=3", "--steps=20"]
     flags += ["--guidance=3"]
     for i, name in enumerate(names):

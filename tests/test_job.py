@@ -160,11 +160,18 @@ def test_scheduler_shorter_than_the_samples_is_named(tiny):
     job.check_samples(tiny, samples)
 
 
-def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
+def folder_spec(folder, rng, **fields):
+    """A config group for one random picture in a folder, its prompt "a dog"."""
     pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    spec = ConfigDict(dict(names=(), styles=(), template="a", folder=str(tmp_path)))
-    spec.update(dict(prompt="a dog", copies=2, flip=0.0, shift=2, scale=0.0))
+    Image.fromarray(pixels).save(folder / "a.png")
+    spec = ConfigDict(dict(names=(), styles=(), template="a", folder=str(folder)))
+    spec.update(dict(prompt="a dog", flip=0.0, shift=2, scale=0.0, empty_prompts=0.0))
+    spec.update(fields)
+    return spec
+
+
+def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, copies=2)
     data = job.read_pairs(spec, "safe", tiny.image_size)
     source = job.cached_source(tiny, data, spec, jax.random.key(0))
     row = source[0]
@@ -172,6 +179,19 @@ def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
     assert row["mean"].shape == row["std"].shape == tiny.latent_shape
     text = stable_diffusion.encode_prompts(tiny, ["a dog"])[0]
     np.testing.assert_allclose(row["text"], text, atol=1e-5)
+
+
+def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, copies=40, empty_prompts=0.25)
+    data = job.read_pairs(spec, "safe", tiny.image_size)
+    source = job.cached_source(tiny, data, spec, jax.random.key(0))
+    dog, empty = stable_diffusion.encode_prompts(tiny, ["a dog", ""])
+    assert np.abs(dog - empty).max() > 0.01
+    texts = [source[i]["text"] for i in range(len(source))]
+    is_empty = [np.allclose(text, empty, atol=1e-5) for text in texts]
+    is_dog = [np.allclose(text, dog, atol=1e-5) for text in texts]
+    assert 3 <= sum(is_empty) <= 20
+    assert sum(is_empty) + sum(is_dog) == 40
 
 
 def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):

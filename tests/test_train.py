@@ -146,7 +146,8 @@ def test_half_precision_leaves_the_trained_weights_whole(main, tiny_folder, tmp_
         tmp_path / "still", *flags, "--config.lower.lr=0", "--config.upper.lr=0"
     )
     assert not changed_tensors(tiny_folder, still / "export")
-    moved = main(tmp_path / "moved", *flags)
+    rates = ("--config.lower.lr=2e-4", "--config.upper.lr=2e-4")
+    moved = main(tmp_path / "moved", *flags, *rates)
     old, new = unet_tensors(tiny_folder), unet_tensors(moved / "export")
     steps = [
         np.abs(new[name] - old[name]).max()
@@ -196,6 +197,7 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("upper.lr=nan", "config.upper.lr=nan must be at least 0"),
         ("harmful.batch=0", "config.harmful.batch=0 must be at least 1"),
         ("safe.copies=0", "config.safe.copies=0 must be at least 1"),
+        ("safe.empty_prompts=2", "config.safe.empty_prompts=2.0 must be from 0 to 1"),
         ("harmful.batch=3", "harmful.batch=3 must divide by 2 devices.*batch=2"),
         ("samples.num=-1", "config.samples.num=-1 must be at least 0"),
         ("samples.steps=0", "config.samples.steps=0 must be at least 1"),

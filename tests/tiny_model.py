@@ -120,3 +120,10 @@ def write_tiny(directory, scheduler=None, unet=None):
     )
     _write_json(directory / "model_index.json", TINY_INDEX)
     return directory
+
+
+def relative_error(ours, theirs):
+    """Largest difference of two arrays over the largest magnitude of the second."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()

@@ -8,17 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import TINY_TEXT, random_params
+from tiny_model import TINY_TEXT, random_params, relative_error
 
 from gift_jax.models import hooks, weights
 
 TOLERANCE = 1e-5
-
-
-def relative_error(ours, theirs):
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def unet_inputs(rng, batch=2):
