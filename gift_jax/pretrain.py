@@ -34,6 +34,9 @@ STORED = "float16"  # dtype of the files: half the size, 0.05% relative rounding
 def run(cfg, workdir: pathlib.Path) -> None:
     """Runs every stage that is not finished and writes the model folders."""
     mesh = sharding.start(cfg.cpu_devices)
+    for name in STAGES:
+        sharding.check_batch(f"{name}.batch", cfg[name].batch, mesh.size)
+    config.prepare_workdir(cfg, workdir)
     pictures = emoji.load()
     words = _tokenizer(cfg, workdir, pictures)
     clip = _clip(cfg, workdir, pictures, words, mesh)
@@ -60,7 +63,6 @@ def _optimizer(stage) -> optax.GradientTransformation:
 def _train(name, cfg, workdir, mesh, params, make_step, source, frozen=None):
     """Trains one stage; returns its averaged parameters on the host."""
     stage = cfg[name]
-    sharding.check_batch(f"{name}.batch", stage.batch, mesh.size)
     tx = _optimizer(stage)
     state = loop.init_state(params, {name: tx.init(params)}, ema=True)
     batches = loop.Batches({"train": pipeline.batches(source, stage.batch, cfg.seed)})
@@ -292,7 +294,7 @@ def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> No
 
 def main(argv: list[str] | None = None) -> int:
     cfg, workdir = config.parse(argv, __doc__, "pretrain")
-    run(cfg, config.prepare_workdir(cfg, workdir))
+    run(cfg, workdir)
     return 0
 
 

@@ -36,6 +36,14 @@ def test_pretrain_smoke_writes_a_loadable_model(tmp_path):
     )
 
 
+def test_a_batch_that_does_not_divide_leaves_nothing_behind(tmp_path):
+    cfg = config.load("configs/emoji_pretrain.py:smoke")
+    cfg.unet.batch = 7
+    with pytest.raises(config.UserError, match="unet.batch=7 must divide by 2 devices"):
+        pretrain.run(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_described_by_matches_what_a_caption_names():
     concept = np.asarray([0, 0, 1, 1])
     style = np.asarray([0, 1, 0, 1])
