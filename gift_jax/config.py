@@ -111,9 +111,9 @@ def choice(field: str, value: str, choices: Sequence[str]) -> str:
     if value in choices:
         return value
     close = difflib.get_close_matches(value, choices, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(choices[:12]) + (" ..." if len(choices) > 12 else "")
-    raise UserError(f"{field}={value!r} is not one of: {hint}{listed}")
+    raise UserError(f"{field}={value!r} is not one of: {listed}{hint}")
 
 
 def at_least(field: str, value: float, low: float) -> None:
