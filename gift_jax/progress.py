@@ -15,8 +15,9 @@ class Bar:
     """Reports progress of one task; see `bar`."""
 
     def __init__(self, name: str, total: int, start: int):
-        self._name, self._total, self._start = name, total, start
-        self._began = self._last = time.monotonic()
+        self._name, self._total = name, total
+        self._last = time.monotonic()
+        self._first: tuple[int, float] | None = None  # its time is mostly compilation
         self._live = None
         if sys.stderr.isatty():
             self._live = _rich_bar()
@@ -32,19 +33,20 @@ class Bar:
             self._live.update(self._task, completed=done, values=text)
             return
         now = time.monotonic()
+        if self._first is None:
+            self._first = (done, now)
         if now - self._last >= LINE_EVERY_S or done == self._total:
             self._last = now
-            rate = (now - self._began) / max(1, done - self._start)
-            left = _clock(rate * (self._total - done))
-            logging.info(
-                "%s %d/%d %s %.3g s each, %s left",
-                self._name,
-                done,
-                self._total,
-                text,
-                rate,
-                left,
-            )
+            pace = self._pace(done, now)
+            logging.info("%s %d/%d %s%s", self._name, done, self._total, text, pace)
+
+    def _pace(self, done: int, now: float) -> str:
+        first, began = self._first
+        if done == first:
+            return ""
+        rate = (now - began) / (done - first)
+        left = _clock(rate * (self._total - done))
+        return f" {rate:.3g} s each, {left} left"
 
     def close(self) -> None:
         if self._live:
