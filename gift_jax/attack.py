@@ -10,7 +10,6 @@ Writes the same folder as gift_jax.train; export/ is the model with the attack m
 import pathlib
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gift_jax import config, job, loop, sharding
@@ -36,16 +35,14 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     check(cfg)
     mesh = sharding.start(cfg.cpu_devices)
     sharding.check_batch("data.batch", cfg.data.batch, mesh.size)
-    model = job.load_model(cfg.model, cfg.compute_dtype)
-    job.check_samples(model, cfg.samples)
-    data = job.read_pairs(cfg.data, "data", model.image_size)
+    model = job.load_configured(cfg)
+    data = job.read_pairs(model, cfg.data, "data", model.image_size, cfg.seed)
     key = jax.random.key(cfg.seed)
     unet = flatten_dict(model.params["unet"], sep="/")
     factors = lora.init(
         jax.random.fold_in(key, 2), unet, cfg.lora.rank, cfg.lora.targets
     )
-    exact = job.float32_unet(model)
-    unet |= {path: jnp.asarray(exact[path]) for path in factors}
+    unet |= job.float32_unet(model, factors)
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     source = job.cached_source(model, data, cfg.data, jax.random.fold_in(key, 1))
     batches = job.batches({"attack": source}, {"attack": cfg.data.batch}, cfg.seed)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gift_jax import config, job, progress, sampling
+from gift_jax import config, job, progress, sampling, sharding
 from gift_jax.config import UserError
 from gift_jax.models import stable_diffusion, weights
 from gift_jax.report import grid
@@ -33,7 +33,12 @@ def _parser():
     p.add_argument(
         "--model",
         default="emoji-sd",
-        help="a diffusers folder (default: emoji-sd, the embedded one)",
+        help="a diffusers folder or hub id (default: emoji-sd, the embedded one)",
+    )
+    p.add_argument("--revision", default="", help="of a hub id: branch, tag or commit")
+    p.add_argument("--variant", default="", help="of the weight files, such as fp16")
+    p.add_argument(
+        "--resolution", type=int, default=0, help="pixels (default: the model's own)"
     )
     p.add_argument(
         "--prompt", action="append", required=True, help="what to draw; repeatable"
@@ -120,7 +125,14 @@ def main(argv=None):
     """
     args = _parser().parse_args(argv)
     _check(args)
-    model = job.load_model(args.model, args.dtype)
+    sharding.start()
+    model = job.load_model(
+        args.model,
+        args.dtype,
+        revision=args.revision,
+        variant=args.variant,
+        resolution=args.resolution,
+    )
     scheduler = args.scheduler or sampling.default_scheduler(model.scheduler_config)
     total, began = len(args.prompt) * args.num, time.monotonic()
     logging.info("drawing %d pictures; the first batch compiles", total)

@@ -2,8 +2,12 @@
 """What training and attacking share around the loop: model, data, samples, export."""
 
 import dataclasses
+import hashlib
+import io
+import json
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +17,13 @@ import optax
 from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from PIL import Image
 
-from gift_jax import config, loop, sampling, sharding
+from gift_jax import config, loop, progress, sampling, sharding
 from gift_jax.config import UserError
-from gift_jax.data import concepts, latents, pipeline
+from gift_jax.data import concepts, latents, pictures, pipeline
 from gift_jax.methods.denoise import Denoiser
-from gift_jax.models import hooks, partition, stable_diffusion, weights
+from gift_jax.models import hooks, hub, partition, stable_diffusion, weights
 from gift_jax.report import grid
 
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji-sd"
@@ -34,13 +39,28 @@ _LEAST = {
     "keep": 1,
     "cpu_devices": 1,
     "seed": 0,
+    "resolution": 0,
     "samples.num": 0,
     "samples.seed": 0,
     "samples.steps": 1,
     "samples.batch": 1,
     "samples.guidance": 1,
 }
+_LEAST_OF_DATA = {
+    "batch": 1,
+    "copies": 1,
+    "generate_seed": 0,
+    "generate_steps": 1,
+    "generate_guidance": 1,
+}
 _MAX_SEED = 2**31 - 2  # the data's order takes the next one too
+_DRAWN_AT_ONCE = 8  # at most, of the pictures that a data group generates
+# What a data group of a config says about its pairs.
+_PAIRS = tuple(
+    field.name
+    for field in dataclasses.fields(concepts.ConceptSpec)
+    if field.name not in ("size", "held_out", "seed", "field")
+)
 
 
 def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
@@ -55,18 +75,19 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
             value = value[name]
         config.at_least(f"config.{field}", value, low)
     for field, value in (("seed", cfg.seed), ("samples.seed", cfg.samples.seed)):
-        if value > _MAX_SEED:
-            raise UserError(f"config.{field}={value} must be at most {_MAX_SEED}")
+        _check_seed(f"config.{field}", value)
     if cfg.samples.num:
         check_not_empty("config.samples.prompts", cfg.samples.prompts)
     for group in data:
-        config.at_least(f"config.{group}.batch", cfg[group].batch, 1)
-        config.at_least(f"config.{group}.copies", cfg[group].copies, 1)
+        for name, low in _LEAST_OF_DATA.items():
+            config.at_least(f"config.{group}.{name}", cfg[group][name], low)
+        _check_seed(f"config.{group}.generate_seed", cfg[group].generate_seed)
         share = cfg[group].empty_prompts
         if not 0 <= share <= 1:
             raise UserError(
                 f"config.{group}.empty_prompts={share} must be from 0 to 1; try 0.1"
             )
+        concepts.check(_concept_spec(cfg[group], group))
     for group in optimizers:
         optimizer(cfg[group], 1, group)
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
@@ -74,24 +95,67 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
 
 def check_samples(model: stable_diffusion.StableDiffusion, samples: Any) -> None:
     """Raises UserError if the model's scheduler has not as many steps as asked for."""
+    if samples.num:
+        _check_steps(model, "config.samples.steps", samples.steps)
+
+
+def _check_steps(model, field: str, steps: int) -> None:
     limit = stable_diffusion.noise_schedule(model).shape[0]
-    if samples.num and samples.steps > limit:
+    if steps > limit:
         raise UserError(
-            f"config.samples.steps={samples.steps} must be at most {limit}, the "
-            "model's training timesteps"
+            f"{field}={steps} must be at most {limit}, the model's training timesteps"
         )
 
 
-def model_folder(name: str) -> pathlib.Path:
-    """Returns the folder of a model: "emoji-sd" is the embedded one."""
-    return EMBEDDED if name == "emoji-sd" else pathlib.Path(name)
+def _check_seed(field: str, seed: int) -> None:
+    if seed > _MAX_SEED:
+        raise UserError(f"{field}={seed} must be at most {_MAX_SEED}")
 
 
-def load_model(name: str, dtype: str = "float32") -> stable_diffusion.StableDiffusion:
-    """Returns the model of a folder, its parameters and arithmetic in `dtype`."""
+def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
+    """Returns the folder of a model: a local one, "emoji-sd", or a hub id's copy."""
+    if name == "emoji-sd":
+        return EMBEDDED
+    folder = pathlib.Path(name).expanduser()
+    if not folder.exists() and hub.is_id(name):
+        return hub.fetch(name, revision, variant)
+    return folder
+
+
+def load_model(
+    name: str,
+    dtype: str = "float32",
+    *,
+    revision: str = "",
+    variant: str = "",
+    resolution: int = 0,
+) -> stable_diffusion.StableDiffusion:
+    """Returns a model, its parameters and arithmetic in `dtype`.
+
+    Args: name: a diffusers folder, "emoji-sd", or a hub id, of which `revision` is
+      fetched. variant, resolution: see `stable_diffusion.load`.
+    """
     config.choice("config.compute_dtype", dtype, tuple(DTYPES))
-    model = stable_diffusion.load(model_folder(name), DTYPES[dtype])
+    model = stable_diffusion.load(
+        model_folder(name, revision, variant),
+        DTYPES[dtype],
+        variant=variant,
+        resolution=resolution,
+    )
     logging.info("model %s, %d devices", model.path, jax.device_count())
+    return model
+
+
+def load_configured(cfg: Any) -> stable_diffusion.StableDiffusion:
+    """Returns the model that a job's config names, able to draw its samples."""
+    model = load_model(
+        cfg.model,
+        cfg.compute_dtype,
+        revision=cfg.revision,
+        variant=cfg.variant,
+        resolution=cfg.resolution,
+    )
+    check_samples(model, cfg.samples)
     return model
 
 
@@ -106,23 +170,117 @@ def denoiser(model: stable_diffusion.StableDiffusion) -> Denoiser:
     return Denoiser(predict, model.prediction_type, steps)
 
 
-def read_pairs(spec: Any, field: str, size: int) -> concepts.ConceptData:
+def read_pairs(
+    model, spec: Any, field: str, size: int, seed: int = 0
+) -> concepts.ConceptData:
     """Returns the pictures and prompts that one group of config fields asks for.
 
-    Args: spec: names, styles, template, folder, prompt. field: the group's name.
-      size: side in pixels of the pictures.
+    Args: model: draws the pictures of `generate`; the other sources do not use it.
+      spec: the group, see `concepts.ConceptSpec` and `generated`. field: its name.
+      size: side in pixels of the pictures. seed: of random crops.
+    Raises: UserError naming the field or file.
     """
     return concepts.pairs(
-        concepts.ConceptSpec(
-            names=tuple(spec.names),
-            styles=tuple(spec.styles),
-            template=spec.template,
-            folder=spec.folder,
-            prompt=spec.prompt,
-            size=size,
-            field=f"config.{field}",
-        )
+        _concept_spec(spec, field, size=size, seed=seed),
+        draw=lambda count: generated(model, spec, field, count),
     )
+
+
+def _concept_spec(spec: Any, field: str, **others) -> concepts.ConceptSpec:
+    values = {name: spec[name] for name in _PAIRS}
+    for name in ("names", "styles"):
+        values[name] = tuple(values[name])
+    return concepts.ConceptSpec(**values, **others, field=f"config.{field}")
+
+
+def generated(model, spec: Any, field: str, count: int) -> np.ndarray:
+    """Returns uint8 "N H W 3": `count` pictures that the model draws for a prompt.
+
+    They are kept in the cache folder, under a name made of all that they depend on:
+    drawn once, and an interrupted run goes on where it was. Picture i depends on the
+    seed and i alone.
+
+    Args: spec: prompt, generate_seed, generate_steps, generate_guidance and batch (how
+      many at once, at most 8). field: the group's name.
+    Raises: UserError if the steps are more than the model has, or the cache folder
+      cannot be written.
+    """
+    _check_steps(model, f"config.{field}.generate_steps", spec.generate_steps)
+    settings = {
+        "model_sha256": weights.content_hash(model.path),
+        "variant": model.variant,
+        "prompt": spec.prompt,
+        "seed": spec.generate_seed,
+        "steps": spec.generate_steps,
+        "guidance": float(spec.generate_guidance),
+        "dtype": jnp.dtype(model.unet.dtype).name,
+        "size": model.image_size,
+    }
+    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    name = hashlib.sha256(text.encode()).hexdigest()
+    folder = sharding.cache_folder() / "generated" / name
+    paths = [folder / f"{i:05d}.png" for i in range(count)]
+    missing = {i: path for i, path in enumerate(paths) if not path.exists()}
+    images = np.empty((count, model.image_size, model.image_size, 3), np.uint8)
+    for i, path in enumerate(paths):
+        if i not in missing:
+            images[i] = pictures.read(path, model.image_size)
+    logging.info(
+        "%s: the model draws %d of %d pictures of %r, kept in %s",
+        field,
+        len(missing),
+        count,
+        spec.prompt,
+        folder,
+    )
+    with progress.bar(f"generate {field}", count, count - len(missing)) as bar:
+        for i, image in _drawn(model, spec, list(missing)):
+            images[i] = image
+            _keep(missing.pop(i), image, text)
+            bar.update(count - len(missing))
+    return images
+
+
+def _drawn(model, spec: Any, numbers: list[int]):
+    """Yields (i, picture i) of the numbers, drawn in batches."""
+    size = min(spec.batch, _DRAWN_AT_ONCE, len(numbers))
+    how = config.ConfigDict(
+        {
+            "seed": spec.generate_seed,
+            "steps": spec.generate_steps,
+            "guidance": spec.generate_guidance,
+            "batch": size,
+        }
+    )
+    while numbers:
+        first = numbers[0]
+        prompts = [spec.prompt] * size
+        images = draw(model, model.params["unet"], prompts, how, first)
+        yield from ((i, images[i - first]) for i in numbers if i < first + size)
+        numbers = [i for i in numbers if i >= first + size]
+
+
+def _keep(path: pathlib.Path, image: np.ndarray, settings: str) -> None:
+    """Writes a picture, and settings.json beside it, aside and renames them."""
+    if jax.process_index():  # the first process alone writes, the others draw too
+        return
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, format="PNG")
+    contents = {path: encoded.getvalue()}
+    about = path.with_name("settings.json")
+    if not about.exists():
+        contents[about] = settings.encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for target, content in contents.items():
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            temporary.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"cache folder {path.parent} cannot be written ({error.strerror or error})"
+            "; set GIFT_JAX_CACHE to a folder that can"
+        ) from error
 
 
 def cached_source(model, data, spec, key) -> pipeline.ArraySource:
@@ -202,23 +360,26 @@ class Split:
     frozen: dict[str, jax.Array]
 
 
-def float32_unet(model) -> dict[str, Any]:
-    """Returns the UNet's flat parameters as they are on disk, in float32.
+def float32_unet(model, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """Returns some of the UNet's parameters as they are on disk, flat, in float32.
 
     What trains starts from them: weights rounded to the compute dtype would end up in
     the exported model.
     """
-    params = model.params["unet"]
-    if jnp.dtype(model.unet.dtype) != jnp.float32:
-        _, params, _ = weights.load_component(model.path / "unet", "unet")
-    return flatten_dict(params, sep="/")
+    paths = set(paths)
+    if jnp.dtype(model.unet.dtype) == jnp.float32:
+        flat = flatten_dict(model.params["unet"], sep="/")
+        return {path: flat[path] for path in flat if path in paths}
+    _, params, _ = weights.load_component(
+        model.path / "unet", "unet", variant=model.variant, only=paths
+    )
+    return jax.tree.map(jnp.asarray, flatten_dict(params, sep="/"))
 
 
 def split_unet(model, rule: str) -> Split:
     """Returns the UNet's parameters divided by a rule of `partition.RULES`."""
     trainable, frozen = partition.select(model.params["unet"], rule)
-    exact = float32_unet(model)
-    trainable = {path: jnp.asarray(exact[path]) for path in trainable}
+    trainable = float32_unet(model, trainable)
     count = sum(a.size for a in trainable.values())
     total = count + sum(a.size for a in frozen.values())
     logging.info("training %.3f M of %.3f M parameters", count / 1e6, total / 1e6)
@@ -241,11 +402,13 @@ def run_loop(mesh: Mesh, state, step, frozen, data, cfg, workdir) -> loop.State:
     )
 
 
-def draw(model, unet_params, prompts: Sequence[str], cfg) -> np.ndarray:
+def draw(
+    model, unet_params, prompts: Sequence[str], cfg, number: int = 0
+) -> np.ndarray:
     """Returns one picture a prompt, uint8 "N H W 3"; picture i draws its own noise.
 
     Args: cfg: seed, guidance, steps, batch (pictures a call; the last one is padded, so
-      that one compilation serves all).
+      that one compilation serves all). number: i of the first.
     """
     sampler = sampling.make_sampler(model, None, cfg.steps, cfg.guidance)
     text = stable_diffusion.encode_prompts(model, list(dict.fromkeys(prompts)))
@@ -256,7 +419,7 @@ def draw(model, unet_params, prompts: Sequence[str], cfg) -> np.ndarray:
     images = []
     for first in range(0, len(prompts), size):
         some = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-        noise = sampling.initial_latents(key, size, model.latent_shape, first)
+        noise = sampling.initial_latents(key, size, model.latent_shape, number + first)
         out = sampler(unet_params, model.params["vae"], cond[some], empty, noise)
         images.append(np.asarray(out)[: len(prompts) - first])
     return np.concatenate(images)
@@ -274,7 +437,7 @@ def sample_grid(model, unet_params, prompts, cfg, path: pathlib.Path) -> None:
 
 def export(model, trained: Mapping[str, jax.Array], out: pathlib.Path) -> None:
     """Writes RUN/export, a diffusers folder with the trained tensors replaced."""
-    weights.export(model.path, jax.device_get(dict(trained)), out)
+    weights.export(model.path, jax.device_get(dict(trained)), out, model.variant)
     logging.info("exported model: %s", out)
 
 

@@ -2,6 +2,7 @@
 """Devices: one mesh over which batches are divided and everything else is repeated."""
 
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -11,11 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gift_jax.config import UserError
 
 
+def cache_folder() -> pathlib.Path:
+    """Returns the folder for what may be made again: GIFT_JAX_CACHE or ~/.cache."""
+    named = os.environ.get("GIFT_JAX_CACHE") or "~/.cache/gift_jax"
+    return pathlib.Path(named).expanduser()
+
+
 def start(cpu_devices: int = 1) -> Mesh:
     """Returns the mesh over all devices; call before anything else touches JAX.
 
-    Also turns on the persistent compilation cache, in ~/.cache/gift_jax or the folder
-    that GIFT_JAX_CACHE names: a second run compiles nothing.
+    Also turns on the persistent compilation cache, in the `cache_folder`: a second run
+    compiles nothing.
 
     Args: cpu_devices: into how many devices to divide a machine without accelerator.
       One a core trains faster than one for all: XLA leaves many operations on one
@@ -28,8 +35,7 @@ def start(cpu_devices: int = 1) -> Mesh:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError:  # JAX has started already, with what it has
             logging.warning("cpu_devices=%d comes too late: ignored", cpu_devices)
-    cache = os.environ.get("GIFT_JAX_CACHE", os.path.expanduser("~/.cache/gift_jax"))
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     return Mesh(np.asarray(jax.devices()), ("data",))
 
 

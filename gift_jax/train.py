@@ -52,11 +52,11 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     mesh = sharding.start(cfg.cpu_devices)
     for group in ("harmful", "safe"):
         sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh.size)
-    model = job.load_model(cfg.model, cfg.compute_dtype)
-    job.check_samples(model, cfg.samples)
+    model = job.load_configured(cfg)
     data = {
-        group: job.read_pairs(cfg[group], group, model.image_size)
-        for group in ("harmful", "safe")
+        group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
+        # What is on disk first: mistakes there show before the model draws.
+        for group in sorted(("harmful", "safe"), key=lambda name: cfg[name].generate)
     }
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     k_cache = jax.random.fold_in(jax.random.key(cfg.seed), 1)

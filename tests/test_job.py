@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training and attacking share: optimisers, splits, batches, samples."""
 
+import hashlib
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
-from gift_jax import job
+from gift_jax import config, job
 from gift_jax.config import UserError
 from gift_jax.data import pipeline
-from gift_jax.models import stable_diffusion
+from gift_jax.models import stable_diffusion, weights
+
+CONFIG = pathlib.Path(job.__file__).parents[1] / "configs" / "emoji_gift.py"
 
 
 def level(**changes):
@@ -89,7 +96,7 @@ def test_split_keeps_what_trains_in_float32_as_it_is_on_disk(tiny, tiny_folder, 
     parts = job.split_unet(job.load_model(str(tiny_folder), dtype), "cross_attention")
     assert {a.dtype for a in parts.trainable.values()} == {jnp.dtype(jnp.float32)}
     assert {a.dtype for a in parts.frozen.values()} == {jnp.dtype(dtype)}
-    exact = job.float32_unet(tiny)
+    exact = flatten_dict(tiny.params["unet"], sep="/")
     assert set(exact) == set(parts.trainable) | set(parts.frozen)
     for path, array in parts.trainable.items():
         np.testing.assert_array_equal(array, exact[path])
@@ -160,19 +167,23 @@ def test_scheduler_shorter_than_the_samples_is_named(tiny):
     job.check_samples(tiny, samples)
 
 
+def group(**fields):
+    """A data group of the shipped config: without a source, with other fields."""
+    spec = config.load(str(CONFIG)).safe
+    spec.update(dict(names=(), empty_prompts=0.0) | fields)
+    return spec
+
+
 def folder_spec(folder, rng, **fields):
     """A config group for one random picture in a folder, its prompt "a dog"."""
     pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "a.png")
-    spec = ConfigDict(dict(names=(), styles=(), template="a", folder=str(folder)))
-    spec.update(dict(prompt="a dog", flip=0.0, shift=2, scale=0.0, empty_prompts=0.0))
-    spec.update(fields)
-    return spec
+    return group(folder=str(folder), prompt="a dog", **fields)
 
 
 def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, copies=2)
-    data = job.read_pairs(spec, "safe", tiny.image_size)
+    data = job.read_pairs(tiny, spec, "safe", tiny.image_size)
     source = job.cached_source(tiny, data, spec, jax.random.key(0))
     row = source[0]
     assert len(source) == 2
@@ -183,7 +194,7 @@ def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
 
 def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, copies=40, empty_prompts=0.25)
-    data = job.read_pairs(spec, "safe", tiny.image_size)
+    data = job.read_pairs(tiny, spec, "safe", tiny.image_size)
     source = job.cached_source(tiny, data, spec, jax.random.key(0))
     dog, empty = stable_diffusion.encode_prompts(tiny, ["a dog", ""])
     assert np.abs(dog - empty).max() > 0.01
@@ -196,10 +207,167 @@ def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
 
 def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
-    spec = ConfigDict(dict(names=("bomb",), styles=("noto",), folder="", prompt=""))
-    spec.template = "{concept}"
-    small, whole = (job.read_pairs(spec, "safe", size) for size in (16, 64))
+    spec = group(names=("bomb",), styles=("noto",), template="{concept}")
+    small, whole = (job.read_pairs(None, spec, "safe", size) for size in (16, 64))
     assert small.images.shape == (1, 16, 16, 3) and small.images.dtype == np.uint8
     assert small.prompts == whole.prompts == ["bomb"]
     means = whole.images.reshape(1, 16, 4, 16, 4, 3).mean(axis=(2, 4))
     assert np.abs(small.images - means).mean() < 8
+
+
+# --- pictures that the model draws ----------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache folder of this test, empty."""
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "generated"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """(first number, pictures) of every call of job.draw."""
+    calls, draw = [], job.draw
+
+    def spy(model, params, prompts, cfg, number=0):
+        calls.append((number, len(prompts)))
+        return draw(model, params, prompts, cfg, number)
+
+    monkeypatch.setattr(job, "draw", spy)
+    return calls
+
+
+def drawing(**fields):
+    """A config group of five pictures in batches of two, the last one padded."""
+    fields = dict(generate=5, prompt="a dog", batch=2, generate_steps=2) | fields
+    return group(**fields)
+
+
+def files(cache):
+    return {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*.*")}
+
+
+def test_generated_pictures_are_the_models_own_and_kept(tiny, cache, drawn):
+    spec = drawing(generate_seed=3, generate_guidance=2.0)
+    data = job.read_pairs(tiny, spec, "safe", tiny.image_size)
+    assert drawn == [(0, 2), (2, 2), (4, 2)]
+    how = ConfigDict(dict(seed=3, guidance=2.0, steps=2, batch=2))
+    expected = job.draw(tiny, tiny.params["unet"], ["a dog"] * 5, how)
+    np.testing.assert_array_equal(data.images, expected)
+    assert len(np.unique(data.images, axis=0)) == 5
+    assert data.prompts == ["a dog"] * 5
+    (folder,) = cache.iterdir()
+    names = [f"{i:05d}.png" for i in range(5)]
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "settings.json"]
+    for name, image in zip(names, data.images, strict=True):
+        with Image.open(folder / name) as kept:
+            np.testing.assert_array_equal(np.asarray(kept), image)
+    text = (folder / "settings.json").read_bytes()
+    assert folder.name == hashlib.sha256(text).hexdigest()
+    settings = json.loads(text)
+    assert settings["model_sha256"] == weights.content_hash(tiny.path)
+    assert settings["prompt"] == "a dog" and settings["seed"] == 3
+
+
+def test_generated_pictures_are_drawn_once(tiny, cache, drawn):
+    first = job.read_pairs(tiny, drawing(), "safe", tiny.image_size)
+    kept = files(cache)
+    drawn.clear()
+    again = job.read_pairs(tiny, drawing(batch=3), "harmful", tiny.image_size)
+    fewer = job.read_pairs(tiny, drawing(limit=2), "safe", tiny.image_size)
+    assert not drawn and files(cache) == kept
+    np.testing.assert_array_equal(first.images, again.images)
+    np.testing.assert_array_equal(first.images[:2], fewer.images)
+    more = job.read_pairs(tiny, drawing(generate=6), "safe", tiny.image_size)
+    assert drawn == [(5, 1)]
+    np.testing.assert_array_equal(first.images, more.images[:5])
+
+
+def test_interrupted_generation_draws_what_is_missing(tiny, cache, monkeypatch):
+    straight = job.read_pairs(tiny, drawing(), "safe", tiny.image_size)
+    kept = files(cache)
+    for path in cache.rglob("0000[0-9].png"):
+        path.unlink()
+    calls, draw = [], job.draw
+
+    def stops(*args):
+        calls.append(args[-1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(job, "draw", stops)
+    with pytest.raises(KeyboardInterrupt):
+        job.read_pairs(tiny, drawing(), "safe", tiny.image_size)
+    assert len(list(cache.rglob("*.png"))) == 2
+    resumed = job.read_pairs(tiny, drawing(), "safe", tiny.image_size)
+    assert calls == [0, 2, 2, 4]
+    assert files(cache) == kept
+    np.testing.assert_array_equal(straight.images, resumed.images)
+
+
+@pytest.mark.parametrize(
+    "fields, model",
+    [
+        (dict(prompt="a cat"), {}),
+        (dict(generate_seed=1), {}),
+        (dict(generate_steps=3), {}),
+        (dict(generate_guidance=1.5), {}),
+        ({}, dict(variant="fp16")),
+        ({}, dict(image_size=24)),
+    ],
+)
+def test_other_settings_are_drawn_and_kept_apart(
+    tiny, cache, monkeypatch, fields, model
+):
+    asked = []
+
+    def draw(model, params, prompts, cfg, number):
+        asked.append((prompts, cfg.to_dict()))
+        return np.zeros((len(prompts), model.image_size, model.image_size, 3), np.uint8)
+
+    monkeypatch.setattr(job, "draw", draw)
+    job.read_pairs(tiny, drawing(generate=1), "safe", 16)
+    job.read_pairs(tiny.replace(**model), drawing(generate=1, **fields), "safe", 16)
+    assert len(list(cache.iterdir())) == 2
+    assert len(asked) == 2
+    if fields:
+        assert asked[0] != asked[1]
+
+
+def test_generation_names_its_mistakes(tiny, cache, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="config.safe.prompt is empty"):
+        job.read_pairs(tiny, drawing(prompt=""), "safe", 16)
+    with pytest.raises(UserError, match="config.safe.generate_steps=1001 must be at m"):
+        job.read_pairs(tiny, drawing(generate_steps=1001), "safe", 16)
+    assert not cache.exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written.*set GIFT_JAX_CACHE"):
+        job.read_pairs(tiny, drawing(generate=1), "safe", 16)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("generate", -1, "must be at least 0"),
+        ("generate", 4, "give only one of.*not names and generate"),
+        ("generate_seed", -1, "must be at least 0"),
+        ("generate_seed", 2**31, "must be at most"),
+        ("generate_steps", 0, "must be at least 1"),
+        ("generate_guidance", 0.5, "must be at least 1"),
+        ("limit", -1, "must be at least 0"),
+        ("crop", "middle", "is not one of: center, random, none"),
+        ("prompt", "a dog", "is not for names"),
+        ("caption_key", "text", "is for tfds"),
+        ("template", "{thing}", "may use only"),
+    ],
+)
+def test_check_names_a_wrong_data_field(field, value, message):
+    cfg = config.load(str(CONFIG))
+    checked = dict(data=("harmful", "safe"), optimizers=("lower",))
+    job.check(cfg, **checked)
+    cfg.safe[field] = value
+    with pytest.raises(UserError, match=rf"config\.safe.*{message}"):
+        job.check(cfg, **checked)

@@ -156,6 +156,23 @@ def test_half_precision_leaves_the_trained_weights_whole(main, tiny_folder, tmp_
     assert steps and max(steps) < 1e-3  # two AdamW updates of 2e-4
 
 
+def test_captions_and_the_models_own_pictures_train(
+    main, tiny_folder, pictures, tmp_path, pytestconfig
+):
+    generated = pytestconfig.cache.mkdir("emoji") / "generated"
+    shutil.rmtree(generated, ignore_errors=True)  # of an earlier test run
+    captioned = tmp_path / "captioned"
+    shutil.copytree(pictures, captioned / "train")
+    lines = (f"train/{i}.png,thing {i}\n" for i in range(4))
+    (captioned / "metadata.csv").write_text("file_name,text\n" + "".join(lines))
+    flags = [f"--config.harmful.folder={captioned}", "--config.harmful.prompt="]
+    flags += ["--config.safe.folder=", "--config.safe.generate=3"]
+    flags += ["--config.safe.generate_steps=2", "--config.samples.num=0"]
+    run = main(tmp_path / "run", *flags, "--config.harmful.crop=random")
+    assert changed_tensors(tiny_folder, run / "export")
+    assert len(list(generated.rglob("*.png"))) == 3
+
+
 def test_zero_steps_export_the_base(main, tiny_folder, tmp_path):
     run = main(tmp_path, "--config.steps=0", "--config.samples.num=0")
     assert not changed_tensors(tiny_folder, run / "export")
@@ -207,7 +224,7 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("model=nowhere", "nowhere.*no such folder"),
         ("safe.folder=nowhere", "config.safe.folder=nowhere is not a folder"),
         ("safe.prompt=", "config.safe.prompt is empty"),
-        ("safe.names=cat face", "config.safe: give only one of names and folder"),
+        ("safe.names=cat face", "config.safe: give only one.*not names and folder"),
     ],
 )
 def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, message):

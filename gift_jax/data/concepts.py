@@ -1,33 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture and prompt pairs that a method or an attack trains on.
 
-They come from the embedded emoji set by name, or from a folder of pictures with one
-prompt (the layout that DreamBooth scripts read).
+They come from one of `SOURCES`: the embedded emoji set by name, a folder of pictures, a
+dataset that tensorflow-datasets has prepared, or the model itself.
 """
 
 import dataclasses
 import difflib
-import pathlib
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image
 
+from gift_jax import config
 from gift_jax.config import UserError
-from gift_jax.data import captions, emoji
+from gift_jax.data import captions, emoji, folder, pictures, prepared
 
 KEYWORDS = ("all", "forbidden", "known", "known-safe", "unseen")
+SOURCES = ("names", "folder", "tfds", "generate")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConceptSpec:
-    """Which pairs to use: `names` from the embedded set, or a `folder` and a `prompt`.
+    """Which pairs to use; exactly one of `SOURCES` is given.
 
-    Attributes: names: concepts and `KEYWORDS`, mixed freely. styles: those to use,
-      empty for all six. template: a caption with {concept} or {a_concept} and maybe
-      {style} or {a_style}. folder, prompt: pictures on disk, all under one prompt.
-      size: side of the pictures, in pixels. held_out: True also uses the pictures that
-      pretraining left out. field: the config field to name in an error.
+    Attributes: names: concepts and `KEYWORDS`, mixed freely, of the embedded set.
+      styles: those to use, empty for all six. template: a caption with {concept} or
+      {a_concept}, for names and label_key; with names maybe {style} or {a_style} too.
+      folder: pictures on disk, all under `prompt` or, with a metadata.csv or .jsonl,
+      each under its text in `caption_column`. tfds: "name", "name:version" or
+      "name/config:version" of a prepared dataset; split, image_key: what to read;
+      caption_key, label_key or else `prompt`: what it is called; tfds_data_dir: where
+      it lies, "" for the library's own place. generate: how many pictures the model
+      draws for `prompt`.
+      limit: use at most the first so many pictures, in the source's order; 0: all.
+      crop: see `pictures.read`; the embedded pictures are square. size: side of the
+      pictures, in pixels. held_out: True also uses the embedded pictures that
+      pretraining left out. seed: of random crops. field: the config group to name in
+      an error.
     """
 
     names: tuple[str, ...] = ()
@@ -35,8 +45,19 @@ class ConceptSpec:
     template: str = captions.TEMPLATES[0]
     folder: str = ""
     prompt: str = ""
+    caption_column: str = "text"
+    tfds: str = ""
+    tfds_data_dir: str = ""
+    split: str = "train"
+    image_key: str = "image"
+    caption_key: str = ""
+    label_key: str = ""
+    generate: int = 0
+    limit: int = 0
+    crop: str = "center"
     size: int = 64
     held_out: bool = False
+    seed: int = 0
     field: str = "concepts"
 
 
@@ -45,8 +66,8 @@ class ConceptData:
     """Pairs in memory; entry i of every field describes the same picture.
 
     Attributes: images: uint8 "N H W 3". prompts: N captions. concepts, styles: N names
-      (of a folder: its prompt, and ""). may_flip: bool "N", whether the mirror image
-      would be as good.
+      (outside the embedded set the label or else the prompt, and ""). may_flip: bool
+      "N", whether the mirror image would be as good.
     """
 
     images: np.ndarray
@@ -70,19 +91,78 @@ class ConceptData:
         return np.asarray([ids[name] for name in self.concepts], np.int32)
 
 
-def pairs(spec, data=None):
+def check(spec):
+    """Returns which of `SOURCES` a `ConceptSpec` uses; opens no picture.
+
+    Raises: UserError for more or fewer than one source, a value out of range, a bad
+      template, a missing folder, or prompts that are missing or given twice.
+    """
+    field = spec.field
+    config.at_least(f"{field}.size", spec.size, 1)
+    config.at_least(f"{field}.limit", spec.limit, 0)
+    config.at_least(f"{field}.generate", spec.generate, 0)
+    config.choice(f"{field}.crop", spec.crop, pictures.CROPS)
+    given = [name for name in SOURCES if getattr(spec, name)]
+    listed = f"{', '.join(SOURCES[:-1])} and {SOURCES[-1]}"
+    if not given:
+        raise UserError(f"{field}: give one of {listed}")
+    if len(given) > 1:
+        raise UserError(
+            f"{field}: give only one of {listed}, not {' and '.join(given)}; clear "
+            "the others"
+        )
+    (source,) = given
+    for key in ("caption_key", "label_key"):
+        if getattr(spec, key) and source != "tfds":
+            raise UserError(f"{field}.{key} is for tfds, not for {source}; clear it")
+    if source == "names":
+        if spec.prompt:
+            raise UserError(
+                f"{field}.prompt is not for names; clear it, or write it as template"
+            )
+        _check_template(spec)
+    elif source == "folder":
+        folder.check(spec)
+    elif source == "tfds":
+        _check_tfds(spec)
+    elif not spec.prompt.strip():
+        raise UserError(f"{field}.prompt is empty; say what the model is to draw")
+    return source
+
+
+def pairs(spec, data=None, draw=None):
     """Returns the `ConceptData` that a `ConceptSpec` asks for.
 
     Args: data: an `emoji.Emoji` already in memory, else it is loaded when needed.
-    Raises: UserError for an unknown concept or style, a bad template, a missing or
-      empty folder, an unreadable picture, or a spec of both sources or neither.
+      draw: count -> uint8 "N H W 3", what the model draws for the prompt; needed for
+      `generate` only.
+    Raises: UserError as `check` does, for an unknown concept or style, and for
+      pictures, captions or a dataset that cannot be read.
     """
-    if bool(spec.folder) == bool(spec.names):
-        rule = "only one of" if spec.folder else "one of"
-        raise UserError(f"{spec.field}: give {rule} names and folder")
-    if spec.folder:
-        return _from_folder(spec)
-    return _from_emoji(spec, data if data is not None else emoji.load())
+    source = check(spec)
+    if source == "names":
+        return _from_emoji(spec, data if data is not None else emoji.load())
+    if source == "folder":
+        paths, prompts = folder.listing(spec)
+        files = ((path, path) for path in paths)
+        images = pictures.stack(
+            files, len(paths), spec.size, crop=spec.crop, seed=spec.seed
+        )
+        logging.info("read %d pictures from %s", len(images), spec.folder)
+        names = prompts
+    elif source == "tfds":
+        images, prompts, names = prepared.read(spec)
+    else:
+        images = draw(min(spec.generate, spec.limit or spec.generate))
+        images = _resized(images, spec.size)
+        prompts = names = [spec.prompt] * len(images)
+    return ConceptData(
+        images=images,
+        prompts=prompts,
+        concepts=names,
+        styles=[""] * len(images),
+        may_flip=np.ones(len(images), bool),
+    )
 
 
 def resolve_names(names, concepts, field="concepts"):
@@ -116,7 +196,6 @@ def _from_emoji(spec, data):
     for style in styles:
         if style not in data.styles:
             raise _unknown(f"{spec.field}.styles", "style", style, data.styles)
-    _check_template(spec)
     style_ids = [data.styles.index(style) for style in styles]
     rows = []
     for name in names:
@@ -130,6 +209,7 @@ def _from_emoji(spec, data):
                 "is held out of training; add a style"
             )
         rows.extend(np.flatnonzero(mine))
+    rows = rows[: spec.limit or None]
     chosen = [data.concepts[i] for i in data.concept_ids[rows]]
     drawn = [data.styles[i] for i in data.style_ids[rows]]
     pairs_ = zip(chosen, drawn, strict=True)
@@ -145,52 +225,9 @@ def _from_emoji(spec, data):
 def _resized(images, size):
     if images.shape[1:3] == (size, size):
         return images
-    pictures = (Image.fromarray(image) for image in images)
-    sized = [p.resize((size, size), Image.Resampling.LANCZOS) for p in pictures]
+    whole = (Image.fromarray(image) for image in images)
+    sized = [p.resize((size, size), Image.Resampling.LANCZOS) for p in whole]
     return np.stack([np.asarray(picture) for picture in sized])
-
-
-def _from_folder(spec):
-    if not spec.prompt:
-        raise UserError(f"{spec.field}.prompt is empty; a folder needs one prompt")
-    if spec.size < 1:
-        raise UserError(f"{spec.field}.size={spec.size} must be at least 1")
-    folder = pathlib.Path(spec.folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{spec.field}.folder={spec.folder} is not a folder")
-    paths = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    if not paths:
-        raise UserError(
-            f"{spec.field}.folder={spec.folder} has no pictures; put at least one there"
-        )
-    images = [read_picture(path, spec.size) for path in paths]
-    logging.info("read %d pictures from %s", len(images), folder)
-    return ConceptData(
-        images=np.stack(images),
-        prompts=[spec.prompt] * len(images),
-        concepts=[spec.prompt] * len(images),
-        styles=[""] * len(images),
-        may_flip=np.ones(len(images), bool),
-    )
-
-
-def read_picture(path, size):
-    """Returns a picture file as uint8 "size size 3": upright, over white, cropped.
-
-    The shorter side is resized to `size` and the middle square kept.
-    Raises: UserError if the file is not a picture that Pillow can read.
-    """
-    try:
-        with Image.open(path) as image:
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as a picture ({reason}); remove it or replace it"
-        ) from error
-    white = Image.new("RGBA", rgba.size, "white")
-    rgb = Image.alpha_composite(white, rgba).convert("RGB")
-    return np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS))
 
 
 def _check_template(spec):
@@ -204,6 +241,24 @@ def _check_template(spec):
         ) from error
     if with_concept == without:
         logging.warning("%s.template names no concept: %s", spec.field, spec.template)
+
+
+def _check_tfds(spec):
+    keys = ("caption_key", "label_key", "prompt")
+    given = [key for key in keys if getattr(spec, key).strip()]
+    if len(given) != 1:
+        raise UserError(
+            f"{spec.field}: tfds needs one of {', '.join(keys)}, not "
+            f"{' and '.join(given) or 'none'}"
+        )
+    if spec.label_key:
+        _check_template(spec)
+        named, bare = (captions.fill(spec.template, "thing", s) for s in ("style", ""))
+        if named != bare:
+            raise UserError(
+                f"{spec.field}.template={spec.template!r} has a style, which labels "
+                "have not; try 'a photo of {a_concept}'"
+            )
 
 
 def _unknown(field, kind, name, choices):

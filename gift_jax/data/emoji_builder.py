@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
+from gift_jax import sharding
 from gift_jax.config import UserError
 from gift_jax.data import emoji
 
@@ -137,9 +138,9 @@ def _build(folder):
 
 
 def cache_root(cache_dir=None):
-    """Returns the folder for prepared data: argument, GIFT_JAX_CACHE or ~/.cache."""
+    """Returns the folder for prepared data, by default in `sharding.cache_folder`."""
     if cache_dir is None:
-        cache_dir = os.environ.get("GIFT_JAX_CACHE") or "~/.cache/gift_jax"
+        cache_dir = sharding.cache_folder()
     return pathlib.Path(cache_dir).expanduser() / "tfds"
 
 

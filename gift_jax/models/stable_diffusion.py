@@ -26,7 +26,8 @@ _CLASSES = {
 class StableDiffusion:
     """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
 
-    latent_shape: (C, H, W) of the UNet's own size. image_size: pixels, square.
+    latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
+    of the files it was read from, "" for the plain ones.
     scheduler_config: the folder's scheduler/scheduler_config.json, as it is.
     """
 
@@ -41,6 +42,7 @@ class StableDiffusion:
     image_size: int
     scaling_factor: float
     max_length: int
+    variant: str = ""
 
     @property
     def prediction_type(self):
@@ -61,12 +63,16 @@ class StableDiffusion:
         }
 
 
-def load(path, dtype=jnp.float32):
+def load(path, dtype=jnp.float32, *, variant="", resolution=0):
     """Returns the StableDiffusion in a local diffusers folder.
 
+    SD 1.x and 2.x; never more than one tensor beside the model itself is in memory.
+
     Args: path: the folder that holds model_index.json. dtype: of parameters and
-      computation.
-    Raises: UserError naming the file, if one is missing, malformed or unsupported.
+      computation. variant: "" reads the plain files, "fp16" those of that variant,
+      where a component has them. resolution: pixels, square; 0 is the model's own.
+    Raises: UserError naming the file, if one is missing, malformed or unsupported, or
+      if the model cannot work at that resolution.
     """
     root, dtype = _local_folder(path), jnp.dtype(dtype)
     index = tensors.read_json(root / "model_index.json")
@@ -76,18 +82,21 @@ def load(path, dtype=jnp.float32):
             raise UserError(
                 f"{root / 'model_index.json'}: {name} is {found}; must be {expected}"
             )
+    if variant and not tensors.has_variant(
+        root / "unet", weights.KINDS["unet"].stem, variant
+    ):
+        raise UserError(f"{root / 'unet'}: has no files of variant {variant!r}")
     modules, params, configs = {}, {}, {}
     for kind in _CLASSES:
-        modules[kind], host_params, configs[kind] = weights.load_component(
-            root / kind, kind, dtype
+        modules[kind], params[kind], configs[kind] = weights.load_component(
+            root / kind, kind, dtype, variant=variant, place=jnp.asarray
         )
-        params[kind] = jax.tree.map(jnp.asarray, host_params)
     scheduler = tensors.read_json(root / "scheduler" / "scheduler_config.json")
     _check_scheduler(scheduler, root / "scheduler" / "scheduler_config.json")
     _check_widths(configs, root)
     tokenizer = load_tokenizer(root / "tokenizer")
-    size = configs["unet"].get("sample_size") or 64
     factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    size = _latent_size(configs["unet"], factor, resolution)
     return StableDiffusion(
         path=root,
         unet=modules["unet"],
@@ -99,6 +108,7 @@ def load(path, dtype=jnp.float32):
         latent_shape=(configs["unet"].get("in_channels", 4), size, size),
         image_size=size * factor,
         scaling_factor=configs["vae"].get("scaling_factor", 0.18215),
+        variant=variant,
         max_length=min(
             tokenizer.model_max_length,
             modules["text_encoder"].config.max_position_embeddings,
@@ -125,10 +135,25 @@ def _local_folder(path):
         )
     if not root.is_dir():
         raise UserError(
-            f"model={str(path)!r}: no such folder; must be a local diffusers folder "
-            "(hub ids are not supported: download the model first)"
+            f"model={str(path)!r}: no such folder; must be a diffusers folder, or a "
+            "hub id such as org/name"
         )
     return root
+
+
+def _latent_size(unet_config, factor, resolution):
+    """Returns the latents' side for a resolution in pixels; 0 is the UNet's own."""
+    if not resolution:
+        return unet_config.get("sample_size") or 64
+    halvings = len(unet_config.get("block_out_channels", (0, 0, 0, 0))) - 1
+    step = factor * 2**halvings
+    if resolution < 0 or resolution % step:
+        fix = max(1, round(resolution / step)) * step
+        raise UserError(
+            f"resolution={resolution} must be a multiple of {step}, which this model "
+            f"halves in size; try {fix}"
+        )
+    return resolution // factor
 
 
 def _check_scheduler(config, file):

@@ -8,6 +8,7 @@ Pickles are never opened. A parameter is named by its Flax path,
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,22 @@ from gift_jax.config import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_OTHER_DTYPES = {  # kept as they are, never computed with
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+ALL_DTYPES = DTYPES | _OTHER_DTYPES
+_MAX_HEADER = 100 * 2**20  # bytes, the format's own limit
 
 
 class Entry(NamedTuple):
@@ -82,80 +99,215 @@ def from_torch_layout(path, array):
 
 
 def read_header(file):
-    """Returns {name: Entry} of one safetensors file, checked against its length.
+    """Returns {name: Entry} of one safetensors file, every field checked.
 
-    Raises: UserError if it is missing, truncated, or not a safetensors file.
+    Raises: UserError naming the file, and the tensor where one is to blame, if it is
+      missing, truncated, padded, or not a safetensors file.
     Source: https://github.com/huggingface/safetensors, "Format".
     """
+    entries, _ = _read_header(file)
+    return entries
+
+
+def read_metadata(file):
+    """Returns the str -> str metadata in a safetensors header, {} if it has none."""
+    return _read_header(file)[1]
+
+
+def _read_header(file):
     if not file.is_file():
         raise UserError(f"{file}: no such file; the model folder is incomplete")
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > size - 8 or length > _MAX_HEADER:
             raise UserError(
                 f"{file}: truncated or not a safetensors file; copy it again"
             )
-        try:
-            header = json.loads(f.read(length))
-        except ValueError as error:
-            raise UserError(f"{file}: its header is not JSON ({error})") from None
-    header.pop("__metadata__", None)
-    start, entries = 8 + length, {}
-    for name, info in header.items():
-        begin, end = (start + offset for offset in info["data_offsets"])
+        raw = f.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_repeats)
+        if not isinstance(header, dict):
+            raise ValueError(f"a {type(header).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its header is not JSON ({error})") from None
+    metadata, start = header.pop("__metadata__", {}), 8 + length
+    entries = {name: _entry(file, name, header[name], start) for name in header}
+    end = start
+    for name in sorted(entries, key=lambda name: entries[name][3:]):
+        if entries[name].begin != end:
+            raise UserError(
+                f"{file}: {name} begins at byte {entries[name].begin}, but the tensor "
+                f"before it ends at {end}; the header is damaged, copy the file again"
+            )
+        end = entries[name].end
         if end > size:
             raise UserError(
                 f"{file}: truncated: {size} bytes, but {name} ends at byte {end}; "
                 "copy it again"
             )
-        entries[name] = Entry(file, info["dtype"], tuple(info["shape"]), begin, end)
-    return entries
-
-
-def read_tensor(name, entry):
-    if entry.dtype not in DTYPES:
-        known = ", ".join(DTYPES)
+    if end != size:
         raise UserError(
-            f"{entry.file}: {name} has dtype {entry.dtype}; must be one of {known}"
+            f"{file}: {size} bytes, but its last tensor ends at byte {end}; "
+            "copy it again"
         )
-    raw = np.memmap(entry.file, np.uint8, "r")[entry.begin : entry.end]
-    return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return entries, metadata
 
 
-def weight_files(directory, stem):
-    """Returns the safetensors files of a component: one, its shards, or its variant.
+def _no_repeats(items):
+    found = dict(items)
+    if len(found) != len(items):
+        raise ValueError("a name appears twice")
+    return found
 
-    Raises: UserError if there is none; says so if there are only pickles.
+
+def _entry(file, name, info, start):
+    """Returns the Entry of one header item, its bytes agreeing with its shape."""
+    try:
+        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+        counts = [*shape, begin, end]
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in counts)
+        whole &= isinstance(dtype, str)
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{file}: {name} has no valid dtype, shape and data_offsets; the header is "
+            "damaged, copy the file again"
+        )
+    if dtype not in ALL_DTYPES:
+        known = ", ".join(DTYPES)
+        raise UserError(f"{file}: {name} has dtype {dtype}; must be one of {known}")
+    count = math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize
+    if end - begin != count:
+        raise UserError(
+            f"{file}: {name} holds {end - begin} bytes, but {dtype} of shape {shape} "
+            f"takes {count}; the header is damaged, copy the file again"
+        )
+    return Entry(file, dtype, tuple(shape), start + begin, start + end)
+
+
+def read_tensor(name, entry, *, only_floats=True):
+    """Returns one tensor as it is in the file, a NumPy array of its own.
+
+    Raises: UserError for a dtype that weights cannot have, if `only_floats`.
     """
-    single = directory / f"{stem}.safetensors"
-    if single.is_file():
-        return [single]
-    index = directory / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        return [directory / shard for shard in shards]
-    variants = sorted(directory.glob(f"{stem}.*.safetensors"))
-    if len(variants) == 1:
-        return variants
-    pickles = [p.name for p in directory.glob("*") if p.suffix in PICKLES]
+    known = DTYPES if only_floats else ALL_DTYPES
+    if entry.dtype not in known:
+        raise UserError(
+            f"{entry.file}: {name} has dtype {entry.dtype}; must be one of "
+            f"{', '.join(known)}"
+        )
+    raw = np.fromfile(entry.file, np.uint8, entry.end - entry.begin, offset=entry.begin)
+    return raw.view(known[entry.dtype]).reshape(entry.shape)
+
+
+def write_file(file, tensors, metadata=None):
+    """Writes a safetensors file, one tensor in memory at a time.
+
+    Args: tensors: {name: (dtype name, shape, function that returns the array)}. The
+      order of names is kept; the safetensors library would hold every tensor twice.
+      metadata: str -> str.
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    header, end = {}, 0
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, (dtype, shape, _) in tensors.items():
+        size = math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize
+        offsets = [end, end + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(file).open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape, read) in tensors.items():
+            array = np.ascontiguousarray(read(), ALL_DTYPES[dtype])
+            if array.size != math.prod(shape):
+                raise ValueError(f"{name} has {array.size} values, not {shape}")
+            f.write(array.reshape(-1).view(np.uint8))
+
+
+def weight_files(directory, stem, variant=""):
+    """Returns the safetensors files of a component: one file, or its shards.
+
+    Args: variant: "" takes the plain files, or the only variant if there are none;
+      a name ("fp16") takes that variant's.
+    Raises: UserError if there is none; says so if there are only pickles.
+    Source: diffusers' and transformers' names of files and shards.
+    """
+    names = (variant, "") if variant else ("", *_variants(directory, stem))
+    for name in names:
+        dotted = f".{name}" if name else ""
+        single = directory / f"{stem}{dotted}.safetensors"
+        if single.is_file():
+            return [single]
+        index = directory / f"{stem}.safetensors.index{dotted}.json"
+        if index.is_file():
+            return shards(index)
+    pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise UserError(
             f"{directory}: has only {pickles[0]}, a pickle, which can run code and is "
             "never loaded; save the model as safetensors "
             "(save_pretrained(..., safe_serialization=True))"
         )
-    raise UserError(f"{directory}: no {single.name}; is this a diffusers model folder?")
+    raise UserError(
+        f"{directory}: no {stem}.safetensors; is this a diffusers model folder?"
+    )
+
+
+def _variants(directory, stem):
+    """The variant's name if there is exactly one; UserError if there are several."""
+    pattern = re.compile(
+        rf"{re.escape(stem)}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
+    )
+    matches = [pattern.fullmatch(p.name) for p in sorted(directory.glob("*"))]
+    found = sorted({m[1] or m[2] for m in matches if m})
+    if len(found) > 1:
+        raise UserError(
+            f"{directory}: has only the variants {', '.join(found)}; choose one with "
+            f"--config.variant={found[0]}"
+        )
+    return found
+
+
+def has_variant(directory, stem, variant):
+    """Whether a component has files of its own for this variant."""
+    names = f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
+    return any((directory / name).is_file() for name in names)
+
+
+def shards(index):
+    """Returns the files that an index of shards names, sorted.
+
+    Raises: UserError if it names none, or one that is not beside it.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map; copy it again")
+    names = sorted({str(shard) for shard in weight_map.values()})
+    for shard in names:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: names the shard {shard!r}; must be a safetensors file "
+                "beside it"
+            )
+    return [index.parent / name for name in names]
 
 
 def read_json(file):
     """Returns a JSON file's object; UserError if it is missing or malformed."""
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: no such file; is this a model folder?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 # --- folders --------------------------------------------------------------------------

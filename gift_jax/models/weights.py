@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gift_jax.config import UserError
 from gift_jax.models import hooks, tensors
 
-_WEIGHTS = (*tensors.PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data")
+WEIGHTS = (*tensors.PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data")
+COMPONENTS = ("unet", "vae", "text_encoder")  # whose weights are read
 _HASHED = (".safetensors", ".json", ".txt")
 
 
@@ -57,12 +58,20 @@ KINDS = {
 # --- loading --------------------------------------------------------------------------
 
 
-def _entries_by_path(directory, kind, module):
-    """Returns {Flax path: (name on disk, entry)}, complete and of the right shapes."""
+def entries_by_path(directory, kind, module, variant=""):
+    """Returns {Flax path: (name on disk, entry)}, complete and of the right shapes.
+
+    Args: module: built from the folder's config.json.
+    Raises: UserError naming the file and the tensor that is missing, unexpected or of
+      another shape than the config says.
+    """
     shapes = flatten_dict(hooks.parameter_shapes(module), sep="/")
     entries = {}
-    for file in tensors.weight_files(directory, KINDS[kind].stem):
-        entries |= tensors.read_header(file)
+    for file in tensors.weight_files(directory, KINDS[kind].stem, variant):
+        header = tensors.read_header(file)
+        for name in header.keys() & entries.keys():
+            raise UserError(f"{file}: {name} is also in {entries[name].file.name}")
+        entries |= header
     found, missing = {}, []
     for path, leaf in shapes.items():
         name = tensors.torch_name(path)
@@ -90,14 +99,20 @@ def _entries_by_path(directory, kind, module):
     return found
 
 
-def load_component(directory, kind, dtype=np.float32):
+def load_component(
+    directory, kind, dtype=np.float32, *, variant="", only=None, place=np.asarray
+):
     """Returns (module, params, config) of one component folder.
 
     Args:
       directory: holds config.json and safetensors (one file or shards; float32,
         float16 or bfloat16). kind: of `KINDS`.
       dtype: of the returned parameters and of the module's computation.
-    Returns: a Flax module, its parameters (nested dict of NumPy arrays), the config.
+      variant: which files, see `tensors.weight_files`. only: Flax paths to read, all
+        by default. place: called on every array as it is read, e.g. to put it on a
+        device before the next one is: one tensor more than the result is in memory.
+    Returns: a Flax module, its parameters (nested dict of NumPy arrays, or of what
+      `place` returns), the config.
     Raises: UserError naming the file, if one is missing, malformed or unsupported.
     """
     directory = Path(directory)
@@ -105,13 +120,21 @@ def load_component(directory, kind, dtype=np.float32):
     check_config(kind, config, directory / "config.json")
     module = KINDS[kind].build(config, dtype)
     params = {}
-    for path, (name, entry) in _entries_by_path(directory, kind, module).items():
-        array = tensors.read_tensor(name, entry)
-        if path.endswith("/kernel") and array.ndim == 4 and kind == "vae":
-            array = _drop_conv_axes(path, array)
-        array = tensors.from_torch_layout(path, array)
-        params[path] = np.ascontiguousarray(array, dtype).reshape(array.shape)
+    for path, (name, entry) in entries_by_path(
+        directory, kind, module, variant
+    ).items():
+        if only is None or path in only:
+            array = to_flax(path, tensors.read_tensor(name, entry))
+            array = np.ascontiguousarray(array, dtype).reshape(array.shape)
+            params[path] = place(array)
     return module, unflatten_dict(params, sep="/"), config
+
+
+def to_flax(path, array):
+    """Returns a tensor of a file laid out as the Flax parameter of this path."""
+    if path.endswith("/kernel") and array.ndim == 4:
+        array = _drop_conv_axes(path, array)
+    return tensors.from_torch_layout(path, array)
 
 
 def _drop_conv_axes(path, array):
@@ -219,15 +242,18 @@ def _kind_of(flat):
     raise ValueError(f"parameters of no known component: {sorted(tops)}")
 
 
-def export(base_dir, changed, out_dir):
+def export(base_dir, changed, out_dir, variant="", dtype=None):
     """Writes the base model folder with some UNet tensors replaced, atomically.
 
     Untouched tensors, the other components and the file layout stay byte for byte.
     Left out, since they would hold the original weights or cannot be checked: pickles,
-    single-file checkpoints, and further variants of the UNet.
+    single-file checkpoints, and further variants of the UNet. (A component that has
+    only pickles, as some safety checkers, keeps them, unread.)
 
     Args: base_dir: a diffusers folder. changed: {Flax UNet path "a/b/c": array}; cast
-        to the dtype of the file. out_dir: replaced if it exists.
+        to the dtype of the file. out_dir: replaced if it exists. variant: which of the
+        base's files the model was read from. dtype: name of `tensors.DTYPES` to cast
+        every weight of UNet, VAE and text encoder to; None keeps each tensor's own.
     Raises: UserError for an unknown path, a wrong shape, a value that does not fit.
     """
     base, out = Path(base_dir).absolute(), Path(out_dir).absolute()
@@ -235,11 +261,11 @@ def export(base_dir, changed, out_dir):
         raise UserError(f"{out}: cannot export into the base model {base} itself")
     unet = base / "unet"
     config = tensors.read_json(unet / "config.json")
-    entries = _entries_by_path(unet, "unet", KINDS["unet"].build(config))
+    entries = entries_by_path(unet, "unet", KINDS["unet"].build(config), variant)
     unknown = sorted(set(changed) - set(entries))
     if unknown:
         raise UserError(f"{base}: its UNet has no parameter {unknown[0]!r}")
-    kept = set(tensors.weight_files(unet, KINDS["unet"].stem))
+    kept = set(tensors.weight_files(unet, KINDS["unet"].stem, variant))
     with tensors.atomic_folder(out) as temp:
         left_out = _copy_model(base, temp, kept)
         if left_out:
@@ -250,6 +276,10 @@ def export(base_dir, changed, out_dir):
             with (temp / entry.file.relative_to(base)).open("r+b") as f:
                 f.seek(entry.begin)
                 f.write(data)
+        if dtype is not None:
+            for component in COMPONENTS:
+                for file in sorted((temp / component).glob("*.safetensors")):
+                    _recast_file(file, dtype)
 
 
 def _encode(path, name, entry, array):
@@ -259,40 +289,90 @@ def _encode(path, name, entry, array):
             f"{path}: has PyTorch shape {list(array.shape)}, the base {name} has "
             f"{list(entry.shape)}"
         )
+    return cast(name, array, entry.dtype).tobytes()
+
+
+def cast(name, array, dtype):
+    """Returns the array as a dtype of `tensors.DTYPES`, or as it is if not a float.
+
+    Raises: UserError if a finite value becomes infinite.
+    """
+    wanted = np.dtype(tensors.DTYPES[dtype])
+    if array.dtype == wanted or array.dtype not in map(
+        np.dtype, tensors.DTYPES.values()
+    ):
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(array, tensors.DTYPES[entry.dtype])
-    if not np.isfinite(cast.astype(np.float32)).all():
-        raise UserError(f"{path}: not finite as {entry.dtype}, the base file's dtype")
-    return cast.tobytes()
+        result = np.ascontiguousarray(array, wanted)
+    if not np.isfinite(result.astype(np.float32)).all():
+        raise UserError(
+            f"{name}: not finite as {dtype}; keep it in a wider dtype (F32 or BF16)"
+        )
+    return result
+
+
+def _recast_file(file, dtype):
+    entries, aside = tensors.read_header(file), file.with_suffix(".cast")
+
+    def write_as(name, entry):
+        known = dtype if entry.dtype in tensors.DTYPES else entry.dtype
+
+        def read():
+            array = tensors.read_tensor(name, entry, only_floats=False)
+            return cast(name, array, dtype)
+
+        return known, entry.shape, read
+
+    by_place = sorted(entries.items(), key=lambda item: item[1].begin)
+    tensors.write_file(
+        aside,
+        {name: write_as(name, entry) for name, entry in by_place},
+        tensors.read_metadata(file),
+    )
+    aside.replace(file)
 
 
 def _copy_model(base, temp, unet_files):
     """Copies what belongs to the pipeline; returns what was left out."""
-    index = tensors.read_json(base / "model_index.json")
-    components = {k for k, v in index.items() if isinstance(v, list) and any(v)}
     left_out = []
-    for source in sorted(p for p in base.rglob("*") if p.is_file()):
+    for source in model_files(base):
         relative = source.relative_to(base)
-        top, is_weight = relative.parts[0], source.suffix in _WEIGHTS
-        if any(part.startswith(".") for part in relative.parts):
-            continue
-        at_root = len(relative.parts) == 1
-        if not at_root and top not in components:
-            skip = True
-        elif top == "unet":
-            is_index = source.name.endswith(".index.json")
-            skip = source not in unet_files and (
-                is_weight or (is_index and len(unet_files) == 1)
-            )
-        else:
-            skip = source.suffix in tensors.PICKLES or (at_root and is_weight)
-        if skip:
+        if _is_left_out(source, relative, unet_files):
             left_out.append(str(relative))
             continue
         target = temp / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     return left_out
+
+
+def model_files(base):
+    """Returns the files of a diffusers folder's pipeline, hidden ones aside, sorted.
+
+    Besides the root's files, only those of components that model_index.json names.
+    """
+    index = tensors.read_json(base / "model_index.json")
+    components = {k for k, v in index.items() if isinstance(v, list) and any(v)}
+    files = []
+    for file in sorted(p for p in base.rglob("*") if p.is_file()):
+        parts = file.relative_to(base).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and (len(parts) == 1 or parts[0] in components):
+            files.append(file)
+    return files
+
+
+def _is_left_out(source, relative, unet_files):
+    top, is_weight = relative.parts[0], source.suffix in WEIGHTS
+    if len(relative.parts) == 1:
+        return is_weight
+    if top == "unet":
+        if re.search(r"\.index(\.\w+)?\.json$", source.name):
+            return not set(tensors.shards(source)) <= unet_files
+        return is_weight and source not in unet_files
+    if source.suffix not in tensors.PICKLES:
+        return False
+    return top in COMPONENTS or any(source.parent.glob("*.safetensors"))
 
 
 def content_hash(directory):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-from PIL import Image
 
 from gift_jax.config import UserError
 from gift_jax.data import emoji
@@ -53,27 +52,26 @@ def test_resolve_names_mixes_without_repeats(pictures):
     assert not known & set(resolve_names(("unseen",), pictures.concepts))
 
 
-def test_pairs_read_a_folder_upright_cropped_and_over_white(tmp_path):
-    wide = np.zeros((8, 16, 4), np.uint8)
-    wide[:, 4:12] = (200, 0, 0, 255)  # the middle square; the sides are transparent
-    Image.fromarray(wide).save(tmp_path / "b.png")
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    (tmp_path / ".hidden").write_text("not a picture")
-    data = pairs(ConceptSpec(folder=str(tmp_path), prompt="sks thing", size=8))
-    assert data.images.shape == (2, 8, 8, 3)
-    assert (data.images[0] == 255).all()
-    assert (data.images[1] == (200, 0, 0)).all()
-    assert data.prompts == ["sks thing"] * 2
+def test_pairs_take_the_first_of_a_limit(pictures):
+    spec = ConceptSpec(names=("lion", "bomb"), limit=7)
+    data, whole = pairs(spec, pictures), pairs(ConceptSpec(names=spec.names), pictures)
+    assert len(data) == len(data.may_flip) == 7 < len(whole)
+    assert data.prompts == whole.prompts[:7]
+    np.testing.assert_array_equal(data.images, whole.images[:7])
 
 
-def test_pairs_turn_pictures_as_their_camera_says(tmp_path):
-    half = np.zeros((8, 8, 3), np.uint8)
-    half[:4] = 255  # white above black
-    exif = Image.Exif()
-    exif[0x0112] = 3  # stored upside down
-    Image.fromarray(half).save(tmp_path / "a.png", exif=exif)
-    (image,) = pairs(ConceptSpec(folder=str(tmp_path), prompt="p", size=8)).images
-    assert (image[:4] == 0).all() and (image[4:] == 255).all()
+def test_pairs_have_the_model_draw_what_is_to_be_generated():
+    asked = []
+
+    def draw(count):
+        asked.append(count)
+        return np.full((count, 16, 16, 3), 7, np.uint8)
+
+    data = pairs(ConceptSpec(generate=3, prompt="a dog", size=8), draw=draw)
+    assert data.images.shape == (3, 8, 8, 3) and (data.images == 7).all()
+    assert data.prompts == data.concepts == ["a dog"] * 3
+    pairs(ConceptSpec(generate=3, prompt="a dog", size=8, limit=2), draw=draw)
+    assert asked == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +82,17 @@ def test_pairs_turn_pictures_as_their_camera_says(tmp_path):
         (dict(names=("owl",), styles=("cubist",)), "choose from twemoji, noto"),
         (dict(names=("owl",), template="{colour} owl"), "may use only"),
         (dict(names=("owl",), template="{"), "may use only"),
-        (dict(), "give one of names and folder"),
-        (dict(names=("owl",), folder="x"), "give only one of"),
+        (dict(), "give one of names, folder, tfds and generate"),
+        (dict(names=("owl",), folder="x"), "give only one of.*not names and folder"),
+        (dict(tfds="x", generate=3), "give only one of.*not tfds and generate"),
+        (dict(names=("owl",), prompt="p"), "prompt is not for names"),
+        (dict(names=("owl",), label_key="x"), "label_key is for tfds, not for names"),
         (dict(folder="no/such", prompt="p"), "folder=no/such is not a folder"),
-        (dict(folder="no/such"), "prompt is empty"),
+        (dict(generate=3, prompt=" "), "prompt is empty"),
+        (dict(generate=-1, prompt="p"), "generate=-1 must be at least 0"),
+        (dict(names=("owl",), limit=-1), "limit=-1 must be at least 0"),
+        (dict(names=("owl",), size=0), "size=0 must be at least 1"),
+        (dict(names=("owl",), crop="middle"), "crop='middle' is not one of.*random"),
     ],
 )
 def test_pairs_refuse_a_bad_spec(pictures, spec, message):
@@ -104,20 +109,3 @@ def test_pairs_refuse_a_choice_that_is_all_held_out(pictures):
         pairs(spec, pictures)
     spec = ConceptSpec(names=("all",), styles=(style,))
     assert name not in pairs(spec, pictures).concepts
-
-
-def test_pairs_refuse_an_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="has no pictures"):
-        pairs(ConceptSpec(folder=str(tmp_path), prompt="p"))
-
-
-def test_pairs_refuse_an_unreadable_picture_by_name(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut.png cannot be read as a picture"):
-        pairs(ConceptSpec(folder=str(tmp_path), prompt="p"))
-    (tmp_path / "cut.png").unlink()
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match="notes.txt cannot be read"):
-        pairs(ConceptSpec(folder=str(tmp_path), prompt="p"))

@@ -26,7 +26,7 @@ def test_load_casts_to_the_dtype_asked_for(tiny_folder):
 
 
 def test_load_refuses_what_is_not_a_folder(tmp_path):
-    with pytest.raises(UserError, match="hub ids are not supported"):
+    with pytest.raises(UserError, match="no such folder.*hub id"):
         stable_diffusion.load("someone/some-model")
     file = tmp_path / "model.ckpt"
     file.write_bytes(b"")
@@ -34,6 +34,19 @@ def test_load_refuses_what_is_not_a_folder(tmp_path):
         stable_diffusion.load(file)
     with pytest.raises(UserError, match=r"model_index\.json: no such file"):
         stable_diffusion.load(tmp_path)
+
+
+def test_resolution_sets_the_size_of_latents_and_pictures(tiny_folder):
+    model = stable_diffusion.load(tiny_folder, resolution=24)
+    assert (model.latent_shape, model.image_size) == ((4, 12, 12), 24)
+    images = np.zeros((1, 24, 24, 3), np.float32)
+    mean, _ = stable_diffusion.encode_images(model, images)
+    assert mean.shape == (1, *model.latent_shape)
+    for wrong in (18, -4):
+        with pytest.raises(
+            UserError, match=f"resolution={wrong} must be a multiple of 4"
+        ):
+            stable_diffusion.load(tiny_folder, resolution=wrong)
 
 
 def test_prompts_equal_pytorch_pipeline(tiny, tiny_folder):

@@ -113,6 +113,94 @@ def test_load_reads_shards(folder, tiny):
     assert not flatten_dict(params, sep="/")[TRAINED].any()
 
 
+def write_variant(folder, variant, value, shards=1):
+    """Writes the UNet again under a variant's names, TRAINED filled with value."""
+    unet = folder / "unet"
+    tensors_ = safetensors.numpy.load_file(folder / UNET_FILE)
+    tensors_[TRAINED_NAME] = np.full_like(tensors_[TRAINED_NAME], value)
+    stem, names = f"diffusion_pytorch_model.{variant}", sorted(tensors_)
+    files = [f"{stem}.safetensors"]
+    if shards > 1:
+        files = [
+            f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)
+        ]
+        weight_map = {name: files[i % shards] for i, name in enumerate(names)}
+        index = unet / f"diffusion_pytorch_model.safetensors.index.{variant}.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+    for i, file in enumerate(files):
+        part = {name: tensors_[name] for name in names[i::shards]}
+        safetensors.numpy.save_file(part, unet / file)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_load_and_export_take_the_variant_asked_for(folder, tmp_path, shards):
+    write_variant(folder, "fp16", 0.125, shards)
+    plain = stable_diffusion.load(folder)
+    model = stable_diffusion.load(folder, variant="fp16")
+    assert np.all(flatten_dict(model.params["unet"], sep="/")[TRAINED] == 0.125)
+    assert not np.all(flatten_dict(plain.params["unet"], sep="/")[TRAINED] == 0.125)
+    assert (model.variant, plain.variant) == ("fp16", "")
+    weights.export(folder, {}, tmp_path / "out", variant="fp16")
+    exported = {p.name for p in (tmp_path / "out" / "unet").glob("*model*")}
+    assert all("fp16" in name for name in exported)
+    assert len(exported) == (1 if shards == 1 else 3)
+    out = stable_diffusion.load(tmp_path / "out")  # the only variant there is
+    assert np.all(flatten_dict(out.params["unet"], sep="/")[TRAINED] == 0.125)
+    with pytest.raises(UserError, match="unet: has no files of variant 'bf16'"):
+        stable_diffusion.load(folder, variant="bf16")
+
+
+def test_several_variants_and_no_plain_file_need_a_choice(folder):
+    for variant in ("fp16", "non_ema"):
+        write_variant(folder, variant, 0.125)
+    (folder / UNET_FILE).unlink()
+    with pytest.raises(UserError, match="only the variants fp16, non_ema; choose one"):
+        stable_diffusion.load(folder)
+    stable_diffusion.load(folder, variant="non_ema")
+
+
+def test_a_component_can_be_read_in_part_and_placed_one_by_one(tiny_folder, tiny):
+    placed = []
+
+    def place(array):
+        placed.append(array.shape)
+        return jnp.asarray(array)
+
+    _, params, _ = weights.load_component(
+        tiny_folder / "unet", "unet", only={TRAINED}, place=place
+    )
+    flat = flatten_dict(params, sep="/")
+    assert list(flat) == [TRAINED] and placed == [flat[TRAINED].shape]
+    whole = flatten_dict(tiny.params["unet"], sep="/")
+    np.testing.assert_array_equal(flat[TRAINED], whole[TRAINED])
+
+
+@pytest.mark.parametrize(
+    "dtype, on_disk", [("F16", np.float16), ("BF16", jnp.bfloat16)]
+)
+def test_export_casts_every_weight_when_asked(
+    tiny_folder, tiny, tmp_path, dtype, on_disk
+):
+    weights.export(tiny_folder, {}, tmp_path / "out", dtype=dtype)
+    for component in weights.COMPONENTS:
+        (file,) = (tmp_path / "out" / component).glob("*.safetensors")
+        assert {entry.dtype for entry in tensors.read_header(file).values()} == {dtype}
+        assert tensors.read_metadata(file) == {"format": "pt"}
+    half = stable_diffusion.load(tmp_path / "out")
+
+    def same(ours, original):
+        np.testing.assert_array_equal(ours, original.astype(on_disk).astype(np.float32))
+
+    jax.tree.map(same, half.params, tiny.params)
+
+
+def test_export_refuses_a_dtype_that_the_weights_do_not_fit(tiny_folder, tmp_path):
+    big = {TRAINED: np.full((32, 64), 1e6, np.float32)}
+    with pytest.raises(UserError, match=r"to_k\.weight: not finite as F16"):
+        weights.export(tiny_folder, big, tmp_path / "out", dtype="F16")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("on_disk", [np.float16, jnp.bfloat16])
 def test_half_precision_files_load_as_float32(tmp_path, tiny, on_disk):
     params = tiny.params["text_encoder"]
@@ -273,6 +361,20 @@ def test_export_leaves_out_other_copies_of_the_original_weights(folder, tmp_path
     assert [p for p in (tmp_path / "out").rglob("*") if "v1-5" in p.name] == []
     kept = {p.name for p in (tmp_path / "out" / "unet").iterdir()}
     assert kept == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_export_keeps_a_safety_checker_that_has_only_a_pickle(folder, tmp_path):
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    edit_json(folder / "model_index.json", **checker)
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"not a pickle")
+    export_one(folder, tmp_path / "out")
+    kept = tmp_path / "out" / "safety_checker" / "pytorch_model.bin"
+    assert kept.read_bytes() == b"not a pickle"
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"the same, safe")
+    export_one(folder, tmp_path / "out")
+    assert not kept.exists() and kept.with_name("model.safetensors").exists()
 
 
 def test_export_replaces_an_older_one_and_leaves_no_temporary(folder, tmp_path):

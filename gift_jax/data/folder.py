@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of pictures: all under one prompt, or each captioned by a metadata file.
+
+The first is what DreamBooth scripts read; the second is Hugging Face's "imagefolder",
+metadata.csv or metadata.jsonl with a column `file_name` and one for the caption.
+"""
+
+import csv
+import io
+import json
+import os
+import pathlib
+
+from absl import logging
+
+from gift_jax.config import UserError
+from gift_jax.data import pictures
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+def check(spec):
+    """Returns the path of the folder's metadata file, or None if it has none.
+
+    Args: spec: a `ConceptSpec` with a folder.
+    Raises: UserError if there is no such folder, both kinds of metadata, or neither
+      metadata nor a prompt.
+    """
+    root = _root(spec)
+    if not root.is_dir():
+        raise UserError(f"{spec.field}.folder={spec.folder} is not a folder")
+    files = [root / name for name in METADATA if (root / name).exists()]
+    if len(files) > 1:
+        raise UserError(
+            f"{spec.field}.folder={spec.folder} has both {' and '.join(METADATA)}; "
+            "it must have at most one: remove the other"
+        )
+    if not files and not spec.prompt.strip():
+        raise UserError(
+            f"{spec.field}.prompt is empty; a folder without metadata.csv or "
+            "metadata.jsonl needs one prompt"
+        )
+    return files[0] if files else None
+
+
+def listing(spec):
+    """Returns (paths, prompts) of the pictures of a `ConceptSpec` with a folder.
+
+    Without metadata: the pictures in the folder itself, sorted by name, all under
+    `spec.prompt`; other files are ignored. With: the pictures that it lists, in its
+    order, each under its caption, or all under `spec.prompt` if that is given. The
+    first `spec.limit` of them (0: all).
+
+    Raises: UserError of one line for a folder without pictures and for metadata that
+      is malformed or empty, or lists a picture twice, outside or missing.
+    """
+    file, root = check(spec), _root(spec)
+    if file is None:
+        paths = _pictures_in(spec, root)
+        prompts = [spec.prompt] * len(paths)
+    else:
+        paths, prompts = _listed(spec, root, file)
+        if spec.prompt:
+            logging.info("%s: the prompt given replaces all captions", spec.field)
+    end = spec.limit or None
+    return paths[:end], prompts[:end]
+
+
+def _root(spec):
+    return pathlib.Path(spec.folder).expanduser()
+
+
+def _pictures_in(spec, root):
+    try:
+        entries = sorted(p for p in root.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{spec.field}.folder={spec.folder} cannot be read: {reason}"
+        ) from error
+    paths = [p for p in entries if _is_picture(p.name) and not p.is_dir()]
+    others = [p.name for p in entries if p not in set(paths)]
+    if others:
+        some = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        logging.info("%s: ignored %d that are no pictures: %s", root, len(others), some)
+    if not paths:
+        raise UserError(
+            f"{spec.field}.folder={spec.folder} has no pictures; put at least one there"
+        )
+    return paths
+
+
+def _is_picture(name):
+    return pathlib.PurePath(name).suffix.lower() in pictures.SUFFIXES
+
+
+def _listed(spec, root, file):
+    """Returns (paths, prompts) of a metadata file."""
+    where = f"{spec.field}.folder: {file}"
+    lines, prompts = {}, []
+    for line, row in _rows(file, where):
+        at = f"{where}, line {line}"
+        path = _inside(root, _text(row, "file_name", at, "name a picture"), at)
+        if path in lines:
+            raise UserError(
+                f"{at}: file_name={row['file_name']!r} is on line {lines[path]} too; "
+                "a picture must be listed once: remove one of the lines"
+            )
+        lines[path] = line
+        if spec.prompt:
+            prompts.append(spec.prompt)
+        else:
+            fix = f"write one, or set {spec.field}.prompt for all"
+            prompts.append(_text(row, spec.caption_column, at, fix))
+    if not lines:
+        raise UserError(f"{where} lists no pictures; it must list at least one")
+    found = sum(
+        _is_picture(name) and not name.startswith(".")
+        for _, _, names in os.walk(root)
+        for name in names
+    )
+    if found > len(lines):
+        logging.info("%s lists %d of %d pictures there", file, len(lines), found)
+    return list(lines), prompts
+
+
+def _rows(file, where):
+    """Yields (line number, dict) for every row of a metadata file."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} cannot be read as UTF-8 text ({error})") from error
+    yield from (_csv if file.suffix == ".csv" else _jsonl)(text, where)
+
+
+def _csv(text, where):
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{where}, line {reader.line_num}: more values than the header has "
+                    f"columns ({len(reader.fieldnames)}); quote captions with commas"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        line = reader.reader.line_num
+        raise UserError(
+            f"{where}, line {line}: malformed CSV ({error}); mend the line"
+        ) from error
+
+
+def _jsonl(text, where):
+    # Not splitlines: a JSON string may hold other line ends, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where}, line {number}: malformed JSON ({error}); mend the line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{where}, line {number}: must be a JSON object such as "
+                '{"file_name": "a.png", "text": "a dog"}'
+            )
+        yield number, row
+
+
+def _text(row, column, at, fix):
+    """Returns a row's value in a column, which must be text and not blank."""
+    if column not in row:
+        there = ", ".join(repr(name) for name in row)
+        hint = "" if column == "file_name" else ", or name another as caption_column"
+        raise UserError(
+            f"{at}: no column {column!r} among {there or 'none'}; add it{hint}"
+        )
+    value = row[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{at}: {column} is empty; {fix}")
+    if not isinstance(value, str):
+        raise UserError(f"{at}: {column}={value!r} must be text; {fix}")
+    return value
+
+
+def _inside(root, name, at):
+    """Returns the path of a picture named in a metadata file; it must be in `root`."""
+    relative = pathlib.PurePosixPath(name)
+    path = root / relative
+    try:
+        inside = not relative.is_absolute() and ".." not in relative.parts
+        if inside:
+            real = pathlib.Path(os.path.realpath(path))
+            inside = real.is_relative_to(os.path.realpath(root))
+        there = path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        inside, there = True, False
+    if not inside:
+        raise UserError(
+            f"{at}: file_name={name!r} must stay inside {root}; move the picture there"
+        )
+    if not there:
+        raise UserError(
+            f"{at}: file_name={name!r} is no file in {root}; put it there or remove "
+            "the line"
+        )
+    return path

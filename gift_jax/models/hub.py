@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders by hub id: only what is read is fetched, and never a pickle."""
+
+import re
+from pathlib import Path
+
+import requests
+from absl import logging
+
+from gift_jax.config import UserError
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ("model_index.json", "LICENSE*", "*/*.json", "*/*.txt", "*/*.safetensors")
+
+
+def is_id(name: str) -> bool:
+    """Whether a model's name has the form of a hub id, "org/name"."""
+    return bool(_ID.fullmatch(name)) and not name.startswith((".", "/"))
+
+
+def fetch(name: str, revision: str = "", variant: str = "") -> Path:
+    """Returns the local folder of a hub model, downloading what is not cached.
+
+    Args: revision: branch, tag or commit; "" is the default branch. variant: whose
+      weights to fetch; "" the plain ones.
+    Raises: UserError if the model or revision does not exist, is gated, or the hub
+      cannot be reached and the cache lacks it.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    marked = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.non_ema.*", "*.index.fp16.json")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=None if variant else list(marked),
+        )
+    except errors.GatedRepoError:
+        reason = "its licence must be accepted first; then log in (hf auth login)"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}; name a branch, tag or commit"
+    except errors.RepositoryNotFoundError:
+        reason = "neither a folder here nor a public model on the hub; check the name"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = "no such folder, not in the hub's cache, and the hub is out of reach"
+    except (errors.HfHubHTTPError, requests.RequestException, OSError) as error:
+        reason = f"the hub failed ({str(error).splitlines()[0]}); try again"
+    else:
+        logging.info("model %s is at %s", name, folder)
+        return Path(folder)
+    raise UserError(f"config.model={name!r}: {reason}")
