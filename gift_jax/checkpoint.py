@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -86,6 +87,37 @@ class Checkpoints:
         """Waits until every save is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def read_params(
+    folder: pathlib.Path | str, step: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Returns (step, the trained parameters as NumPy arrays) of a run's checkpoints.
+
+    Works wherever the checkpoint was written: on any number of devices.
+
+    Args: step: the newest one by default.
+    Raises: UserError if there is no such checkpoint.
+    """
+    folder = pathlib.Path(folder).absolute()
+    steps = ocp.utils.checkpoint_steps(folder)
+    if not steps or (step is not None and step not in steps):
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        wanted = "a checkpoint" if step is None else f"step {step}"
+        raise UserError(f"{folder}: has no {wanted}; steps there: {there}")
+    step = max(steps) if step is None else step
+    state = folder / str(step) / "state"
+    handler = ocp.PyTreeCheckpointHandler()
+    saved = handler.metadata(state).tree["params"]
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    restored = handler.restore(
+        state,
+        args=ocp.args.PyTreeRestore(
+            item={"params": saved}, restore_args={"params": args}, partial_restore=True
+        ),
+    )
+    handler.close()
+    return step, restored["params"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

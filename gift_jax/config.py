@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from absl import flags as absl_flags
 from absl import logging
 from ml_collections import ConfigDict, config_dict
 
@@ -191,16 +192,20 @@ def _log_to_file(path: pathlib.Path) -> None:
 
 
 def _log_to_stderr() -> None:
+    absl_flags.FLAGS.mark_as_parsed()  # or absl's first line says that they are not
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
-    logging.get_absl_logger().addFilter(_ours_or_serious)
+    logging.get_absl_logger().addFilter(_ours_or_serious)  # for log.txt too
+    logging.get_absl_handler().addFilter(_ours_or_serious)  # JAX has its own loggers
 
 
 def _ours_or_serious(record: std_logging.LogRecord) -> bool:
     # Orbax logs twenty lines a checkpoint through the same logger.
-    ours = "gift_jax" in pathlib.Path(record.pathname).parts
-    return ours or record.levelno >= std_logging.WARNING
+    if "gift_jax" in pathlib.Path(record.pathname).parts:
+        return True
+    harmless = "Skipping merge of OCDBT" in str(record.msg)  # none was asked for
+    return record.levelno >= std_logging.WARNING and not harmless
 
 
 def _override(cfg: ConfigDict, text: str) -> None:

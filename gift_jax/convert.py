@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts between diffusers folders and Orbax checkpoints.
+
+    python -m gift_jax.convert to-diffusers   --checkpoint runs/gift/checkpoints --out DIR
+    python -m gift_jax.convert to-unet-state  --checkpoint runs/gift/checkpoints --out changed.safetensors
+    python -m gift_jax.convert from-diffusers --model DIR_OR_HUB_ID --out CKPT
+    python -m gift_jax.convert to-diffusers   --checkpoint CKPT --out DIR
+
+A run's checkpoints hold what it trained; the rest comes from the model it started from,
+whose content must still be what it was. A checkpoint made by from-diffusers holds the
+whole model, and to-diffusers gives back every tensor byte for byte.
+"""  # noqa: E501 - commands to copy
+
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict
+
+from gift_jax import checkpoint, config, job
+from gift_jax.attacks import lora
+from gift_jax.config import UserError
+from gift_jax.models import orbax_model, tensors, weights
+
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+def from_diffusers(args) -> None:
+    """Writes a diffusers folder as an Orbax checkpoint of the whole model."""
+    _check_new(args.out)
+    folder = job.model_folder(args.model, args.revision, args.variant)
+    if not folder.is_dir():
+        raise UserError(f"--model={args.model!r}: no such folder")
+    dtype = DTYPES.get(args.dtype)
+    orbax_model.save(folder, args.out, variant=args.variant, dtype=dtype)
+    logging.info("wrote the Orbax checkpoint %s", args.out)
+
+
+def to_diffusers(args) -> None:
+    """Writes a diffusers folder from a run's checkpoints or a whole-model one."""
+    _check_new(args.out)
+    dtype = DTYPES.get(args.dtype)
+    if orbax_model.is_model_checkpoint(args.checkpoint):
+        for flag in ("step", "base"):
+            if getattr(args, flag) is not None:
+                raise UserError(
+                    f"--{flag} is for a run's checkpoints; {args.checkpoint} is a "
+                    "whole model: leave it out"
+                )
+        orbax_model.restore(args.checkpoint, args.out, dtype=dtype)
+    else:
+        run = Run(args.checkpoint, args.step, args.base)
+        weights.export(run.base, run.changed, args.out, run.variant, dtype)
+    logging.info("wrote the model folder %s", args.out)
+
+
+def to_unet_state(args) -> None:
+    """Writes the tensors that a run changed, by their diffusers names, in one file."""
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out={args.out} must end in .safetensors")
+    _check_new(args.out)
+    run, dtype = Run(args.checkpoint, args.step, args.base), DTYPES.get(args.dtype)
+    entries = run.base_entries()
+    table = {}
+    for path, array in sorted(run.changed.items()):
+        name, entry = entries[path]
+        ours = tensors.to_torch_layout(path, np.asarray(array))
+        as_base = weights.cast(name, ours, entry.dtype)
+        if as_base.tobytes() == tensors.read_tensor(name, entry).tobytes():
+            continue
+        ours = weights.cast(name, ours, dtype or entry.dtype)
+        table[name] = dtype or entry.dtype, ours.shape, lambda ours=ours: ours
+    if not table:
+        raise UserError(
+            f"--checkpoint={args.checkpoint}: step {run.step} differs in no tensor "
+            f"from {run.base}"
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = args.out.with_suffix(".tmp")
+    notes = {"format": "pt", "base_sha256": run.base_sha256, "step": str(run.step)}
+    tensors.write_file(aside, table, notes)
+    aside.replace(args.out)
+    logging.info("wrote %d of the UNet's tensors to %s", len(table), args.out)
+
+
+class Run:
+    """What a run's checkpoint changed, and in which model.
+
+    Attributes: base: the model folder that the run started from; variant: of its files.
+      base_sha256: its content. step: of the checkpoint. changed: {Flax UNet path:
+      float32 array}, LoRA factors merged.
+    Raises: UserError if the checkpoint, the run's config or the base cannot be found,
+      or the base is not what it was.
+    """
+
+    def __init__(self, checkpoints, step=None, base=None):
+        folder = pathlib.Path(checkpoints)
+        if not folder.is_dir():
+            raise UserError(f"--checkpoint={folder}: no such folder")
+        if orbax_model.is_model_checkpoint(folder):
+            raise UserError(
+                f"--checkpoint={folder} is a whole model, of which nothing was "
+                "changed; give a run's checkpoints"
+            )
+        file = folder.absolute().parent / "config.json"
+        if not file.is_file():
+            raise UserError(
+                f"--checkpoint={folder}: neither a whole-model checkpoint "
+                f"({orbax_model.LAYOUT}) nor the checkpoints of a run ({file})"
+            )
+        cfg = tensors.read_json(file)
+        if "base_sha256" not in cfg:
+            raise UserError(f"{file}: this run started from no model; its folder says")
+        self.base, self.variant = _find_base(cfg, base), cfg["variant"]
+        self.base_sha256, found = cfg["base_sha256"], weights.content_hash(self.base)
+        if found != self.base_sha256:
+            raise UserError(
+                f"{self.base}: its content ({found[:12]}) is not what the run started "
+                f"from ({self.base_sha256[:12]}); name that model with --base"
+            )
+        self.step, params = checkpoint.read_params(folder, step)
+        self.changed = self._merged(cfg, params)
+
+    def _merged(self, cfg: dict[str, Any], params):
+        if cfg.get("attack") != "lora":
+            return params
+        _, unet, _ = weights.load_component(
+            self.base / "unet", "unet", variant=self.variant, only=params.keys()
+        )
+        unet = {k: jnp.asarray(v) for k, v in flatten_dict(unet, sep="/").items()}
+        return lora.apply(unet, params, cfg["lora"]["alpha"] / cfg["lora"]["rank"])
+
+    def base_entries(self):
+        """Returns {Flax path: (name, entry)} of the base's UNet."""
+        unet = self.base / "unet"
+        module = weights.KINDS["unet"].build(tensors.read_json(unet / "config.json"))
+        return weights.entries_by_path(unet, "unet", module, self.variant)
+
+
+def _find_base(cfg, base):
+    if base is not None:
+        folder, said = pathlib.Path(base), f"--base={base}"
+    else:
+        folder = job.model_folder(cfg["model"], cfg["revision"], cfg["variant"])
+        said = f"the run's model {cfg['model']!r}"
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{said} is no model folder here; name it with --base")
+    return folder
+
+
+def _check_new(out: pathlib.Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out={out} exists; choose another, or delete it first")
+
+
+def _parser():
+    flags = config.parser(__doc__, "convert")
+    commands = flags.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--out", type=pathlib.Path, required=True, help="must be new")
+        sub.add_argument(
+            "--dtype", choices=tuple(DTYPES), help="of the weights (default: as it is)"
+        )
+        return sub
+
+    sub = command(
+        "from-diffusers", from_diffusers, "a diffusers folder to an Orbax checkpoint"
+    )
+    sub.add_argument("--model", required=True, help="a diffusers folder or hub id")
+    sub.add_argument("--revision", default="", help="of a hub id")
+    sub.add_argument("--variant", default="", help="of the weight files, such as fp16")
+    for name, run, text in (
+        ("to-diffusers", to_diffusers, "an Orbax checkpoint to a diffusers folder"),
+        (
+            "to-unet-state",
+            to_unet_state,
+            "the UNet tensors that a run changed, in one safetensors file",
+        ),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument(
+            "--checkpoint",
+            type=pathlib.Path,
+            required=True,
+            help="RUN/checkpoints, or what from-diffusers wrote",
+        )
+        sub.add_argument("--step", type=int, help="of a run (default: the newest)")
+        sub.add_argument("--base", help="where the run's base model lies now")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    config.run_main(main)
