@@ -2,7 +2,11 @@
 """Strict settings for every test, and a tiny random Stable Diffusion."""
 
 import os
+import pathlib
+import sys
 
+# random_sd.py, a command that writes model folders, is also what writes the tests'
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads
 os.environ["XLA_FLAGS"] = (

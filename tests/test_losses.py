@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import check_equal
 
 from gift_jax import losses
+from gift_jax.models import stable_diffusion
 
 KEY = jax.random.key(7)
 B, N, WIDTH = 3, 12, 5
@@ -32,19 +34,41 @@ def test_add_noise_equals_numpy(latents):
     np.testing.assert_allclose(losses.add_noise(z, eps, abar), expected, atol=1e-6)
 
 
-def test_add_noise_and_targets_equal_pytorch_ddpm(latents):
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("cls", ["DDPM", "DDIM", "PNDM"])
+def test_add_noise_and_targets_equal_pytorch(cls, name, zero_snr, rng):
     torch = pytest.importorskip("torch")
-    from diffusers import DDPMScheduler
+    import diffusers
 
-    z, eps, _ = latents
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
-    t = torch.tensor([0, 400, 700, 999])
-    abar = scheduler.alphas_cumprod[t].numpy()
-    noised = scheduler.add_noise(torch.tensor(z), torch.tensor(eps), t).numpy()
-    velocity = scheduler.get_velocity(torch.tensor(z), torch.tensor(eps), t).numpy()
-    np.testing.assert_allclose(losses.add_noise(z, eps, abar), noised, atol=1e-6)
-    ours = losses.target(z, eps, abar, "v_prediction")
-    np.testing.assert_allclose(ours, velocity, atol=1e-6)
+    changes = {"beta_schedule": name, "beta_start": 0.00085, "beta_end": 0.012}
+    if zero_snr and cls != "PNDM":  # which knows nothing of it
+        changes["rescale_betas_zero_snr"] = True
+    scheduler = getattr(diffusers, f"{cls}Scheduler")(**changes)
+    config = {"num_train_timesteps": 1000, **changes}
+    t = np.asarray([0, 1, 20, 250, 500, 750, 980, 998, 999])
+    z, eps = rng.normal(size=(2, len(t), 4, 8, 8)).astype(np.float32)
+    abar_T = stable_diffusion.alphas_cumprod(config)
+    abar = np.float32(abar_T[t])
+    ours = {"noised": losses.add_noise(z, eps, abar)}
+    if hasattr(scheduler, "get_velocity"):
+        ours["velocity"] = losses.target(z, eps, abar, "v_prediction")
+
+    def theirs(dtype):
+        inputs = [torch.tensor(a, dtype=dtype) for a in (z, eps)] + [torch.tensor(t)]
+        found = {"noised": scheduler.add_noise(*inputs)}
+        if hasattr(scheduler, "get_velocity"):
+            found["velocity"] = scheduler.get_velocity(*inputs)
+        return by_time({name: a.numpy() for name, a in found.items()})
+
+    def theirs_in_double():  # its own schedule is in float32: 1 - abar[0] is 4e-5
+        scheduler.alphas_cumprod = torch.tensor(abar_T)
+        return theirs(torch.float64)
+
+    def by_time(arrays):
+        return {(n, t[i]): a[i] for n, a in arrays.items() for i in range(len(t))}
+
+    check_equal(cls, by_time(ours), theirs(torch.float32), theirs_in_double)
 
 
 def test_target_is_eps_or_v(latents):

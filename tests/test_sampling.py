@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampler against PyTorch's StableDiffusionPipeline, and its own promises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import relative_error
 
 from gift_jax import sampling
 from gift_jax.config import UserError
@@ -35,12 +38,19 @@ CASES = {  # name: (our scheduler, steps, config of the folder); five UNet calls
     ),
     "dpm-sigma-min": ("dpmsolver++", 5, {"final_sigmas_type": "sigma_min"}),
     "dpm-velocity": ("dpmsolver++", 5, VELOCITY | {"lower_order_final": False}),
+    "dpm-zero-snr": ("dpmsolver++", 5, VELOCITY | ZERO_SNR),
     "dpm-cosine": (
         "dpmsolver++",
         5,
         {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
     ),
 }
+STEP_CASES = [
+    (name, kind)
+    for name in CASES
+    for kind in ("epsilon", "v_prediction")
+    if (name, kind) != ("ddim-zero-snr", "epsilon")  # x0 is 0 / 0, in PyTorch too
+]
 TORCH_CLASS = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
@@ -105,6 +115,65 @@ def test_latents_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
     # with clipping, x0 is a small difference of large numbers at the first timesteps
     tolerance = 1e-3 if name == "ddim-clip" else 1e-4
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < tolerance
+
+
+class Smooth:
+    """Stands in for a UNet: the same smooth function of x and t in JAX and PyTorch."""
+
+    dtype = jnp.float32
+
+    def apply(self, _, x, t, __, return_dict):
+        return (jnp.tanh(1.3 * x + 2.0 * t.reshape(-1, 1, 1, 1) / 1000 - 1),)
+
+    @staticmethod
+    def torch(x, t):
+        return (1.3 * x + 2.0 * t / 1000 - 1).tanh()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+def latents_after(table, z, clip):
+    text = jnp.zeros((len(z), 1, 1))
+    return sampling.sample_latents(Smooth(), {}, table, clip, 1.0, z, text, None)
+
+
+def prefixes(table):
+    """The table cut after 1, 2, ... rows, stacked; the rest are rows without effect."""
+    kept = np.tril(np.ones((len(table.t), len(table.t)), bool))
+    idle = sampling.Schedule(*map(np.zeros_like, table))
+    idle = idle._replace(on_x=np.ones_like(table.on_x))
+
+    def cut(column, rest):
+        return np.where(
+            kept.reshape(kept.shape + (1,) * (column.ndim - 1)), column, rest
+        )
+
+    return sampling.Schedule(*map(cut, table, idle))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name, kind", STEP_CASES)
+def test_every_step_equals_pytorch_scheduler(name, kind, rng):
+    torch = pytest.importorskip("torch")
+    import diffusers
+
+    scheduler, steps = CASES[name][0], 12
+    config = scheduler_config(name) | {"prediction_type": kind}
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    theirs.set_timesteps(steps)
+    z = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
+    x, expected = torch.tensor(z), []
+    for t in theirs.timesteps:
+        x = theirs.step(Smooth.torch(x, t), t, x).prev_sample
+        expected.append(x.numpy())
+    table = sampling.schedule(config, scheduler, steps)
+    np.testing.assert_array_equal(table.t, theirs.timesteps)
+    clip = sampling.clip_range(config, scheduler)
+    ours = latents_after(prefixes(table), z, clip)
+    errors = list(map(relative_error, ours, expected))
+    assert len(errors) == len(theirs.timesteps)
+    print(f"{name} {kind}: at most {max(errors):.1e}")
+    assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])

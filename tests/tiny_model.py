@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import random_sd
 
 from gift_jax.models import hooks, weights
 
@@ -70,23 +71,6 @@ def _write_json(path, value):
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def write_tokenizer(directory, max_length=16):
-    """Writes a CLIP tokenizer that knows every byte and no merge: 514 tokens."""
-    from transformers.models.clip.tokenization_clip import bytes_to_unicode
-
-    characters = list(bytes_to_unicode().values())
-    tokens = characters + [c + "</w>" for c in characters]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    _write_json(directory / "vocab.json", {t: i for i, t in enumerate(tokens)})
-    (directory / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": max_length,
-        "pad_token": "<|endoftext|>",
-    }
-    _write_json(directory / "tokenizer_config.json", settings)
-
-
 def random_params(module, seed):
     """Random parameters of a Flax module in which no scale is 1 and no bias is 0."""
     rng = np.random.default_rng(seed)
@@ -113,7 +97,7 @@ def write_tiny(directory, scheduler=None, unet=None):
     for seed, (kind, config) in enumerate(configs.items()):
         params = random_params(weights.KINDS[kind].build(config), seed)
         weights.save_model_folder(directory / kind, config, params)
-    write_tokenizer(directory / "tokenizer")
+    random_sd.write_tokenizer(directory / "tokenizer", TINY_TEXT["vocab_size"], 16)
     _write_json(
         directory / "scheduler" / "scheduler_config.json",
         TINY_SCHEDULER | (scheduler or {}),
@@ -127,3 +111,30 @@ def relative_error(ours, theirs):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def check_equal(what, ours, theirs, theirs_in_double=None, tolerance=1e-5):
+    """Asserts that our float32 arrays are PyTorch's, to `tolerance`; prints the errors.
+
+    PyTorch's own rounding can be larger than that: emoji-sd's VAE decoder in float32
+    is 1.7e-5 off itself in float64, a noise schedule 1.4e-5. Where the two differ by
+    more, ours has to be that close to PyTorch in float64, and no farther from it than
+    PyTorch in float32 is.
+
+    Args: what: what is compared, in what is printed. ours, theirs: name -> array.
+      theirs_in_double: function that returns the same, called if need be; None if
+      PyTorch in float32 has to do.
+    """
+    errors = {name: relative_error(ours[name], theirs[name]) for name in ours}
+    for name, error in errors.items():
+        rms = np.sqrt(np.mean(np.square(theirs[name])))
+        print(f"{what} {name}: {error:.1e} from PyTorch in float32; rms {rms:.2g}")
+    far = [name for name, error in errors.items() if not error <= tolerance]
+    assert theirs_in_double or not far, far
+    truth = theirs_in_double() if far else {}
+    for name in far:
+        of_ours = relative_error(ours[name], truth[name])
+        of_theirs = relative_error(theirs[name], truth[name])
+        print(f"  from float64: ours {of_ours:.1e}, PyTorch's float32 {of_theirs:.1e}")
+        assert of_ours <= tolerance, name
+        assert of_ours <= of_theirs, name
