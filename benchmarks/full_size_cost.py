@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does a full-size Stable Diffusion cost in memory, time and disk here?
 
-    python benchmarks/full_size_cost.py --parts load --parts step
+    python benchmarks/full_size_cost.py --parts load --parts convert --parts step
 
 Each measurement is a process of its own; prints one JSON object.
 
 load: `stable_diffusion.load` in each --dtype, with the files dropped from the system's
   page cache first (cold) and again with them in it (warm): seconds, peak resident
   memory above what the imports take, and that over the parameters' bytes in the dtype.
+convert: `gift_jax.convert` from-diffusers and to-diffusers in the files' own dtype:
+  seconds and peak resident memory, all included, and that over the files' bytes.
 step: GIFT's outer step as `gift_jax.train` with configs/emoji_gift.py takes it: in
   float32, cross-attention trains, one harmful and one safe pair of random latents of
   32x32. Seconds to compile and a step (median), peak memory of each phase, XLA's own
@@ -33,7 +35,7 @@ import numpy as np
 from gift_jax import config
 
 DTYPES = ("float32", "float16", "bfloat16")
-PARTS = ("load", "step")
+PARTS = ("load", "convert", "step")
 LATENT_SIDE = 32
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -104,6 +106,22 @@ def measure_load(folder: pathlib.Path, dtype: str) -> dict:
         "kept_above_imports_GB": _gb(memory("VmRSS") - before),
         "imports_GB": _gb(before),
     }
+
+
+def measure_convert(folder: pathlib.Path, out: str) -> dict:
+    """Returns the cost of one direction; `folder` is what is converted."""
+    from gift_jax import convert
+    from gift_jax.models import orbax_model
+
+    back = orbax_model.is_model_checkpoint(folder)
+    flags = ["to-diffusers", f"--checkpoint={folder}"]
+    if not back:
+        flags = ["from-diffusers", f"--model={folder}"]
+    _, cost = measured(lambda: convert.main([*flags, f"--out={out}"]))
+    weights = pathlib.Path(out if back else folder).rglob("*.safetensors")
+    size = sum(p.stat().st_size for p in weights)
+    ratio = round(1e9 * cost["peak_GB"] / size, 2)
+    return cost | {"weights_GB": _gb(size), "peak_over_weights": ratio}
 
 
 def random_pairs(model, rng) -> dict[str, np.ndarray]:
@@ -214,6 +232,12 @@ def run(args, folder: pathlib.Path) -> dict:
             for cache in ("cold", "warm"):
                 cost = in_child("--child=load", f"--dtype={dtype}", *common)
                 result["load"][f"{dtype} {cache}"] = cost
+    if "convert" in args.parts:
+        with tempfile.TemporaryDirectory() as temp:
+            whole, back = f"--out={temp}/orbax", f"--out={temp}/back"
+            there = in_child("--child=convert", whole, *common)
+            again = in_child("--child=convert", back, f"--model={temp}/orbax")
+        result["convert"] = {"from-diffusers": there, "to-diffusers": again}
     if "step" in args.parts:
         repeats = f"--repeats={args.repeats}"
         result["step"] = in_child("--child=step", repeats, *common)
@@ -231,11 +255,14 @@ def main() -> int:
     flags.add_argument("--random", default="sd15", help="what to write, sd15 or sd21")
     flags.add_argument("--disk_dtype", default="float32", choices=DTYPES)
     flags.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
+    flags.add_argument("--out", help=argparse.SUPPRESS)
     args = flags.parse_args()
     config.at_least("--repeats", args.repeats, 1)
     folder = pathlib.Path(args.model)
     if args.child == "load":
         result = measure_load(folder, args.dtype[0])
+    elif args.child == "convert":
+        result = measure_convert(folder, args.out)
     elif args.child == "step":
         result = measure_step(folder, args.repeats)
     else:

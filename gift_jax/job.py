@@ -302,7 +302,8 @@ def cached_source(model, data, spec, key) -> pipeline.ArraySource:
     if spec.empty_prompts:
         k_empty = jax.random.fold_in(key, 0)  # the copies use 1, 2 ...
         rows = jax.random.bernoulli(k_empty, spec.empty_prompts, cache["concept"].shape)
-        cache["text"][np.asarray(rows)] = stable_diffusion.encode_prompts(model, [""])
+        empty = stable_diffusion.encode_prompts(model, [""])[0]
+        cache["text"] = cache["text"].replace(np.asarray(rows), empty)
     return pipeline.ArraySource(cache)
 
 

@@ -14,10 +14,31 @@ from gift_jax.config import UserError
 INDEX = "index"  # the key that `batches` adds
 
 
+class Repeated:
+    """An array "N ..." of few distinct entries, each of them in memory once.
+
+    Args: table: the distinct entries, "U ...". rows: int "N", which one entry i is.
+    """
+
+    def __init__(self, table, rows):
+        self.table, self.rows = table, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, positions):
+        return self.table[self.rows[positions]]
+
+    def replace(self, mask, entry):
+        """Returns a copy in which the entries at bool "N" `mask` are `entry`."""
+        table = np.concatenate([self.table, np.asarray(entry)[None]])
+        return Repeated(table, np.where(mask, len(self.table), self.rows))
+
+
 class ArraySource:
     """A dict of arrays of one length as a random-access source of dicts.
 
-    Attributes: arrays: dict of numpy arrays, "N ...".
+    Attributes: arrays: dict of numpy arrays, or `Repeated` ones, "N ...".
     """
 
     def __init__(self, arrays):
@@ -37,7 +58,7 @@ class ArraySource:
 
     def take(self, positions):
         """Returns a batch: the rows at int "B" `positions`, copied."""
-        return {name: np.take(a, positions, axis=0) for name, a in self.arrays.items()}
+        return {name: a[positions] for name, a in self.arrays.items()}
 
 
 def batches(

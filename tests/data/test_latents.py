@@ -33,9 +33,10 @@ def test_cache_holds_each_pair_encoded_in_order(data):
     images = data.images / 127.5 - 1.0
     np.testing.assert_allclose(cache["mean"], images * 2, atol=1e-6)
     np.testing.assert_allclose(cache["std"], np.abs(images), atol=1e-6)
-    np.testing.assert_array_equal(cache["text"], encode_prompts(data.prompts))
+    np.testing.assert_array_equal(cache["text"][:], encode_prompts(data.prompts))
+    assert len(cache["text"].table) == 3  # prompts, for five pairs
     assert cache["concept"].tolist() == [0, 1, 0, 1, 2]
-    assert cache["mean"].dtype == cache["text"].dtype == np.float32
+    assert cache["mean"].dtype == cache["text"].table.dtype == np.float32
 
 
 def test_cache_encodes_batches_of_one_size_and_prompts_once(data):
@@ -68,7 +69,7 @@ def test_cache_does_not_depend_on_batch_size(data):
     one = cache_latents(encode_images, encode_prompts, data, batch_size=1, **kwargs)
     many = cache_latents(encode_images, encode_prompts, data, batch_size=8, **kwargs)
     for name, array in one.items():
-        np.testing.assert_allclose(array, many[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(array[:], many[name][:], atol=1e-5, err_msg=name)
 
 
 def test_cache_refuses_no_data_and_no_copies(data):

@@ -7,7 +7,7 @@ import pytest
 
 from gift_jax.config import UserError
 from gift_jax.data import emoji_builder
-from gift_jax.data.pipeline import ArraySource, batches
+from gift_jax.data.pipeline import ArraySource, Repeated, batches
 
 SIZE = 10
 
@@ -102,6 +102,20 @@ def test_batches_refuse_what_cannot_work(source):
         batches(source, 16, 0)
     with pytest.raises(UserError, match="batch_size=0"):
         batches(source, 0, 0)
+
+
+def test_repeated_entries_read_like_the_array_they_stand_for():
+    table, rows = np.asarray([[1.0, 2.0], [3.0, 4.0]]), np.asarray([0, 1, 1, 0])
+    repeated = Repeated(table, rows)
+    source = ArraySource({"x": repeated, "i": np.arange(4)})
+    np.testing.assert_array_equal(repeated[:], table[rows])
+    np.testing.assert_array_equal(source[2]["x"], [3.0, 4.0])
+    positions = np.asarray([3, 1])
+    np.testing.assert_array_equal(source.take(positions)["x"], table[rows][positions])
+    mask = np.asarray([True, False, True, False])
+    changed = repeated.replace(mask, [9.0, 9.0])
+    assert (changed[:] == 9).all(axis=1).tolist() == mask.tolist()
+    np.testing.assert_array_equal(repeated[:], table[rows])
 
 
 def test_array_source_refuses_uneven_arrays():
