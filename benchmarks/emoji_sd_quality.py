@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gift_jax import checkpoint, config, job, sharding
+from gift_jax import checkpoint, config, job, samples, sharding
 from gift_jax.data import augment, captions, emoji
 from gift_jax.metrics import judge as judge_metric
 from gift_jax.models import stable_diffusion
@@ -31,7 +31,7 @@ def sample_quality(model, judge, args, out: pathlib.Path) -> dict:
         {"seed": args.seed, "guidance": args.guidance, "steps": args.steps, "batch": 64}
     )
     prompts = [captions.caption(*pair) for pair in pairs]
-    images = job.draw(model, model.params["unet"], prompts, sampler)
+    images = samples.draw(model, model.params["unet"], prompts, sampler)
     concept, style = judge.name(images)
     right = concept == [judge.concepts.index(c) for c, _ in pairs]
     right_style = style == [judge.styles.index(s) for _, s in pairs]

@@ -12,7 +12,7 @@ import pathlib
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax import config, job, loop, sharding
+from gift_jax import config, job, loop, samples, sharding
 from gift_jax.attacks import lora
 from gift_jax.models import stable_diffusion, weights
 
@@ -57,7 +57,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     if cfg.samples.num:
         path = workdir / "samples" / "after.png"
         nested = unflatten_dict(attacked, sep="/")
-        job.sample_grid(model, nested, cfg.samples.prompts, cfg.samples, path)
+        samples.save_grid(model, nested, cfg.samples.prompts, cfg.samples, path)
     return workdir / "export"
 
 

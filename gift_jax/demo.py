@@ -18,7 +18,7 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from gift_jax import attack, checkpoint, config, job, train
+from gift_jax import attack, checkpoint, config, job, samples, train
 from gift_jax.data import captions, emoji
 from gift_jax.metrics import judge
 from gift_jax.report import grid
@@ -96,7 +96,7 @@ def _draw(folder: pathlib.Path, concept: str, args) -> np.ndarray:
     prompts = [
         captions.caption(concept, styles[i % len(styles)]) for i in range(args.num)
     ]
-    return job.draw(model, model.params["unet"], prompts, cfg)
+    return samples.draw(model, model.params["unet"], prompts, cfg)
 
 
 def _picture(cells, path: pathlib.Path) -> pathlib.Path:

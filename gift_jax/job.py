@@ -2,10 +2,6 @@
 """What training and attacking share around the loop: model, data, samples, export."""
 
 import dataclasses
-import hashlib
-import io
-import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,14 +13,12 @@ import optax
 from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from PIL import Image
 
-from gift_jax import config, loop, progress, sampling, sharding
+from gift_jax import config, loop, samples, sharding
 from gift_jax.config import UserError
-from gift_jax.data import concepts, latents, pictures, pipeline
+from gift_jax.data import concepts, latents, pipeline
 from gift_jax.methods.denoise import Denoiser
 from gift_jax.models import hooks, hub, partition, stable_diffusion, weights
-from gift_jax.report import grid
 
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji-sd"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -54,7 +48,6 @@ _LEAST_OF_DATA = {
     "generate_guidance": 1,
 }
 _MAX_SEED = 2**31 - 2  # the data's order takes the next one too
-_DRAWN_AT_ONCE = 8  # at most, of the pictures that a data group generates
 # What a data group of a config says about its pairs.
 _PAIRS = tuple(
     field.name
@@ -91,20 +84,6 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
     for group in optimizers:
         optimizer(cfg[group], 1, group)
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
-
-
-def check_samples(model: stable_diffusion.StableDiffusion, samples: Any) -> None:
-    """Raises UserError if the model's scheduler has not as many steps as asked for."""
-    if samples.num:
-        _check_steps(model, "config.samples.steps", samples.steps)
-
-
-def _check_steps(model, field: str, steps: int) -> None:
-    limit = stable_diffusion.noise_schedule(model).shape[0]
-    if steps > limit:
-        raise UserError(
-            f"{field}={steps} must be at most {limit}, the model's training timesteps"
-        )
 
 
 def _check_seed(field: str, seed: int) -> None:
@@ -155,7 +134,7 @@ def load_configured(cfg: Any) -> stable_diffusion.StableDiffusion:
         variant=cfg.variant,
         resolution=cfg.resolution,
     )
-    check_samples(model, cfg.samples)
+    samples.check(model, cfg.samples)
     return model
 
 
@@ -176,13 +155,13 @@ def read_pairs(
     """Returns the pictures and prompts that one group of config fields asks for.
 
     Args: model: draws the pictures of `generate`; the other sources do not use it.
-      spec: the group, see `concepts.ConceptSpec` and `generated`. field: its name.
-      size: side in pixels of the pictures. seed: of random crops.
+      spec: the group, see `concepts.ConceptSpec` and `samples.generated`. field: its
+      name. size: side in pixels of the pictures. seed: of random crops.
     Raises: UserError naming the field or file.
     """
     return concepts.pairs(
         _concept_spec(spec, field, size=size, seed=seed),
-        draw=lambda count: generated(model, spec, field, count),
+        draw=lambda count: samples.generated(model, spec, field, count),
     )
 
 
@@ -191,96 +170,6 @@ def _concept_spec(spec: Any, field: str, **others) -> concepts.ConceptSpec:
     for name in ("names", "styles"):
         values[name] = tuple(values[name])
     return concepts.ConceptSpec(**values, **others, field=f"config.{field}")
-
-
-def generated(model, spec: Any, field: str, count: int) -> np.ndarray:
-    """Returns uint8 "N H W 3": `count` pictures that the model draws for a prompt.
-
-    They are kept in the cache folder, under a name made of all that they depend on:
-    drawn once, and an interrupted run goes on where it was. Picture i depends on the
-    seed and i alone.
-
-    Args: spec: prompt, generate_seed, generate_steps, generate_guidance and batch (how
-      many at once, at most 8). field: the group's name.
-    Raises: UserError if the steps are more than the model has, or the cache folder
-      cannot be written.
-    """
-    _check_steps(model, f"config.{field}.generate_steps", spec.generate_steps)
-    settings = {
-        "model_sha256": weights.content_hash(model.path),
-        "variant": model.variant,
-        "prompt": spec.prompt,
-        "seed": spec.generate_seed,
-        "steps": spec.generate_steps,
-        "guidance": float(spec.generate_guidance),
-        "dtype": jnp.dtype(model.unet.dtype).name,
-        "size": model.image_size,
-    }
-    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    name = hashlib.sha256(text.encode()).hexdigest()
-    folder = sharding.cache_folder() / "generated" / name
-    paths = [folder / f"{i:05d}.png" for i in range(count)]
-    missing = {i: path for i, path in enumerate(paths) if not path.exists()}
-    images = np.empty((count, model.image_size, model.image_size, 3), np.uint8)
-    for i, path in enumerate(paths):
-        if i not in missing:
-            images[i] = pictures.read(path, model.image_size)
-    logging.info(
-        "%s: the model draws %d of %d pictures of %r, kept in %s",
-        field,
-        len(missing),
-        count,
-        spec.prompt,
-        folder,
-    )
-    with progress.bar(f"generate {field}", count, count - len(missing)) as bar:
-        for i, image in _drawn(model, spec, list(missing)):
-            images[i] = image
-            _keep(missing.pop(i), image, text)
-            bar.update(count - len(missing))
-    return images
-
-
-def _drawn(model, spec: Any, numbers: list[int]):
-    """Yields (i, picture i) of the numbers, drawn in batches."""
-    size = min(spec.batch, _DRAWN_AT_ONCE, len(numbers))
-    how = config.ConfigDict(
-        {
-            "seed": spec.generate_seed,
-            "steps": spec.generate_steps,
-            "guidance": spec.generate_guidance,
-            "batch": size,
-        }
-    )
-    while numbers:
-        first = numbers[0]
-        prompts = [spec.prompt] * size
-        images = draw(model, model.params["unet"], prompts, how, first)
-        yield from ((i, images[i - first]) for i in numbers if i < first + size)
-        numbers = [i for i in numbers if i >= first + size]
-
-
-def _keep(path: pathlib.Path, image: np.ndarray, settings: str) -> None:
-    """Writes a picture, and settings.json beside it, aside and renames them."""
-    if jax.process_index():  # the first process alone writes, the others draw too
-        return
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, format="PNG")
-    contents = {path: encoded.getvalue()}
-    about = path.with_name("settings.json")
-    if not about.exists():
-        contents[about] = settings.encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in contents.items():
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            temporary.replace(target)
-    except OSError as error:
-        raise UserError(
-            f"cache folder {path.parent} cannot be written ({error.strerror or error})"
-            "; set GIFT_JAX_CACHE to a folder that can"
-        ) from error
 
 
 def cached_source(model, data, spec, key) -> pipeline.ArraySource:
@@ -401,39 +290,6 @@ def run_loop(mesh: Mesh, state, step, frozen, data, cfg, workdir) -> loop.State:
         workdir=workdir,
         place=lambda batch: sharding.split(mesh, batch),
     )
-
-
-def draw(
-    model, unet_params, prompts: Sequence[str], cfg, number: int = 0
-) -> np.ndarray:
-    """Returns one picture a prompt, uint8 "N H W 3"; picture i draws its own noise.
-
-    Args: cfg: seed, guidance, steps, batch (pictures a call; the last one is padded, so
-      that one compilation serves all). number: i of the first.
-    """
-    sampler = sampling.make_sampler(model, None, cfg.steps, cfg.guidance)
-    text = stable_diffusion.encode_prompts(model, list(dict.fromkeys(prompts)))
-    row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    cond = np.asarray(text)[[row[prompt] for prompt in prompts]]
-    empty = stable_diffusion.encode_prompts(model, [""])
-    key, size = jax.random.key(cfg.seed), min(cfg.batch, len(prompts))
-    images = []
-    for first in range(0, len(prompts), size):
-        some = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-        noise = sampling.initial_latents(key, size, model.latent_shape, number + first)
-        out = sampler(unet_params, model.params["vae"], cond[some], empty, noise)
-        images.append(np.asarray(out)[: len(prompts) - first])
-    return np.concatenate(images)
-
-
-def sample_grid(model, unet_params, prompts, cfg, path: pathlib.Path) -> None:
-    """Writes a PNG with cfg.num pictures a prompt, a row each."""
-    every = [prompt for prompt in prompts for _ in range(cfg.num)]
-    images = draw(model, unet_params, every, cfg)
-    rows = images.reshape(len(prompts), cfg.num, *images.shape[1:])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save_grid(list(rows), path, row_labels=list(prompts))
-    logging.info("samples: %s", path)
 
 
 def export(model, trained: Mapping[str, jax.Array], out: pathlib.Path) -> None:

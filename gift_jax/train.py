@@ -13,7 +13,7 @@ import pathlib
 
 import jax
 
-from gift_jax import config, job, loop, losses, sharding
+from gift_jax import config, job, loop, losses, samples, sharding
 from gift_jax.methods import gift
 from gift_jax.models import hooks, partition, stable_diffusion, weights
 
@@ -87,7 +87,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     step = gift.make_step(job.denoiser(model), settings, tx["lower"], tx["upper"])
     opt = {level: tx[level].init(parts.trainable) for level in tx}
     if cfg.samples.num and not (workdir / "samples" / "before.png").exists():
-        job.sample_grid(
+        samples.save_grid(
             model,
             model.params["unet"],
             cfg.samples.prompts,
@@ -103,7 +103,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
             {path: a.astype(model.unet.dtype) for path, a in trained.items()},
             parts.frozen,
         )
-        job.sample_grid(
+        samples.save_grid(
             model,
             merged,
             cfg.samples.prompts,

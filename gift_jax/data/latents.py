@@ -38,7 +38,8 @@ def cache_latents(
         `flip`, `shift` and `scale` (see `augment`), drawn from `key`.
     Returns: dict of arrays, copies * N rows, copy by copy: `mean` and `std`, float32
       "N ..."; `text`, float32 "N L D", a `pipeline.Repeated` (a prompt of SD takes 0.24
-      MB); `concept`, int32 "N", indices into `data.concept_names`. The rows do not depend on batch_size.
+      MB); `concept`, int32 "N", indices into `data.concept_names`. The rows do not
+      depend on batch_size.
     Raises: UserError if there is no data or copies < 1; ValueError if copies > 1 comes
       without a key.
     """
