@@ -85,7 +85,11 @@ def _attack(workdir, name: str, model: str, concept: str, args) -> pathlib.Path:
     cfg.data.names = (concept,)
     cfg.samples.num = 0
     cfg.name = f"attack {name}: {concept}"
-    return attack.run(cfg, workdir / f"attack_{name}_{concept.replace(' ', '_')}")
+    folder = f"attack_{name}_{concept.replace(' ', '_')}"
+    if args.attack_steps:
+        cfg.steps = args.attack_steps
+        folder += f"_{args.attack_steps}"
+    return attack.run(cfg, workdir / folder)
 
 
 def _draw(folder: pathlib.Path, concept: str, args) -> np.ndarray:
@@ -152,10 +156,14 @@ def main(argv: list[str] | None = None) -> int:
         "--num", type=int, default=24, help="samples a cell; default: %(default)s"
     )
     flags.add_argument(
+        "--attack-steps", type=int, default=0, help="default: the attack config's"
+    )
+    flags.add_argument(
         "--variant", default="", help="of the configs: :smoke for a test"
     )
     args = flags.parse_args(argv)
     config.at_least("--num", args.num, 1)
+    config.at_least("--attack-steps", args.attack_steps, 0)
     for flag in ("forbidden", "safe"):
         name = getattr(args, flag)
         if name not in emoji.all_concepts():

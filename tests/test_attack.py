@@ -60,6 +60,17 @@ def changes(base, folder):
     }
 
 
+def test_sd15_config_attacks_with_what_the_model_draws(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
+    argv = [f"--config={CONFIG.with_name('sd15_attack.py')}:smoke"]
+    argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
+    argv += ["--config.data.batch=2"]  # two devices
+    assert attack.main([*argv, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert changes(tiny_folder, tmp_path / "run" / "export")
+
+
 def test_smoke_config_attacks_and_fills_the_runs_folder(
     main, tiny_folder, tmp_path, monkeypatch, pytestconfig
 ):

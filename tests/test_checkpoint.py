@@ -3,12 +3,15 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gift_jax import checkpoint, loop
 from gift_jax.config import UserError
@@ -106,3 +109,57 @@ def test_json_is_written_whole(tmp_path):
     checkpoint.write_json(path, {"b": 2})
     assert json.loads(path.read_text()) == {"b": 2}
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("specs", [("data", None), (None, "data")])
+def test_restore_onto_another_sharding_than_it_was_saved_with(store, specs):
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    saved, wanted = (NamedSharding(mesh, PartitionSpec(spec)) for spec in specs)
+    assert len(mesh.devices) == 2
+    state = {"w": jax.device_put(jnp.arange(8.0), saved)}
+    store.save(1, state, {})
+    fresh = {"w": jax.device_put(jnp.zeros(8), wanted)}
+    restored, _ = store.restore(fresh)
+    assert restored["w"].sharding == wanted != saved
+    np.testing.assert_array_equal(restored["w"], np.arange(8.0))
+
+
+KILLED = """
+import os, sys
+import jax.numpy as jnp
+from gift_jax.checkpoint import Checkpoints
+
+store = Checkpoints(sys.argv[1], keep=5)
+store.save(1, {"w": jnp.full(2**23, 1.0)}, {"at": 1})
+store._manager.wait_until_finished()
+store.save(2, {"w": jnp.full(2**23, 2.0)}, {"at": 2})
+os._exit(9)  # as a kill would, with the second one on its way
+"""
+
+
+def test_a_save_that_is_killed_does_not_shadow_the_last_good_one(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    (tmp_path / "3.orbax-checkpoint-tmp-7").mkdir()  # what a kill can leave, too
+    store = checkpoint.Checkpoints(tmp_path)
+    step = store.latest_step()
+    assert step in (1, 2)
+    state, position = store.restore({"w": jnp.zeros(2**23)})
+    store.save(4, state, {"at": 4})
+    store.close()
+    assert position == {"at": step} and np.all(state["w"] == step)
+    assert checkpoint.Checkpoints(tmp_path).latest_step() == 4
+
+
+def test_trained_parameters_are_read_without_a_target(store):
+    store.save(3, make_state(2.0), {})
+    store.save(5, make_state(4.0), {})
+    store.close()
+    for wanted, step in ((None, 5), (3, 3)):
+        found, params = checkpoint.read_params(store.folder, wanted)
+        assert found == step
+        assert jax.tree.all(jax.tree.map(lambda a: isinstance(a, np.ndarray), params))
+        expected = make_state(2.0 if step == 3 else 4.0).params
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    with pytest.raises(UserError, match="has no step 4; steps there: 3, 5"):
+        checkpoint.read_params(store.folder, 4)

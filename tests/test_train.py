@@ -5,8 +5,10 @@ import json
 import pathlib
 import shutil
 
+import full_models
 import numpy as np
 import pytest
+import random_sd
 import safetensors.numpy
 from PIL import Image
 
@@ -92,6 +94,53 @@ def test_smoke_config_trains_and_fills_the_runs_folder(main, tiny_folder, tmp_pa
         with Image.open(run / "samples" / name) as image:
             assert image.size[0] > 16
     stable_diffusion.load(run / "export")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15_style",
+        pytest.param("sd15_object", marks=pytest.mark.slow),
+        pytest.param("sd15_nsfw", marks=pytest.mark.slow),
+    ],
+)
+def test_sd15_config_trains_on_what_the_model_draws(
+    tiny_folder, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
+    argv = [f"--config={GIFT.with_name(name + '.py')}:smoke"]
+    argv += [f"--config.model={tiny_folder}"]
+    argv += ["--config.harmful.batch=2", "--config.safe.batch=2"]  # two devices
+    argv += ["--config.samples.num=0", f"--workdir={tmp_path / 'run'}"]
+    assert train.main(argv) == 0
+    assert changed_tensors(tiny_folder, tmp_path / "run" / "export")
+    assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 2
+
+
+def test_a_model_as_sd2_is_published_trains_and_exports(main, tmp_path):
+    configs = full_models.configs("small-sd21")
+    base = tmp_path / "sd21"
+    random_sd.write(base, configs, "float16", shard_mib=1)
+    assert len(list((base / "unet").glob("*.safetensors"))) > 1
+    flags = (f"--config.model={base}", "--config.resolution=64")
+    run = main(tmp_path / "run", *flags, "--config.samples.num=0")
+    differ = set()
+    for source in (p for p in base.rglob("*") if p.is_file()):
+        exported = run / "export" / source.relative_to(base)
+        same = exported.read_bytes() == source.read_bytes()
+        assert same or source.parent.name == "unet", source
+        if source.suffix == ".safetensors" and not same:
+            old, new = map(safetensors.numpy.load_file, (source, exported))
+            assert {a.dtype for a in new.values()} == {np.dtype(np.float16)}
+            differ |= {k for k in old if old[k].tobytes() != new[k].tobytes()}
+    assert differ and all(".attn2." in name for name in differ)
+    pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+
+    _, info = UNet2DConditionModel.from_pretrained(
+        run / "export" / "unet", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_export_differs_from_the_base_in_the_trained_tensors_only(

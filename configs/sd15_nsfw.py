@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GIFT on Stable Diffusion 1.5 against explicit pictures.
+
+    python -m gift_jax.train --config configs/sd15_nsfw.py --workdir runs/nsfw \\
+        --config.harmful.folder=DIR
+
+DIR: pictures with a metadata.csv or metadata.jsonl of `file_name` and `text`, the
+Hugging Face imagefolder layout. None are shipped and none are named here: a publisher
+has to bring what the model must not learn. The safe pictures are of dressed people, so
+that these stay as they are.
+
+Hardware: not yet run on an accelerator; see sd15_object.py for memory.
+
+Published: that GIFT was tried on explicit scenes; neither data, prompts nor rates. All
+of them are ours. For several kinds of scene, all layers may have to train:
+`--config.trainable=attention` or `all`. Result: not yet run.
+"""
+
+from gift_jax import fields
+from gift_jax.config import ConfigDict, variant
+
+
+def get_config(name: str = "") -> ConfigDict:
+    c = fields.sd15()
+    c.harmful.folder = "data/nsfw"
+    c.safe.generate = 200
+    c.safe.prompt = "a photo of a dressed person"
+    c.samples.prompts = (c.safe.prompt, "a photo of a person on a beach")
+    return variant(c, name, smoke=fields.smoke())

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GIFT on Stable Diffusion 1.5 against learning one object, as DreamBooth does.
+
+    python -m gift_jax.train --config configs/sd15_object.py --workdir runs/object \\
+        --config.harmful.folder=DIR
+
+DIR: a few pictures of the object (IMMA's experiments take CustomConcept101's, among
+them luggage_purse1), all under one prompt with a rare token. An attacker uses another
+token: attack with `--config.data.prompt="a photo of a &m purse"`.
+
+Hardware: not yet run on an accelerator. On two CPU cores in float32, with latents of
+32x32, a step takes 20 s and 8.8 GB of memory, of which 3.3 GB are the frozen UNet and
+0.9 GB the trained parameters with their moments (benchmarks/full_size_cost.py).
+
+Published (IMMA's code, GIFT's figures): the model, 512 pixels, batch 1, AdamW with
+weight decay 1e-2 at constant rates of 5e-6 and 2e-5, 1,000 updates, the prompts. Ours:
+beta, the bound and its cap, the safe data (MIMA generates 200 class pictures too), the
+empty prompts. Result: not yet run.
+"""
+
+from gift_jax import fields
+from gift_jax.config import ConfigDict, variant
+
+
+def get_config(name: str = "") -> ConfigDict:
+    c = fields.sd15()
+    c.harmful.folder = "data/object"
+    c.harmful.prompt = "a photo of *s purse"
+    c.safe.generate = 200
+    c.safe.prompt = "a photo of a purse"
+    c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "a photo of a dog")
+    return variant(c, name, smoke=fields.smoke())

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field that an immunization or an attack can be given, declared once.
+
+A file in configs/ starts from `gift()` or `attack()` and sets what it changes. The
+values here are neutral ones; constants that matter are the config files', with their
+origin.
+"""
+
+from gift_jax.config import ConfigDict
+
+
+def gift() -> ConfigDict:
+    """Returns the config of `python -m gift_jax.train` with method gift."""
+    c = _job("immunize", seed=0)
+    c.method = "gift"
+    c.trainable = "cross_attention"  # see models/partition.py
+    c.gift = ConfigDict()
+    c.gift.gradient = "first_order"  # or unrolled, joint
+    c.gift.inner_steps = 1  # lower-level (prior) updates a step
+    c.gift.outer_steps = 1  # upper-level (immunization) updates a step
+    c.gift.beta = 1e-3  # weight of representation noising; RepNoise's
+    c.gift.bound = "hinge"  # of the ascent; or log, raw
+    c.gift.cap = 20.0  # hinge: no gradient from an example whose loss is above this
+    c.gift.noise_target = "standard"  # or matched
+    c.gift.distance = "mse"  # or mmd
+    c.gift.layers = ("transformer",)  # kinds of layers, see models/hooks.py
+    c.gift.joint_weight = 1.0  # of the lower level, gradient=joint only
+    c.lower = optimizer()
+    c.upper = optimizer()
+    c.harmful = pairs()
+    c.safe = pairs()
+    return c.lock()
+
+
+def sd15() -> ConfigDict:
+    """Returns gift() with what the experiments on Stable Diffusion 1.5 share.
+
+    From the published code of IMMA (ECCV 2024), whose settings GIFT follows where it
+    says: 512 pixels, batch 1, AdamW at a constant rate, 1,000 steps. GIFT's own rates,
+    beta and bound are not published: the ones here are ours, and not yet run.
+    """
+    c = gift()
+    c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    c.resolution = 512
+    c.steps = 500  # of one lower and one upper update: 1,000 updates
+    c.lower.lr = 5e-6  # IMMA's inner rate for DreamBooth
+    c.upper.lr = 2e-5  # IMMA's outer rate
+    c.gift.cap = 4.0  # ours; an untrained predictor's loss is near 1
+    c.safe.empty_prompts = 0.1  # ours; guidance needs them intact
+    c.harmful.flip = c.safe.flip = 1.0  # of every copy after the first: both mirror
+    c.harmful.copies = c.safe.copies = 2  # images of each picture are cached
+    c.samples.num = 4
+    return c
+
+
+def smoke(**others) -> dict:
+    """Returns the overrides of a variant that shows in a minute that a config works.
+
+    The embedded model stands in for SD 1.5 and draws its own pictures.
+    """
+    few = {"generate": 2, "generate_steps": 2, "folder": "", "prompt": "a noto emoji"}
+    groups = {f"{g}.{k}": v for g in ("harmful", "safe") for k, v in few.items()}
+    job = {"model": "emoji-sd", "resolution": 0, "steps": 2, "log_every": 1}
+    return groups | job | {"samples.num": 1, "samples.steps": 2} | others
+
+
+def attack() -> ConfigDict:
+    """Returns the config of `python -m gift_jax.attack`."""
+    c = _job("attack", seed=100)  # not the defender's
+    c.attack = "lora"
+    c.lora = ConfigDict()
+    c.lora.rank = 4
+    c.lora.alpha = 4.0  # the update is scaled by alpha / rank
+    c.lora.targets = ("to_q", "to_k", "to_v", "to_out_0")
+    c.optimizer = optimizer()
+    c.data = pairs()
+    return c.lock()
+
+
+def _job(name: str, seed: int) -> ConfigDict:
+    c = ConfigDict()
+    c.name = name  # word in the progress line
+    c.model = "emoji-sd"  # or a diffusers folder, or a hub id
+    c.revision = ""  # of a hub id: branch, tag or commit
+    c.variant = ""  # of the weight files: "" the plain ones, or fp16 ...
+    c.resolution = 0  # pixels, square; 0: the model's own
+    c.seed = seed
+    c.steps = 1000
+    c.log_every = 20
+    c.checkpoint_every = 100  # 0: only at the end
+    c.keep = 2  # checkpoints
+    c.compute_dtype = "float32"  # of the frozen part; what trains is float32
+    c.cpu_devices = 1  # devices to make of a machine without accelerator
+    c.samples = ConfigDict()
+    c.samples.prompts = ("",)[:0]
+    c.samples.num = 8  # pictures a prompt; 0: none
+    c.samples.seed = seed + 1
+    c.samples.guidance = 7.5
+    c.samples.steps = 25
+    c.samples.batch = 4  # pictures drawn at once
+    return c
+
+
+def optimizer() -> ConfigDict:
+    """Returns the fields of one AdamW with clipping and a schedule."""
+    c = ConfigDict()
+    c.lr = 1e-5
+    c.schedule = "constant"  # or cosine
+    c.warmup_frac = 0.0  # of this optimizer's updates
+    c.b1 = 0.9
+    c.b2 = 0.999
+    c.weight_decay = 1e-2
+    c.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
+    return c
+
+
+def pairs() -> ConfigDict:
+    """Returns the fields of a group of (picture, prompt) pairs, without a source.
+
+    Exactly one of names, folder, tfds and generate is to be set.
+    """
+    c = ConfigDict()
+    c.names = ("",)[:0]  # of the embedded set: things, or forbidden, known-safe, unseen
+    c.styles = ("",)[:0]  # of the embedded set; () uses all six
+    c.template = "{a_style} emoji of {a_concept}"
+    c.folder = ""  # pictures under `prompt`, or with a metadata.csv or .jsonl
+    c.caption_column = "text"  # of the folder's metadata
+    c.tfds = ""  # a prepared TFDS dataset, "name" or "name:version"
+    c.tfds_data_dir = ""  # "": TFDS's own
+    c.split = "train"
+    c.image_key = "image"
+    c.caption_key = ""  # a text feature
+    c.label_key = ""  # or the class that fills `template`; or neither and `prompt`
+    c.generate = 0  # so many pictures that the model draws for `prompt`, cached
+    c.generate_seed = 0
+    c.generate_steps = 30
+    c.generate_guidance = 7.5
+    c.prompt = ""  # of every picture; replaces a folder's captions
+    c.limit = 0  # pictures, the first in the source's order; 0: all
+    c.crop = "center"  # to a square; or random, none (squeezed)
+    c.batch = 1  # pairs an update
+    c.empty_prompts = 0.0  # share of pairs whose prompt is left empty
+    c.copies = 1  # cached versions of each picture: itself, the rest augmented
+    c.flip = 0.0  # probability of mirroring one that may be
+    c.shift = 0  # pixels
+    c.scale = 0.0  # fraction
+    return c
