@@ -4,7 +4,6 @@
 import re
 from pathlib import Path
 
-import requests
 from absl import logging
 
 from gift_jax.config import UserError
@@ -45,7 +44,7 @@ def fetch(name: str, revision: str = "", variant: str = "") -> Path:
         reason = "neither a folder here nor a public model on the hub; check the name"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = "no such folder, not in the hub's cache, and the hub is out of reach"
-    except (errors.HfHubHTTPError, requests.RequestException, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:  # requests' too are OSErrors
         reason = f"the hub failed ({str(error).splitlines()[0]}); try again"
     else:
         logging.info("model %s is at %s", name, folder)
