@@ -45,7 +45,8 @@ def fetch(name: str, revision: str = "", variant: str = "") -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = "no such folder, not in the hub's cache, and the hub is out of reach"
     except (errors.HfHubHTTPError, OSError) as error:  # requests' too are OSErrors
-        reason = f"the hub failed ({str(error).splitlines()[0]}); try again"
+        said = str(error).strip() or type(error).__name__
+        reason = f"the hub failed ({said.splitlines()[0]}); try again"
     else:
         logging.info("model %s is at %s", name, folder)
         return Path(folder)
