@@ -10,9 +10,9 @@ from gift_jax.config import ConfigDict
 
 
 def gift() -> ConfigDict:
-    """Returns the config of `python -m gift_jax.train` with method gift."""
+    """Returns the config of `python -m gift_jax.train`, every method's fields in it."""
     c = _job("immunize", seed=0)
-    c.method = "gift"
+    c.method = "gift"  # or maximize_prior, maximize, imma
     c.trainable = "cross_attention"  # see models/partition.py
     c.gift = ConfigDict()
     c.gift.gradient = "first_order"  # or unrolled, joint
@@ -25,8 +25,28 @@ def gift() -> ConfigDict:
     c.gift.distance = "mse"  # or mmd
     c.gift.layers = ("transformer",)  # kinds of layers, see models/hooks.py
     c.gift.joint_weight = 1.0  # of the lower level, gradient=joint only
+    c.adversary = ConfigDict()  # fine-tuning simulated inside the step of gift
+    c.adversary.kinds = ("",)[:0]  # full, lora or both; (): none, as published
+    c.adversary.steps_min = 0  # the number of updates is drawn anew for every step
+    c.adversary.steps_max = 4
+    c.adversary.lr_min = 1e-4  # Adam's rate, log-uniform
+    c.adversary.lr_max = 1e-3
+    c.adversary.rank = 8  # of lora
+    c.adversary.alpha = 8.0
+    c.adversary.unrolled = False  # gradients through the updates, or at their end
+    c.adversary.safe_weight = 1.0  # of "safe data stays learnable", in the lower level
+    c.imma = ConfigDict()
+    c.imma.lower = "dreambooth"  # or lora: what the lower level trains
+    c.imma.inner_steps = 1
+    c.imma.outer_steps = 1
+    c.imma.bound = "raw"  # as published: no limit
+    c.imma.cap = 0.0
+    c.imma.rank = 4
+    c.imma.alpha = 4.0
     c.lower = optimizer()
     c.upper = optimizer()
+    c.post_finetune = optimizer()  # on safe pairs, after the method
+    c.post_finetune.steps = 0  # 0: none
     c.harmful = pairs()
     c.safe = pairs()
     return c.lock()
@@ -67,13 +87,22 @@ def smoke(**others) -> dict:
 def attack() -> ConfigDict:
     """Returns the config of `python -m gift_jax.attack`."""
     c = _job("attack", seed=100)  # not the defender's
-    c.attack = "lora"
+    c.attack = "lora"  # or dreambooth, textual_inversion
     c.lora = ConfigDict()
     c.lora.rank = 4
     c.lora.alpha = 4.0  # the update is scaled by alpha / rank
     c.lora.targets = ("to_q", "to_k", "to_v", "to_out_0")
+    c.dreambooth = ConfigDict()  # trains the whole UNet
+    c.dreambooth.prior_weight = 0.0  # of the loss on `prior`; 0: not read
+    c.dreambooth.train_text_encoder = False
+    c.inversion = ConfigDict()  # textual_inversion: trains new words alone
+    c.inversion.token = "<thing>"  # new to the model; the prompts have it
+    c.inversion.initializer = "thing"  # a word that is one token: where it starts
+    c.inversion.vectors = 1  # embeddings that the token stands for
     c.optimizer = optimizer()
     c.data = pairs()
+    c.prior = pairs()  # pictures of the class: dreambooth.prior_weight
+    c.samples.at = ("",)[:0]  # steps after which they are drawn too
     return c.lock()
 
 

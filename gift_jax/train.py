@@ -8,55 +8,50 @@ samples/before.png and after.png, log.txt and export/, a diffusers folder that P
 StableDiffusionPipeline.from_pretrained loads.
 """
 
-import dataclasses
 import pathlib
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax import config, job, loop, losses, samples, sharding
-from gift_jax.methods import gift
-from gift_jax.models import hooks, partition, stable_diffusion, weights
-
-METHODS = ("gift",)
+from gift_jax import config, defences, job, loop, samples, sharding
+from gift_jax.models import partition, stable_diffusion, weights
 
 
-def check(cfg) -> gift.Settings:
-    """Returns GIFT's settings, every field checked.
+def check(cfg):
+    """Returns the method's settings, every field of the config checked.
 
     Raises: UserError naming the field, before data or compilation.
     """
-    config.choice("config.method", cfg.method, METHODS)
+    config.choice("config.method", cfg.method, tuple(defences.METHODS))
     config.choice("config.trainable", cfg.trainable, tuple(partition.RULES))
-    g = cfg.gift
-    config.choice("config.gift.gradient", g.gradient, gift.GRADIENTS)
-    config.choice("config.gift.bound", g.bound, losses.BOUNDS)
-    config.choice("config.gift.noise_target", g.noise_target, losses.NOISE_TARGETS)
-    config.choice("config.gift.distance", g.distance, losses.DISTANCES)
-    if g.beta and not g.layers:
-        raise config.UserError(
-            "config.gift.layers is empty; name a kind of layer, or set "
-            "--config.gift.beta=0"
-        )
-    for layer in g.layers:
-        config.choice("config.gift.layers", layer, tuple(hooks.CAPTURE_KINDS))
-    for name, low in (("inner_steps", 0), ("outer_steps", 1), ("beta", 0), ("cap", 0)):
-        config.at_least(f"config.gift.{name}", g[name], low)
-    job.check(cfg, data=("harmful", "safe"), optimizers=("lower", "upper"))
-    names = [field.name for field in dataclasses.fields(gift.Settings)]
-    return gift.Settings(**{name: g[name] for name in names})
+    method = defences.METHODS[cfg.method]
+    settings = method.check(cfg)
+    after = cfg.post_finetune
+    config.at_least("config.post_finetune.steps", after.steps, 0)
+    optimizers = defences.LEVELS + (("post_finetune",) if after.steps else ())
+    job.check(cfg, data=_groups(cfg), optimizers=optimizers)
+    return settings
+
+
+def _groups(cfg) -> tuple[str, ...]:
+    """Returns the data groups that the run reads."""
+    groups = defences.METHODS[cfg.method].groups
+    if cfg.post_finetune.steps and "safe" not in groups:
+        groups += ("safe",)
+    return groups
 
 
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Immunizes cfg.model; returns the folder of the exported model."""
     settings = check(cfg)
     mesh = sharding.start(cfg.cpu_devices)
-    for group in ("harmful", "safe"):
+    for group in _groups(cfg):
         sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh.size)
     model = job.load_configured(cfg)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
         # What is on disk first: mistakes there show before the model draws.
-        for group in sorted(("harmful", "safe"), key=lambda name: cfg[name].generate)
+        for group in sorted(_groups(cfg), key=lambda name: cfg[name].generate)
     }
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     k_cache = jax.random.fold_in(jax.random.key(cfg.seed), 1)
@@ -64,53 +59,54 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         group: job.cached_source(model, data[group], cfg[group], k_cache)
         for group in data
     }
-    batches = job.batches(
-        sources,
-        {
-            "harmful": cfg.harmful.batch * settings.outer_steps,
-            "safe": cfg.safe.batch * max(1, settings.inner_steps),
-        },
-        cfg.seed,
+    before = workdir / "samples" / "before.png"
+    if cfg.samples.num and not before.exists():
+        _draw(cfg, model, model.params["unet"], before)
+    plan = defences.METHODS[cfg.method].plan(cfg, settings, model)
+    read = {group: sources[group] for group in plan.sizes}
+    state = job.run_loop(
+        mesh,
+        loop.init_state(plan.params, plan.opt),
+        plan.step,
+        {"unet": plan.frozen, "abar": stable_diffusion.noise_schedule(model)},
+        job.batches(read, plan.sizes, cfg.seed),
+        cfg,
+        workdir,
     )
-    parts = job.split_unet(model, cfg.trainable)
-    frozen = {
-        "unet": parts.frozen,
-        "abar": stable_diffusion.noise_schedule(model),
-    }
-    tx = {
-        level: job.optimizer(cfg[level], cfg.steps * count, level)
-        for level, count in (
-            ("lower", settings.inner_steps),
-            ("upper", settings.outer_steps),
-        )
-    }
-    step = gift.make_step(job.denoiser(model), settings, tx["lower"], tx["upper"])
-    opt = {level: tx[level].init(parts.trainable) for level in tx}
-    if cfg.samples.num and not (workdir / "samples" / "before.png").exists():
-        samples.save_grid(
-            model,
-            model.params["unet"],
-            cfg.samples.prompts,
-            cfg.samples,
-            workdir / "samples" / "before.png",
-        )
-    state = loop.init_state(parts.trainable, opt)
-    state = job.run_loop(mesh, state, step, frozen, batches, cfg, workdir)
-    trained = jax.device_get(state.params)
+    trained = {path: state.params[path] for path in plan.psi}
+    if cfg.post_finetune.steps:
+        trained = _finetune(cfg, workdir, mesh, model, sources["safe"], trained)
+    trained = jax.device_get(trained)
     job.export(model, trained, workdir / "export")
     if cfg.samples.num:
-        merged = partition.merge(
-            {path: a.astype(model.unet.dtype) for path, a in trained.items()},
-            parts.frozen,
-        )
-        samples.save_grid(
-            model,
-            merged,
-            cfg.samples.prompts,
-            cfg.samples,
-            workdir / "samples" / "after.png",
-        )
+        flat = flatten_dict(model.params["unet"], sep="/")
+        flat |= {path: a.astype(model.unet.dtype) for path, a in trained.items()}
+        unet = unflatten_dict(flat, sep="/")
+        _draw(cfg, model, unet, workdir / "samples" / "after.png")
     return workdir / "export"
+
+
+def _finetune(cfg, workdir, mesh, model, source, trained):
+    """Returns the parameters after cfg.post_finetune.steps of the ordinary loss."""
+    step, opt = defences.plan_finetune(cfg, model, trained)
+    flat = flatten_dict(model.params["unet"], sep="/")
+    rest = {path: flat[path] for path in flat if path not in trained}
+    cfg = cfg.copy_and_resolve_references()
+    cfg.steps, cfg.name = cfg.post_finetune.steps, "post-finetune"
+    state = job.run_loop(
+        mesh,
+        loop.init_state(trained, opt),
+        step,
+        {"unet": rest, "abar": stable_diffusion.noise_schedule(model)},
+        job.batches({"safe": source}, {"safe": cfg.safe.batch}, cfg.seed + 2),
+        cfg,
+        workdir / "post_finetune",
+    )
+    return state.params
+
+
+def _draw(cfg, model, unet, path: pathlib.Path) -> None:
+    samples.save_grid(model, unet, cfg.samples.prompts, cfg.samples, path)
 
 
 def main(argv: list[str] | None = None) -> int:

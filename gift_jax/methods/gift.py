@@ -11,7 +11,9 @@ upper level, each level with its own optimiser. The upper gradient is taken
     unrolled     through the lower updates: the exact hypergradient;
     joint        not in turn: one gradient of upper + joint_weight * lower.
 
-The publication does not state its constants; every default here is ours.
+The publication does not state its constants; every default here is ours. With an
+`adversary` the upper level is taken at the parameters that a simulated attack reaches,
+and the lower level has a term for what the same attack reaches on safe data.
 """
 
 import dataclasses
@@ -21,9 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 
 from gift_jax import losses
 from gift_jax.loop import State, Step
+from gift_jax.methods import adversary
 from gift_jax.methods.denoise import Denoiser
 from gift_jax.models import partition
 
@@ -38,7 +42,7 @@ class Settings:
       and the upper level in one outer step. beta: weight of representation noising.
       bound, cap: of the ascent, see `losses.bounded_ascent`. noise_target, distance:
       see `losses.representation_noising`. layers: kinds of layers to noise, see
-      `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`.
+      `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`. attack: the adversary's.
     """
 
     gradient: str = "first_order"
@@ -51,31 +55,58 @@ class Settings:
     distance: str = "mse"
     layers: tuple[str, ...] = ("transformer",)
     joint_weight: float = 1.0
+    attack: adversary.Settings = adversary.Settings()
 
 
 # (trainable flat parameters, frozen, batch, key) -> (scalar to minimise, metrics)
 Loss = Callable[[Any, Any, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def make_lower_loss(denoiser: Denoiser) -> Loss:
-    """Returns L(psi; D_s), the diffusion loss of a batch of safe pairs."""
+def make_lower_loss(denoiser: Denoiser, s: Settings = Settings()) -> Loss:  # noqa: B008
+    """Returns L(psi; D_s), the diffusion loss of a batch of safe pairs.
+
+    With an adversary of safe_weight w, plus w L(attack(psi; D_s); D_s): what is safe
+    must stay learnable.
+    """
+    weight = s.attack.safe_weight if s.attack.kinds else 0.0
+    simulate = adversary.make_simulate(denoiser, s.attack) if weight else None
 
     def lower_loss(params, frozen, batch, key):
         unet = partition.merge(params, frozen["unet"])
         loss_B, _ = denoiser.losses(unet, frozen["abar"], batch, key)
         loss = jnp.mean(loss_B)
-        return loss, {"lower/loss": loss}
+        metrics = {"lower/loss": loss}
+        if simulate is None:
+            return loss, metrics
+        k_attack, k_after = jax.random.split(jax.random.fold_in(key, 1))
+        flat = {**frozen["unet"], **params}
+        after = simulate(flat, frozen["abar"], batch, k_attack)
+        after = unflatten_dict(after, sep="/")
+        learned = jnp.mean(denoiser.losses(after, frozen["abar"], batch, k_after)[0])
+        return loss + weight * learned, metrics | {"lower/learned_loss": learned}
 
     return lower_loss
 
 
 def make_upper_loss(denoiser: Denoiser, s: Settings) -> Loss:
-    """Returns the upper level's objective on malicious pairs, to minimise."""
+    """Returns the upper level's objective on malicious pairs, to minimise.
+
+    With an adversary, at the parameters that fine-tuning on the same pairs reaches.
+    """
     capture = s.layers if s.beta else ()
+    simulate = None
+    if s.attack.kinds:
+        simulate = adversary.make_simulate(denoiser, s.attack)
 
     def upper_loss(params, frozen, batch, key):
         k_loss, k_noise = jax.random.split(key)
-        unet = partition.merge(params, frozen["unet"])
+        if simulate is None:
+            unet = partition.merge(params, frozen["unet"])
+        else:
+            k_attack = jax.random.fold_in(key, 1)
+            flat = {**frozen["unet"], **params}
+            attacked = simulate(flat, frozen["abar"], batch, k_attack)
+            unet = unflatten_dict(attacked, sep="/")
         loss_B, hiddens = denoiser.losses(unet, frozen["abar"], batch, k_loss, capture)
         total = losses.bounded_ascent(loss_B, s.bound, s.cap)
         metrics = {"upper/malicious_loss": jnp.mean(loss_B)}
@@ -150,7 +181,8 @@ def make_step(
     B pairs, "harmful": outer_steps * B pairs}, see `Denoiser.losses`. The keys of the
     two levels are independent and depend on the base key and state.step only.
     """
-    lower_loss, upper_loss = make_lower_loss(denoiser), make_upper_loss(denoiser, s)
+    lower_loss = make_lower_loss(denoiser, s)
+    upper_loss = make_upper_loss(denoiser, s)
     if s.gradient == "joint":
         return _joint_step(lower_loss, upper_loss, s, tx_upper)
     lower = make_levels(make_level("lower", lower_loss, tx_lower), s.inner_steps)
