@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from absl import logging
 from flax.traverse_util import flatten_dict
 
 from gift_jax import config, job, losses
 from gift_jax.attacks import lora
+from gift_jax.data import captions, pipeline
 from gift_jax.loop import Step
-from gift_jax.methods import adversary, gift, imma
-from gift_jax.models import hooks, partition
+from gift_jax.methods import adversary, esd, gift, imma, uce
+from gift_jax.models import hooks, partition, stable_diffusion
 
 LEVELS = ("lower", "upper")
 
@@ -26,7 +29,8 @@ class Plan:
     Attributes: step: of the loop's contract. params: what trains, flat, float32.
       frozen: the UNet's other parameters, flat, in the compute dtype. opt: the
       optimisers' states. sizes: pairs a step of each data group. psi: paths of `params`
-      that are exported.
+      that are exported. sources: what takes the place of a group's cached pairs.
+      also_frozen: what else the step reads.
     """
 
     step: Step
@@ -35,17 +39,23 @@ class Plan:
     opt: dict[str, Any]
     sizes: dict[str, int]
     psi: tuple[str, ...]
+    sources: dict[str, Any] = dataclasses.field(default_factory=dict)
+    also_frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A defence. groups: of data that it reads. check: cfg -> its settings, before the
-    model is loaded. plan: (cfg, settings, model) -> Plan.
+    """A defence.
+
+    Attributes: groups: of data that it reads. check: cfg -> its settings, before the
+      model is loaded. plan: (cfg, settings, model, cached sources) -> Plan; or edit:
+      (cfg, settings, model, pairs) -> the changed parameters, flat, at once.
     """
 
     groups: tuple[str, ...]
     check: Callable
-    plan: Callable
+    plan: Callable | None = None
+    edit: Callable | None = None
 
 
 # --- GIFT and its ablations -----------------------------------------------------------
@@ -103,7 +113,7 @@ def check_adversary(a) -> adversary.Settings:
     return _settings(adversary.Settings, a)
 
 
-def plan_gift(cfg, s: gift.Settings, model) -> Plan:
+def plan_gift(cfg, s: gift.Settings, model, _) -> Plan:
     """Returns the plan of GIFT, `maximize_prior` or `maximize`."""
     parts = job.split_unet(model, cfg.trainable)
     tx = _optimizers(cfg, s)
@@ -139,7 +149,7 @@ def check_imma(cfg) -> imma.Settings:
     return _settings(imma.Settings, m)
 
 
-def plan_imma(cfg, s: imma.Settings, model) -> Plan:
+def plan_imma(cfg, s: imma.Settings, model, _) -> Plan:
     """Returns the plan of IMMA."""
     flat = flatten_dict(model.params["unet"], sep="/")
     psi = tuple(partition.select(flat, cfg.trainable)[0])
@@ -159,6 +169,93 @@ def plan_imma(cfg, s: imma.Settings, model) -> Plan:
     }
     sizes = {"harmful": cfg.harmful.batch * max(s.inner_steps, s.outer_steps)}
     return Plan(step, params, frozen, opt, sizes, psi)
+
+
+# --- erasure --------------------------------------------------------------------------
+
+
+def check_esd(cfg) -> esd.Settings:
+    """Returns ESD's settings, every field checked; UserError names the field."""
+    e = cfg.esd
+    config.choice("config.esd.source", e.source, esd.SOURCES)
+    config.choice("config.esd.timestep", e.timestep, esd.TIMESTEPS)
+    for name, low in (("eta", 0), ("steps", 1), ("guidance", 1), ("trajectories", 1)):
+        config.at_least(f"config.esd.{name}", e[name], low)
+    return _settings(esd.Settings, e)
+
+
+def plan_esd(cfg, s: esd.Settings, model, sources) -> Plan:
+    """Returns the plan of ESD on the prompts of the harmful pairs."""
+    parts = job.split_unet(model, cfg.trainable)
+    params = jax.tree.map(jnp.array, parts.trainable)  # the loop donates these
+    tx = job.optimizer(cfg.upper, cfg.steps, "upper")
+    empty = stable_diffusion.encode_prompts(model, [""])
+    text = sources["harmful"].arrays["text"]
+    source = {"text": text}
+    if s.source == "frozen":
+        prompts = np.unique(text.rows)
+        told = np.resize(prompts, max(cfg.esd.trajectories, len(prompts)))
+        told = pipeline.Repeated(text.table, told)
+        logging.info("walking %d trajectories of %d steps", len(told), s.steps)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
+        walked = esd.trajectories(model, told, empty, key, s)
+        rows = esd.rows(walked["z"])
+        of = told.rows[rows.pop("trajectory")]
+        source = rows | {"text": pipeline.Repeated(text.table, of)}
+    step = esd.make_step(
+        job.denoiser(model), s, tx, model.scheduler_config, model.latent_shape
+    )
+    return Plan(
+        step,
+        params,
+        parts.frozen,
+        {"upper": tx.init(params)},
+        {"harmful": cfg.harmful.batch},
+        tuple(params),
+        {"harmful": pipeline.ArraySource(source)},
+        {"original": parts.trainable, "empty": empty},
+    )
+
+
+def check_uce(cfg) -> uce.Settings:
+    """Returns UCE's settings, every field checked; UserError names the field."""
+    u = cfg.uce
+    config.choice("config.uce.states", u.states, ("last", "tail"))
+    for name in ("erase", "preserve"):
+        config.at_least(f"config.uce.{name}", u[name], 0)
+    try:
+        captions.fill(u.guide, "", "style")
+    except (KeyError, IndexError, ValueError) as error:
+        raise config.UserError(
+            f"config.uce.guide={u.guide!r} may use only {{style}} and {{a_style}}"
+        ) from error
+    if not u.lamb > 0:
+        raise config.UserError(f"config.uce.lamb={u.lamb} must be above 0; try 0.5")
+    return _settings(uce.Settings, u)
+
+
+def edit_uce(cfg, s: uce.Settings, model, data) -> dict[str, jax.Array]:
+    """Returns UCE's edit: the harmful prompts towards the guide, the safe ones kept."""
+
+    def states(prompts):
+        text = np.asarray(stable_diffusion.encode_prompts(model, prompts))
+        return text, stable_diffusion.tokenize(model, prompts)
+
+    end, bad = model.tokenizer.eos_token_id, data["harmful"]
+    guides = [captions.fill(cfg.uce.guide, "", style) for style in bad.styles]
+    pairs = list(dict.fromkeys(zip(bad.prompts, guides, strict=True)))
+    erase, erase_ids = states([prompt for prompt, _ in pairs])
+    guide, guide_ids = states([guide for _, guide in pairs])
+    keep, keep_ids = states(list(dict.fromkeys(data["safe"].prompts)))
+    if cfg.uce.states == "tail":
+        erase, guide = uce.tail_states(erase, erase_ids, guide, guide_ids, end)
+        keep = keep.reshape(-1, keep.shape[-1])
+    else:
+        erase = uce.last_states(erase, erase_ids, end)
+        guide = uce.last_states(guide, guide_ids, end)
+        keep = uce.last_states(keep, keep_ids, end)
+    params = job.split_unet(model, "cross_attention_kv").trainable
+    return uce.edit(params, erase, guide, keep, s)
 
 
 def plan_finetune(cfg, model, params):
@@ -182,6 +279,8 @@ METHODS = {
     "maximize_prior": Method(("harmful", "safe"), check_maximize_prior, plan_gift),
     "maximize": Method(("harmful", "safe"), check_maximize, plan_gift),
     "imma": Method(("harmful",), check_imma, plan_imma),
+    "esd": Method(("harmful",), check_esd, plan_esd),
+    "uce": Method(("harmful", "safe"), check_uce, edit=edit_uce),
 }
 
 

@@ -12,7 +12,7 @@ from gift_jax.config import ConfigDict
 def gift() -> ConfigDict:
     """Returns the config of `python -m gift_jax.train`, every method's fields in it."""
     c = _job("immunize", seed=0)
-    c.method = "gift"  # or maximize_prior, maximize, imma
+    c.method = "gift"  # or maximize_prior, maximize, imma, esd, uce
     c.trainable = "cross_attention"  # see models/partition.py
     c.gift = ConfigDict()
     c.gift.gradient = "first_order"  # or unrolled, joint
@@ -43,6 +43,19 @@ def gift() -> ConfigDict:
     c.imma.cap = 0.0
     c.imma.rank = 4
     c.imma.alpha = 4.0
+    c.esd = ConfigDict()
+    c.esd.eta = 1.0  # how far past the unconditional prediction
+    c.esd.source = "frozen"  # of the latents; or current, the model being trained
+    c.esd.steps = 50  # of the DDIM trajectory
+    c.esd.guidance = 3.0  # of the trajectory
+    c.esd.timestep = "interval"  # or row, as the authors' later code
+    c.esd.trajectories = 32  # source=frozen: walked once, over all prompts
+    c.uce = ConfigDict()
+    c.uce.lamb = 0.5  # weight of the original projections
+    c.uce.erase = 1.0
+    c.uce.preserve = 1.0  # of the safe pairs' prompts
+    c.uce.guide = ""  # what takes an erased prompt's place; may name its {style}
+    c.uce.states = "last"  # text states of a prompt; or tail: all that follow too
     c.lower = optimizer()
     c.upper = optimizer()
     c.post_finetune = optimizer()  # on safe pairs, after the method
@@ -50,6 +63,32 @@ def gift() -> ConfigDict:
     c.harmful = pairs()
     c.safe = pairs()
     return c.lock()
+
+
+def emoji() -> ConfigDict:
+    """Returns gift() on the embedded model: one forbidden thing, many safe ones."""
+    c = gift()
+    c.steps = 300
+    c.harmful.update(names=("bomb",), batch=12)
+    c.safe.update(names=("known-safe",), batch=24)
+    c.safe.empty_prompts = 0.1  # as the model was trained; guidance needs them intact
+    for group in (c.harmful, c.safe):
+        group.update(copies=4, shift=2, scale=0.05)
+        group.update(generate_steps=25, generate_guidance=3.0)  # emoji-sd's
+    c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
+    c.samples.update(guidance=3.0, batch=16)
+    return c
+
+
+EMOJI_SMOKE = {
+    "steps": 2,
+    "log_every": 1,
+    "harmful.batch": 4,
+    "safe.batch": 4,
+    "safe.names": ("cat face",),
+    "samples.num": 1,
+    "samples.steps": 2,
+}
 
 
 def sd15() -> ConfigDict:

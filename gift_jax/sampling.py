@@ -265,12 +265,31 @@ def initial_latents(key, n, shape, first=0):
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
-def sample_latents(unet, params, table, clip, guidance, z_BCHW, cond_BLD, uncond_BLD):
+def advance(row, clip, x, x_before, h, m):
+    """Returns (x', h'), what one row of a `Schedule` makes of the latents, see there.
+
+    Args: clip: x0's range, or None. x, x_before, m: float32 "B C H W": the latents, the
+      latents before the last step, the guided output. h: "4 B C H W", the history.
+    """
+    p = row.from_x * x + row.from_m * m
+    if clip is not None:
+        p = jnp.clip(p, -clip, clip)
+    h = jnp.where(row.push, jnp.concatenate([p[None], h[:-1]]), h)
+    new = row.on_x * jnp.where(row.restart, x_before, x) + row.on_m * m
+    for k in range(len(h)):  # not a matrix product: those may round on accelerators
+        new = new + row.on_h[k] * h[k]
+    return new, h
+
+
+def sample_latents(
+    unet, params, table, clip, guidance, z_BCHW, cond_BLD, uncond_BLD, trace=False
+):
     """Returns the latents, float32 "B C H W", that a scan over the table ends with.
 
     Args: table: a `Schedule`. clip: x0's range, or None. guidance: a traced scalar; see
       `make_sampler`. z_BCHW: initial noise. cond_BLD, uncond_BLD: text states; the
-      unconditional ones None for no guidance.
+      unconditional ones None for no guidance. trace: return (the same, the latents that
+      each row of the table starts from, float32 "N B C H W") instead.
     """
     B = z_BCHW.shape[0]
     c_BLD = cond_BLD
@@ -288,22 +307,12 @@ def sample_latents(unet, params, table, clip, guidance, z_BCHW, cond_BLD, uncond
 
     def step(carry, row):
         x, x_before, h = carry
-        m = predict(x, row.t)
-        p = row.from_x * x + row.from_m * m
-        if clip is not None:
-            p = jnp.clip(p, -clip, clip)
-        h = jnp.where(row.push, jnp.concatenate([p[None], h[:-1]]), h)
-        base = jnp.where(row.restart, x_before, x)
-        new = row.on_x * base + row.on_m * m
-        for k in range(
-            _HISTORY
-        ):  # not a matrix product: those may round on accelerators
-            new = new + row.on_h[k] * h[k]
-        return (new, x, h), None
+        new, h = advance(row, clip, x, x_before, h, predict(x, row.t))
+        return (new, x, h), x if trace else None
 
     history = jnp.zeros((_HISTORY, *z_BCHW.shape), jnp.float32)
-    (x_BCHW, _, _), _ = jax.lax.scan(step, (z_BCHW, z_BCHW, history), table)
-    return x_BCHW
+    (x_BCHW, _, _), before = jax.lax.scan(step, (z_BCHW, z_BCHW, history), table)
+    return (x_BCHW, before) if trace else x_BCHW
 
 
 def to_uint8(images_BHWC):

@@ -62,18 +62,12 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     before = workdir / "samples" / "before.png"
     if cfg.samples.num and not before.exists():
         _draw(cfg, model, model.params["unet"], before)
-    plan = defences.METHODS[cfg.method].plan(cfg, settings, model)
-    read = {group: sources[group] for group in plan.sizes}
-    state = job.run_loop(
-        mesh,
-        loop.init_state(plan.params, plan.opt),
-        plan.step,
-        {"unet": plan.frozen, "abar": stable_diffusion.noise_schedule(model)},
-        job.batches(read, plan.sizes, cfg.seed),
-        cfg,
-        workdir,
-    )
-    trained = {path: state.params[path] for path in plan.psi}
+    method = defences.METHODS[cfg.method]
+    if method.edit:
+        trained = method.edit(cfg, settings, model, data)
+    else:
+        plan = method.plan(cfg, settings, model, sources)
+        trained = _train(cfg, workdir, mesh, model, plan, sources)
     if cfg.post_finetune.steps:
         trained = _finetune(cfg, workdir, mesh, model, sources["safe"], trained)
     trained = jax.device_get(trained)
@@ -84,6 +78,22 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         unet = unflatten_dict(flat, sep="/")
         _draw(cfg, model, unet, workdir / "samples" / "after.png")
     return workdir / "export"
+
+
+def _train(cfg, workdir, mesh, model, plan, sources):
+    """Returns the exported part of what the plan's steps make of its parameters."""
+    sources = {group: (sources | plan.sources)[group] for group in plan.sizes}
+    abar = stable_diffusion.noise_schedule(model)
+    state = job.run_loop(
+        mesh,
+        loop.init_state(plan.params, plan.opt),
+        plan.step,
+        {"unet": plan.frozen, "abar": abar, **plan.also_frozen},
+        job.batches(sources, plan.sizes, cfg.seed),
+        cfg,
+        workdir,
+    )
+    return {path: state.params[path] for path in plan.psi}
 
 
 def _finetune(cfg, workdir, mesh, model, source, trained):

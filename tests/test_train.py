@@ -12,8 +12,9 @@ import random_sd
 import safetensors.numpy
 from PIL import Image
 
-from gift_jax import train
+from gift_jax import convert, train
 from gift_jax.config import UserError
+from gift_jax.config import load as load_config
 from gift_jax.models import stable_diffusion, tensors
 
 GIFT = pathlib.Path(train.__file__).parents[1] / "configs" / "emoji_gift.py"
@@ -222,6 +223,50 @@ def test_captions_and_the_models_own_pictures_train(
     assert len(list(generated.rglob("*.png"))) == 3
 
 
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("imma", ["imma.lower=lora", "post_finetune.steps=2"]),
+        ("imma", ["imma.lower=dreambooth", "trainable=attention"]),
+    ],
+)
+def test_imma_exports_its_attention_alone(main, tiny_folder, tmp_path, method, flags):
+    flags = [f"--config.{flag}" for flag in [f"method={method}", *flags]]
+    run = main(tmp_path / "run", *flags, "--config.samples.num=0")
+    changed = changed_tensors(tiny_folder, run / "export")
+    wanted = ".attn" if "trainable" in flags[-1] else ".attn2."
+    assert changed and all(wanted in name for name in changed)
+    last = run / "post_finetune" if "post" in flags[-1] else run
+    assert (last / "checkpoints" / "2").is_dir()
+    out = tmp_path / "converted"
+    argv = [f"--checkpoint={last / 'checkpoints'}", f"--out={out}"]
+    convert.main(["to-diffusers", *argv])
+    assert not changed_tensors(run / "export", out)
+
+
+@pytest.mark.parametrize("method", ["esd", "uce"])
+def test_erasure_changes_cross_attention(main, tiny_folder, tmp_path, method):
+    config = f"{GIFT.with_name('emoji_baselines.py')}:smoke"
+    flags = [f"--config.method={method}", "--config.samples.num=0"]
+    run = main(tmp_path / "run", *flags, config=config)
+    changed = changed_tensors(tiny_folder, run / "export")
+    wanted = (".attn2.to_k.", ".attn2.to_v.") if method == "uce" else (".attn2.",)
+    assert changed and all(any(w in name for w in wanted) for name in changed)
+    assert (run / "metrics.jsonl").exists() == (method == "esd")
+
+
+@pytest.mark.parametrize("name", ["emoji_baselines", "sd15_baselines"])
+def test_every_baseline_passes_the_check(name):
+    path = GIFT.with_name(f"{name}.py")
+    variants = ["esd", "uce", "imma", "imma_lora", "maximize_prior", "smoke"]
+    methods = set()
+    for variant in variants:
+        cfg = load_config(f"{path}:{variant}")
+        train.check(cfg)
+        methods.add(cfg.method)
+    assert methods == {"esd", "uce", "imma", "maximize_prior"}
+
+
 def test_zero_steps_export_the_base(main, tiny_folder, tmp_path):
     run = main(tmp_path, "--config.steps=0", "--config.samples.num=0")
     assert not changed_tensors(tiny_folder, run / "export")
@@ -258,6 +303,12 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("gift.inner_steps=-1", "config.gift.inner_steps=-1 must be at least 0"),
         ("gift.outer_steps=0", "config.gift.outer_steps=0 must be at least 1"),
         ("gift.beta=-1", "config.gift.beta=-1.0 must be at least 0"),
+        ("adversary.kinds=lora,pgd", "config.adversary.kinds='pgd' is not one of"),
+        ("adversary.steps_max=0", "config.adversary.steps_max=0 must be at least 1"),
+        ("adversary.steps_min=9", "config.adversary.steps_min=9 must be at most"),
+        ("adversary.lr_min=0", "config.adversary.lr_min=0.0 must be at least"),
+        ("adversary.alpha=0", "config.adversary.alpha=0.0 must be above 0; try 8"),
+        ("post_finetune.steps=-1", "config.post_finetune.steps=-1 must be at least"),
         ("lower.schedule=linear", "config.lower.schedule='linear' is not one of"),
         ("upper.lr=-1", "config.upper.lr=-1.0 must be at least 0"),
         ("upper.lr=nan", "config.upper.lr=nan must be at least 0"),
@@ -278,6 +329,38 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
 )
 def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, message):
     mistake(main, tmp_path, f"--config.{flag}", match=message)
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("imma.lower=db", "config.imma.lower='db' is not one of: dreambooth, lora"),
+        ("imma.bound=clip", "config.imma.bound='clip' is not one of"),
+        ("imma.rank=0", "config.imma.rank=0 must be at least 1"),
+        ("imma.alpha=0", "config.imma.alpha=0.0 must be above 0; try 4"),
+        ("imma.inner_steps=2", "steps=2 and outer_steps=3 share their pairs"),
+    ],
+)
+def test_immas_mistake_is_named(main, tmp_path, flag, message):
+    flags = ("--config.method=imma", "--config.imma.outer_steps=3")
+    mistake(main, tmp_path, *flags, f"--config.{flag}", match=message)
+
+
+@pytest.mark.parametrize(
+    "method, flag, message",
+    [
+        ("esd", "esd.source=old", "config.esd.source='old' is not one of: frozen"),
+        ("esd", "esd.timestep=any", "config.esd.timestep='any' is not one of"),
+        ("esd", "esd.steps=0", "config.esd.steps=0 must be at least 1"),
+        ("esd", "esd.guidance=0", "config.esd.guidance=0.0 must be at least 1"),
+        ("uce", "uce.states=all", "config.uce.states='all' is not one of: last, tail"),
+        ("uce", "uce.lamb=0", "config.uce.lamb=0.0 must be above 0; try 0.5"),
+        ("uce", "uce.guide={thing}", r"config.uce.guide='\{thing\}' may use only"),
+    ],
+)
+def test_an_erasures_mistake_is_named(main, tmp_path, method, flag, message):
+    flags = (f"--config.method={method}", f"--config.{flag}")
+    mistake(main, tmp_path, *flags, match=message)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def _factors(params) -> lora.Factors:
     return factors
 
 
+def unet_part(params) -> dict[str, jax.Array]:
+    """Returns State.params without LoRA factors."""
+    return {k: v for k, v in params.items() if not k.startswith(_LORA)}
+
+
 def trained(params, psi) -> dict[str, jax.Array]:
     """Returns what is exported of State.params: psi's paths."""
     return {path: params[path] for path in psi}
@@ -84,8 +89,7 @@ def make_step(
 
     def unet_of(params, frozen):
         factors = _factors(params)
-        plain = {k: v for k, v in params.items() if not k.startswith(_LORA)}
-        unet = {**frozen["unet"], **plain}
+        unet = {**frozen["unet"], **unet_part(params)}
         return unflatten_dict(lora.apply(unet, factors, scale), sep="/")
 
     def lower_loss(part, fixed, batch, key):

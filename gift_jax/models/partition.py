@@ -12,6 +12,10 @@ RULES = {
     "cross_attention": [(r"/attn2/to_(q|k|v|out_0)/", True), (r"", False)],
     "cross_attention_kv": [(r"/attn2/to_(k|v)/", True), (r"", False)],
     "attention": [(r"/attn[12]/to_(q|k|v|out_0)/", True), (r"", False)],
+    "non_cross_attention": [
+        (r"/attn2/|^conv_norm_out/|^conv_out/|^time_embedding/", False),
+        (r"", True),
+    ],
     "all": [(r"", True)],
 }
 
