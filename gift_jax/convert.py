@@ -22,7 +22,8 @@ from flax.traverse_util import flatten_dict
 from gift_jax import checkpoint, config, job
 from gift_jax.attacks import lora
 from gift_jax.config import UserError
-from gift_jax.models import orbax_model, tensors, weights
+from gift_jax.methods import imma
+from gift_jax.models import orbax_model, partition, tensors, weights
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -104,7 +105,8 @@ class Run:
                 f"--checkpoint={folder} is a whole model, of which nothing was "
                 "changed; give a run's checkpoints"
             )
-        file = folder.absolute().parent / "config.json"
+        run = folder.absolute().parent
+        file = (run.parent if run.name == "post_finetune" else run) / "config.json"
         if not file.is_file():
             raise UserError(
                 f"--checkpoint={folder}: neither a whole-model checkpoint "
@@ -124,6 +126,8 @@ class Run:
         self.changed = self._merged(cfg, params)
 
     def _merged(self, cfg: dict[str, Any], params):
+        if cfg.get("method") == "imma":  # which trains more than it exports
+            return partition.select(imma.unet_part(params), cfg["trainable"])[0]
         if cfg.get("attack") != "lora":
             return params
         _, unet, _ = weights.load_component(
