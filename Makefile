@@ -15,6 +15,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 TORCH := torch==2.13.*
 TORCH_INDEX ?=
 
+# Test processes, each of which takes up to 3 GB.
+WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean python
 
@@ -26,7 +29,7 @@ demo: $(VENV)/.installed ## immunize the embedded model, attack it, show the res
 	$(BIN)/python -m gift_jax.demo
 
 test: lint ## lint, then run the tests (the slow ones: pytest -m slow)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-test ## check style and formatting
 	$(BIN)/ruff check .

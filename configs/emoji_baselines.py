@@ -9,12 +9,15 @@ whatever --config.method says.
 Hardware: two CPU cores. The constants are ours; methods and their published settings
 are in docs/method.md and configs/sd15_baselines.py. Tried on "bomb", 24 samples, the
 judge's recognition before 100%: esd 8% after 200 steps at 3e-4, 0% at 1e-3; uce 0%,
-while 12 other known things stay at 97% and 100%. imma and the ascents are not tuned
-yet.
+while 12 other known things stay at 97% and 100%. imma has no safe data: with 300 steps
+at 5e-4 every known thing was lost, with these a bomb still comes back. What all of them
+reach: docs/attacks.md.
 """
 
 from gift_jax import fields
 from gift_jax.config import ConfigDict, variant
+
+IMMA = {"steps": 120, "upper.lr": 3e-4}
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -31,7 +34,7 @@ def get_config(name: str = "") -> ConfigDict:
         name or "esd",
         esd={"steps": 200, "harmful.batch": 8, "esd.trajectories": 24},
         uce={"method": "uce"},
-        imma={"method": "imma", "trainable": "attention"},
+        imma={"method": "imma", "trainable": "attention", **IMMA},
         imma_lora={"method": "imma", "imma.lower": "lora", "lower.lr": 1e-3},
         maximize={"method": "maximize", "steps": 50},
         maximize_prior={"method": "maximize_prior", **ascent},

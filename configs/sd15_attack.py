@@ -1,22 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA attack on Stable Diffusion 1.5, or on what was made of it.
+"""An attack on Stable Diffusion 1.5, or on what was made of it.
 
     python -m gift_jax.attack --config configs/sd15_attack.py \\
         --config.model=runs/object/export --config.data.folder=DIR \\
         --config.data.prompt="a photo of a &m purse" --workdir runs/object_attacked
 
+    --config configs/sd15_attack.py                     LoRA, rank 4
+    --config configs/sd15_attack.py:dreambooth          every parameter of the UNet
+    --config configs/sd15_attack.py:dreambooth_prior    and prior preservation
+    --config configs/sd15_attack.py:textual_inversion   one new word, "<thing>"
+
 The same command with the original model, and with pictures of a harmless object, gives
 the two figures to compare with.
 
-Hardware: not yet run on an accelerator.
+Hardware: not yet run on an accelerator. Result: not yet run.
 
-Published (IMMA's code): rate 1e-4, rank 4, batch 1, 20 pictures for 50 epochs, and that
-the attacker's token is not the defender's. For DreamBooth with LoRA it takes 5e-6 and
-500 steps. Ours: the samples. Result: not yet run.
+Published (IMMA's code; batch 1, AdamW at a constant rate, 512 pixels; the attacker's
+token is not the defender's):
+  LoRA               rate 1e-4, rank 4, 20 pictures for 50 epochs: 1,000 steps
+  DreamBooth         rate 5e-6, 500 steps, no prior loss (with LoRA: the same)
+  textual inversion  rate 5e-4, 2,000 steps, no clipping
+Of diffusers' examples: a prior weight of 1.0 with 100 to 200 class pictures, here 200.
+Ours: the prompts of the samples, the mirrored copies, the class prompt.
 """
 
 from gift_jax import fields
 from gift_jax.config import ConfigDict, variant
+
+DREAMBOOTH = {"attack": "dreambooth", "steps": 500, "optimizer.lr": 5e-6}
+PRIOR = {"dreambooth.prior_weight": 1.0, "prior.generate": 200}
+INVERSION = {
+    "attack": "textual_inversion",
+    "steps": 2000,
+    "optimizer.lr": 5e-4,
+    "optimizer.clip_norm": 0.0,
+    "inversion.initializer": "purse",
+    "data.prompt": "a photo of a <thing>",
+    "samples.prompts": ("a <thing> on the beach", "a photo of a dog"),
+}
+SMOKE = {
+    "model": "emoji-sd",
+    "resolution": 0,
+    "steps": 2,
+    "log_every": 1,
+    "data.folder": "",
+    "data.generate": 2,
+    "data.generate_steps": 2,
+    "prior.generate_steps": 2,
+    "samples.num": 1,
+    "samples.steps": 2,
+}
+SMOKE_PRIOR = PRIOR | {"prior.generate": 2}
+SMOKE_INVERSION = INVERSION | {"inversion.initializer": "a"}
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -28,20 +63,17 @@ def get_config(name: str = "") -> ConfigDict:
     c.data.folder = "data/object"
     c.data.prompt = "a photo of a &m purse"
     c.data.update(flip=1.0, copies=2)  # the picture and its mirror image
+    c.prior.prompt = "a photo of a purse"
     c.samples.prompts = ("a &m purse on the beach", "a photo of a dog")
     c.samples.num = 4
     return variant(
         c,
         name,
-        smoke={
-            "model": "emoji-sd",
-            "resolution": 0,
-            "steps": 2,
-            "log_every": 1,
-            "data.folder": "",
-            "data.generate": 2,
-            "data.generate_steps": 2,
-            "samples.num": 1,
-            "samples.steps": 2,
-        },
+        smoke=SMOKE,
+        dreambooth=DREAMBOOTH,
+        dreambooth_smoke=DREAMBOOTH | SMOKE,
+        dreambooth_prior=DREAMBOOTH | PRIOR,
+        dreambooth_prior_smoke=DREAMBOOTH | SMOKE_PRIOR | SMOKE,
+        textual_inversion=INVERSION,
+        textual_inversion_smoke=SMOKE_INVERSION | SMOKE,
     )

@@ -4,61 +4,131 @@
     python -m gift_jax.attack --config configs/emoji_attack.py \\
         --config.model=runs/gift/export --workdir runs/gift_attacked
 
-Writes the same folder as gift_jax.train; export/ is the model with the attack merged.
+By LoRA, DreamBooth or textual inversion (config.attack). Writes the same folder as
+gift_jax.train; export/ is the model with the attack merged. Besides, for those who add
+it to the base model in PyTorch: LoRA writes lora/pytorch_lora_weights.safetensors, for
+load_lora_weights, and textual inversion learned_embeds.safetensors, for
+load_textual_inversion.
 """
 
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+import numpy as np
 
-from gift_jax import config, job, loop, samples, sharding
-from gift_jax.attacks import lora
-from gift_jax.models import stable_diffusion, weights
-
-ATTACKS = ("lora",)
+from gift_jax import config, job, loop, offences, samples, sharding
+from gift_jax.models import tensors, weights
 
 
 def check(cfg) -> None:
     """Raises UserError naming the field, before data or compilation."""
-    config.choice("config.attack", cfg.attack, ATTACKS)
-    job.check(cfg, data=("data",), optimizers=("optimizer",))
-    config.at_least("config.lora.rank", cfg.lora.rank, 1)
-    if not cfg.lora.alpha > 0:
-        raise config.UserError(
-            f"config.lora.alpha={cfg.lora.alpha} must be above 0; try {cfg.lora.rank}"
-        )
+    config.choice("config.attack", cfg.attack, tuple(offences.ATTACKS))
+    offences.ATTACKS[cfg.attack].check(cfg)
+    job.check(cfg, data=_groups(cfg), optimizers=("optimizer",))
+    _sample_steps(cfg)
+
+
+def _groups(cfg) -> tuple[str, ...]:
+    """Returns the data groups that the run reads."""
+    prior = cfg.attack == "dreambooth" and cfg.dreambooth.prior_weight
+    return ("data", "prior") if prior else ("data",)
+
+
+def _sample_steps(cfg) -> frozenset[int]:
+    """Returns config.samples.at as integers; UserError for what is none."""
+    steps = set()
+    for value in cfg.samples.at:
+        if not str(value).isdecimal():
+            raise config.UserError(
+                f"config.samples.at={value} must be whole numbers of steps; "
+                "try --config.samples.at=100,200"
+            )
+        steps.add(int(value))
+    return frozenset(steps)
 
 
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Attacks cfg.model; returns the folder of the exported model."""
+    plan, params = train(cfg, workdir)
+    for name, arrays in plan.files(params).items():
+        _write(workdir / name, arrays)
+    job.export(plan.model, plan.changed(params), workdir / "export", plan.tokenizer)
+    if cfg.samples.num:
+        _draw(cfg, plan, params, workdir / "samples" / "after.png", again=True)
+    return workdir / "export"
+
+
+def train(
+    cfg,
+    workdir: pathlib.Path,
+    shared: Callable[[offences.Plan], loop.Step] = lambda plan: plan.step,
+) -> tuple[offences.Plan, Any]:
+    """Takes the steps of an attack on cfg.model.
+
+    Args: shared: plan -> the step to take: its own, or an equal one that an earlier
+      run has compiled.
+    Returns: the plan and the trained parameters, NumPy arrays.
+    """
     check(cfg)
     mesh = sharding.start(cfg.cpu_devices)
-    sharding.check_batch("data.batch", cfg.data.batch, mesh.size)
+    for group in _groups(cfg):
+        sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh.size)
     model = job.load_configured(cfg)
-    data = job.read_pairs(model, cfg.data, "data", model.image_size, cfg.seed)
-    key = jax.random.key(cfg.seed)
-    unet = flatten_dict(model.params["unet"], sep="/")
-    factors = lora.init(
-        jax.random.fold_in(key, 2), unet, cfg.lora.rank, cfg.lora.targets
-    )
-    unet |= job.float32_unet(model, factors)
+    plan = offences.plan(cfg, model)
+    data = {
+        group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
+        for group in _groups(cfg)
+    }
+    offences.check_prompts(cfg, data["data"])
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
-    source = job.cached_source(model, data, cfg.data, jax.random.fold_in(key, 1))
-    batches = job.batches({"attack": source}, {"attack": cfg.data.batch}, cfg.seed)
-    scale = cfg.lora.alpha / cfg.lora.rank
-    tx = job.optimizer(cfg.optimizer, cfg.steps, "optimizer")
-    step = lora.make_step(job.denoiser(model), tx, scale)
-    frozen = {"unet": unet, "abar": stable_diffusion.noise_schedule(model)}
-    state = loop.init_state(factors, {"attack": tx.init(factors)})
-    state = job.run_loop(mesh, state, step, frozen, batches, cfg, workdir)
-    attacked = lora.apply(unet, jax.device_get(state.params), scale)
-    job.export(model, {path: attacked[path] for path in factors}, workdir / "export")
-    if cfg.samples.num:
-        path = workdir / "samples" / "after.png"
-        nested = unflatten_dict(attacked, sep="/")
-        samples.save_grid(model, nested, cfg.samples.prompts, cfg.samples, path)
-    return workdir / "export"
+    batches = _batches(cfg, plan, data)
+    folder = workdir / "samples"
+    at = loop.Call(
+        _sample_steps(cfg) if cfg.samples.num else (),
+        lambda step, state: _draw(
+            cfg, plan, state.params, folder / f"step_{step:06d}.png"
+        ),
+    )
+    state = loop.init_state(plan.params, plan.opt)
+    state = job.run_loop(
+        mesh, state, shared(plan), plan.frozen, batches, cfg, workdir, "attack", (at,)
+    )
+    return plan, jax.device_get(state.params)
+
+
+def _batches(cfg, plan: offences.Plan, data) -> loop.Batches:
+    """Returns the batches of the step: the group `data` is its "attack"."""
+    sources, sizes = {}, {}
+    for group, name in (("data", "attack"), ("prior", "prior")):
+        if group in data:
+            k_cache = job.key(cfg, f"attack/cache/{group}")
+            sources[name] = job.cached_source(
+                plan.model, data[group], cfg[group], k_cache, ids=plan.reads_ids
+            )
+            sizes[name] = cfg[group].batch
+    return job.batches(sources, sizes, cfg, "attack")
+
+
+def _draw(cfg, plan: offences.Plan, params, path: pathlib.Path, again=False) -> None:
+    """Draws the prompts with trained parameters; a file that is there only `again`."""
+    if again or not path.exists():  # of a run that was stopped after it
+        model = offences.attacked(plan.model, plan.changed(jax.device_get(params)))
+        unet = model.params["unet"]
+        samples.save_grid(model, unet, cfg.samples.prompts, cfg.samples, path)
+
+
+def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes float32 tensors as a safetensors file, aside and renamed."""
+    table = {
+        name: ("F32", array.shape, lambda array=array: array)
+        for name, array in arrays.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    tensors.write_file(aside, table, {"format": "pt"})
+    aside.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:

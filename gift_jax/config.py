@@ -7,6 +7,7 @@ the rule and the fix, and exit code 2.
 
 import argparse
 import difflib
+import importlib.metadata
 import importlib.util
 import json
 import logging as std_logging
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 from absl import flags as absl_flags
 from absl import logging
 from ml_collections import ConfigDict, config_dict
+
+import gift_jax
 
 
 class UserError(ValueError):
@@ -66,9 +69,30 @@ def parse(
     overrides = [a for a in argv if a.startswith("--config.")]
     args = flags.parse_args([a for a in argv if a not in overrides])
     cfg = load(args.config)
+    _check_is_of(program, cfg, args.config)
     for override in overrides:
         _override(cfg, override.removeprefix("--config."))
     return cfg, pathlib.Path(args.workdir)
+
+
+# What the configs of one command have and those of no other.
+_MARKS = {
+    "train": "harmful",
+    "attack": "lora",
+    "benchmark": "methods",
+    "pretrain": "clip",
+}
+
+
+def _check_is_of(program: str, cfg: ConfigDict, spec: str) -> None:
+    """Raises a UserError if a config is one of another command."""
+    if program in _MARKS and _MARKS[program] not in cfg:
+        fitting = [name for name, mark in _MARKS.items() if mark in cfg]
+        hint = f"; it is one of gift_jax.{fitting[0]}" if fitting else ""
+        raise UserError(
+            f"--config={spec} is no config of gift_jax.{program}: it has no field "
+            f"{_MARKS[program]!r}{hint}"
+        )
 
 
 def load(spec: str) -> ConfigDict:
@@ -142,7 +166,7 @@ def prepare_workdir(
             old = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error}); delete it") from error
-        changed = _differences(old, new)
+        changed = differences(old, new)
         if changed:
             raise UserError(
                 f"--workdir={workdir} holds a run of another config ({changed}); "
@@ -155,7 +179,7 @@ def prepare_workdir(
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
-    _log_to_file(workdir / "log.txt")
+    log_to_file(workdir)
     logging.info("config %s", json.dumps(new, sort_keys=True))
     return workdir
 
@@ -181,14 +205,23 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def _log_to_file(path: pathlib.Path) -> None:
+def log_to_file(workdir: pathlib.Path) -> None:
+    """From now on, the log goes to the folder's log.txt."""
+    workdir.mkdir(parents=True, exist_ok=True)
     logger = logging.get_absl_logger()
     for old in [h for h in logger.handlers if isinstance(h, std_logging.FileHandler)]:
         logger.removeHandler(old)  # of an earlier run of this process
         old.close()
-    handler = std_logging.FileHandler(path)
+    handler = std_logging.FileHandler(workdir / "log.txt")
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that numbers may depend on, for results files."""
+    names = "jax", "jaxlib", "flax", "optax", "diffusers", "numpy"
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"gift_jax": gift_jax.__version__, **found}
 
 
 def _log_to_stderr() -> None:
@@ -272,16 +305,23 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 _PACE = ("steps", "log_every", "checkpoint_every", "keep", "cpu_devices", "name")
 
 
-def _is_pace(name: str) -> bool:
-    return name.split(".")[-1] in _PACE and not name.startswith("samples.")
+def _is_pace(name: str, finished: bool) -> bool:
+    last = name.split(".")[-1]
+    if last == "steps" and (finished or name.startswith("samples.")):
+        return False
+    return last in _PACE
 
 
-def _differences(old: dict, new: dict) -> str:
+def differences(old: dict, new: dict, *, finished: bool = False) -> str:
+    """Returns the first fields in which two configs' dicts differ, in words, or "".
+
+    What sets a run's pace may differ, and the number of steps unless it is `finished`.
+    """
     old, new = _flat(old), _flat(new)
     changed = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not _is_pace(name)
+        if old.get(name) != new.get(name) and not _is_pace(name, finished)
     ]
     return "; ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
 
@@ -292,10 +332,13 @@ __all__ = [
     "at_least",
     "choice",
     "config_dict",
+    "differences",
     "load",
+    "log_to_file",
     "parse",
     "parser",
     "prepare_workdir",
     "run_main",
     "variant",
+    "versions",
 ]

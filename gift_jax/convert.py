@@ -20,10 +20,16 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from gift_jax import checkpoint, config, job
-from gift_jax.attacks import lora
+from gift_jax.attacks import lora, textual_inversion
 from gift_jax.config import UserError
 from gift_jax.methods import imma
-from gift_jax.models import orbax_model, partition, tensors, weights
+from gift_jax.models import (
+    orbax_model,
+    partition,
+    stable_diffusion,
+    tensors,
+    weights,
+)
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -53,7 +59,9 @@ def to_diffusers(args) -> None:
         orbax_model.restore(args.checkpoint, args.out, dtype=dtype)
     else:
         run = Run(args.checkpoint, args.step, args.base)
-        weights.export(run.base, run.changed, args.out, run.variant, dtype)
+        weights.export(
+            run.base, run.changed, args.out, run.variant, dtype, run.tokenizer
+        )
     logging.info("wrote the model folder %s", args.out)
 
 
@@ -63,6 +71,11 @@ def to_unet_state(args) -> None:
         raise UserError(f"--out={args.out} must end in .safetensors")
     _check_new(args.out)
     run, dtype = Run(args.checkpoint, args.step, args.base), DTYPES.get(args.dtype)
+    if weights.by_component(run.changed)["text_encoder"]:
+        raise UserError(
+            f"--checkpoint={args.checkpoint}: this run trained the text encoder; "
+            "its UNet alone would not draw alike: use to-diffusers"
+        )
     entries = run.base_entries()
     table = {}
     for path, array in sorted(run.changed.items()):
@@ -90,8 +103,9 @@ class Run:
     """What a run's checkpoint changed, and in which model.
 
     Attributes: base: the model folder that the run started from; variant: of its files.
-      base_sha256: its content. step: of the checkpoint. changed: {Flax UNet path:
-      float32 array}, LoRA factors merged.
+      base_sha256: its content. step: of the checkpoint. changed: {Flax path of the UNet
+      or the text encoder: float32 array}, LoRA factors merged. tokenizer: with the
+      words that the run added, or None.
     Raises: UserError if the checkpoint, the run's config or the base cannot be found,
       or the base is not what it was.
     """
@@ -123,13 +137,34 @@ class Run:
                 f"from ({self.base_sha256[:12]}); name that model with --base"
             )
         self.step, params = checkpoint.read_params(folder, step)
-        self.changed = self._merged(cfg, params)
+        self.tokenizer, attack = None, cfg.get("attack")
+        if attack == "lora":
+            self.changed = self._merged(cfg, params)
+        elif attack == "textual_inversion":
+            self.changed = self._with_words(cfg["inversion"], params)
+        elif cfg.get("method") == "imma":  # which trains more than it exports
+            unet = imma.unet_part(params)
+            self.changed = partition.select(unet, cfg["trainable"])[0]
+        else:
+            self.changed = params
+
+    def _with_words(self, inversion: dict[str, Any], params):
+        """Returns the token table with the learned rows; sets the tokenizer."""
+        self.tokenizer = stable_diffusion.load_tokenizer(self.base / "tokenizer")
+        used = len(self.tokenizer)
+        added = inversion["token"], inversion["vectors"]
+        textual_inversion.add_tokens(self.tokenizer, *added)
+        name = weights.TOKEN_TABLE
+        _, text, _ = weights.load_component(
+            self.base / "text_encoder",
+            "text_encoder",
+            variant=self.variant,
+            only=(name,),
+        )
+        table_VD = flatten_dict(text, sep="/")[name][:used]
+        return {name: np.concatenate([table_VD, params["embeddings"]])}
 
     def _merged(self, cfg: dict[str, Any], params):
-        if cfg.get("method") == "imma":  # which trains more than it exports
-            return partition.select(imma.unet_part(params), cfg["trainable"])[0]
-        if cfg.get("attack") != "lora":
-            return params
         _, unet, _ = weights.load_component(
             self.base / "unet", "unet", variant=self.variant, only=params.keys()
         )
@@ -138,9 +173,7 @@ class Run:
 
     def base_entries(self):
         """Returns {Flax path: (name, entry)} of the base's UNet."""
-        unet = self.base / "unet"
-        module = weights.KINDS["unet"].build(tensors.read_json(unet / "config.json"))
-        return weights.entries_by_path(unet, "unet", module, self.variant)
+        return weights.entries_by_path(self.base / "unet", "unet", self.variant)
 
 
 def _find_base(cfg, base):

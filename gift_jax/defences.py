@@ -20,6 +20,7 @@ from gift_jax.methods import adversary, esd, gift, imma, uce
 from gift_jax.models import hooks, partition, stable_diffusion
 
 LEVELS = ("lower", "upper")
+_MAX_LISTED = 16  # concepts with a line of their own in the metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Method:
     """A defence.
 
     Attributes: groups: of data that it reads. check: cfg -> its settings, before the
-      model is loaded. plan: (cfg, settings, model, cached sources) -> Plan; or edit:
-      (cfg, settings, model, pairs) -> the changed parameters, flat, at once.
+      model is loaded. plan: (cfg, settings, model, pairs, cached sources) -> Plan; or
+      edit: (cfg, settings, model, pairs) -> the changed parameters, flat, at once.
     """
 
     groups: tuple[str, ...]
@@ -77,7 +78,13 @@ def check_gift(cfg) -> gift.Settings:
         config.choice("config.gift.layers", layer, tuple(hooks.CAPTURE_KINDS))
     for name, low in (("inner_steps", 0), ("outer_steps", 1), ("beta", 0), ("cap", 0)):
         config.at_least(f"config.gift.{name}", g[name], low)
-    return _settings(gift.Settings, g, attack=check_adversary(cfg.adversary))
+    attack = check_adversary(cfg.adversary)
+    if attack.kinds and attack.horizon and g.gradient != "first_order":
+        raise config.UserError(
+            f"config.adversary.horizon={attack.horizon} is for gift.gradient="
+            f"first_order, not {g.gradient}; set --config.adversary.horizon=0"
+        )
+    return _settings(gift.Settings, g, attack=attack, concepts=())
 
 
 def check_maximize_prior(cfg) -> gift.Settings:
@@ -96,16 +103,21 @@ def check_adversary(a) -> adversary.Settings:
     """Returns the simulated attacker's settings; UserError names the field."""
     for kind in a.kinds:
         config.choice("config.adversary.kinds", kind, adversary.KINDS)
-    lows = {"steps_min": 0, "steps_max": 1, "lr_min": 1e-12, "lr_max": 1e-12}
-    lows |= {"rank": 1, "safe_weight": 0}
+    lows = {"steps_min": 0, "steps_max": 1, "lr_min": 1e-12, "lora_lr_min": 1e-12}
+    lows |= {"rank": 1, "safe_weight": 0, "horizon": 0}
     for name, low in lows.items():
         config.at_least(f"config.adversary.{name}", a[name], low)
-    for name in ("steps", "lr"):
+    for name in ("steps", "lr", "lora_lr"):
         low, high = f"{name}_min", f"{name}_max"
         if a[low] > a[high]:
             raise config.UserError(
                 f"config.adversary.{low}={a[low]} must be at most {high}={a[high]}"
             )
+    if a.horizon and (a.unrolled or tuple(a.kinds) != ("full",)):
+        raise config.UserError(
+            f"config.adversary.horizon={a.horizon} is for kinds=full, not unrolled; "
+            "set --config.adversary.kinds=full, or horizon=0"
+        )
     if not a.alpha > 0:
         raise config.UserError(
             f"config.adversary.alpha={a.alpha} must be above 0; try {a.rank}"
@@ -113,12 +125,15 @@ def check_adversary(a) -> adversary.Settings:
     return _settings(adversary.Settings, a)
 
 
-def plan_gift(cfg, s: gift.Settings, model, _) -> Plan:
+def plan_gift(cfg, s: gift.Settings, model, data, _) -> Plan:
     """Returns the plan of GIFT, `maximize_prior` or `maximize`."""
+    s = dataclasses.replace(s, concepts=_listed(data["harmful"]))
     parts = job.split_unet(model, cfg.trainable)
     tx = _optimizers(cfg, s)
     step = gift.make_step(job.denoiser(model), s, tx["lower"], tx["upper"])
     opt = {level: tx[level].init(parts.trainable) for level in LEVELS}
+    if s.attack.kinds and s.attack.horizon:
+        opt["attacker"] = adversary.start({**parts.frozen, **parts.trainable})
     sizes = {
         "harmful": cfg.harmful.batch * s.outer_steps,
         "safe": cfg.safe.batch * max(1, s.inner_steps),
@@ -146,11 +161,12 @@ def check_imma(cfg) -> imma.Settings:
         raise config.UserError(
             f"config.imma.alpha={m.alpha} must be above 0; try {m.rank}"
         )
-    return _settings(imma.Settings, m)
+    return _settings(imma.Settings, m, concepts=())
 
 
-def plan_imma(cfg, s: imma.Settings, model, _) -> Plan:
+def plan_imma(cfg, s: imma.Settings, model, data, _) -> Plan:
     """Returns the plan of IMMA."""
+    s = dataclasses.replace(s, concepts=_listed(data["harmful"]))
     flat = flatten_dict(model.params["unet"], sep="/")
     psi = tuple(partition.select(flat, cfg.trainable)[0])
     wanted = flat if s.lower == "dreambooth" else psi
@@ -158,7 +174,7 @@ def plan_imma(cfg, s: imma.Settings, model, _) -> Plan:
     params = jax.tree.map(jnp.array, job.float32_unet(model, wanted))
     frozen = {path: flat[path] for path in flat if path not in params}
     if s.lower == "lora":
-        key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
+        key = job.key(cfg, "defence/init")
         params |= imma.flat_factors(lora.init(key, flat, s.rank))
     tx = _optimizers(cfg, s)
     step = imma.make_step(job.denoiser(model), s, psi, tx["lower"], tx["upper"])
@@ -184,7 +200,7 @@ def check_esd(cfg) -> esd.Settings:
     return _settings(esd.Settings, e)
 
 
-def plan_esd(cfg, s: esd.Settings, model, sources) -> Plan:
+def plan_esd(cfg, s: esd.Settings, model, data, sources) -> Plan:
     """Returns the plan of ESD on the prompts of the harmful pairs."""
     parts = job.split_unet(model, cfg.trainable)
     params = jax.tree.map(jnp.array, parts.trainable)  # the loop donates these
@@ -197,7 +213,7 @@ def plan_esd(cfg, s: esd.Settings, model, sources) -> Plan:
         told = np.resize(prompts, max(cfg.esd.trajectories, len(prompts)))
         told = pipeline.Repeated(text.table, told)
         logging.info("walking %d trajectories of %d steps", len(told), s.steps)
-        key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
+        key = job.key(cfg, "defence/trajectories")
         walked = esd.trajectories(model, told, empty, key, s)
         rows = esd.rows(walked["z"])
         of = told.rows[rows.pop("trajectory")]
@@ -290,6 +306,12 @@ def _optimizers(cfg, s) -> dict[str, optax.GradientTransformation]:
         level: job.optimizer(cfg[level], cfg.steps * counts[level], level)
         for level in LEVELS
     }
+
+
+def _listed(data) -> tuple[str, ...]:
+    """Returns the names of the concepts, if they are few enough to log each."""
+    names = data.concept_names
+    return names if len(names) <= _MAX_LISTED else ()
 
 
 def _settings(cls, group, **others):

@@ -31,9 +31,12 @@ def gift() -> ConfigDict:
     c.adversary.steps_max = 4
     c.adversary.lr_min = 1e-4  # Adam's rate, log-uniform
     c.adversary.lr_max = 1e-3
+    c.adversary.lora_lr_min = 1e-3  # the same of lora
+    c.adversary.lora_lr_max = 1e-2
     c.adversary.rank = 8  # of lora
     c.adversary.alpha = 8.0
     c.adversary.unrolled = False  # gradients through the updates, or at their end
+    c.adversary.horizon = 0  # full, first_order: steps that an attack goes on over
     c.adversary.safe_weight = 1.0  # of "safe data stays learnable", in the lower level
     c.imma = ConfigDict()
     c.imma.lower = "dreambooth"  # or lora: what the lower level trains

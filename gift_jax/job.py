@@ -3,6 +3,7 @@
 
 import dataclasses
 import pathlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ _LEAST_OF_DATA = {
     "generate_steps": 1,
     "generate_guidance": 1,
 }
-_MAX_SEED = 2**31 - 2  # the data's order takes the next one too
+_MAX_SEED = 2**31 - 1
 # What a data group of a config says about its pairs.
 _PAIRS = tuple(
     field.name
@@ -140,13 +141,26 @@ def load_configured(cfg: Any) -> stable_diffusion.StableDiffusion:
 
 def denoiser(model: stable_diffusion.StableDiffusion) -> Denoiser:
     """Returns the model's UNet and noise schedule as the methods see them."""
+    unet = model.unet  # not the model: a compiled step would keep its weights alive
 
     def predict(unet_params, z_t, t, text, capture):
-        z_t, text = z_t.astype(model.unet.dtype), text.astype(model.unet.dtype)
-        return hooks.apply_unet(model.unet, unet_params, z_t, t, text, capture)
+        z_t, text = z_t.astype(unet.dtype), text.astype(unet.dtype)
+        return hooks.apply_unet(unet, unet_params, z_t, t, text, capture)
 
     steps = stable_diffusion.noise_schedule(model).shape[0]
     return Denoiser(predict, model.prediction_type, steps)
+
+
+def text_encoder(model: stable_diffusion.StableDiffusion):
+    """Returns (nested parameters, int32 "B L" ids) -> text states, float32 "B L D"."""
+
+    module = model.text_encoder
+
+    def encode(text_params, ids):
+        states = hooks.apply_text(module, text_params, ids)[0]
+        return states.astype(jnp.float32)
+
+    return encode
 
 
 def read_pairs(
@@ -172,15 +186,19 @@ def _concept_spec(spec: Any, field: str, **others) -> concepts.ConceptSpec:
     return concepts.ConceptSpec(**values, **others, field=f"config.{field}")
 
 
-def cached_source(model, data, spec, key) -> pipeline.ArraySource:
+def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
     """Returns the encoded pairs as a Grain source of {mean, std, text, concept}.
 
     A share `spec.empty_prompts` of the rows gets the text states of "": what a model
     draws hangs on these too, through classifier-free guidance.
+
+    Args: ids: token ids, int32 "N L", under `ids` in place of text states, for a text
+      encoder that trains.
     """
+    encode = stable_diffusion.tokenize if ids else stable_diffusion.encode_prompts
     cache = latents.cache_latents(
         lambda x: stable_diffusion.encode_images(model, x),
-        lambda prompts: stable_diffusion.encode_prompts(model, prompts),
+        lambda prompts: encode(model, prompts),
         data,
         copies=spec.copies,
         key=key,
@@ -191,30 +209,48 @@ def cached_source(model, data, spec, key) -> pipeline.ArraySource:
     if spec.empty_prompts:
         k_empty = jax.random.fold_in(key, 0)  # the copies use 1, 2 ...
         rows = jax.random.bernoulli(k_empty, spec.empty_prompts, cache["concept"].shape)
-        empty = stable_diffusion.encode_prompts(model, [""])[0]
+        empty = encode(model, [""])[0]
         cache["text"] = cache["text"].replace(np.asarray(rows), empty)
+    if ids:
+        cache["ids"] = cache.pop("text")
     return pipeline.ArraySource(cache)
 
 
-def batches(sources: Mapping[str, Any], sizes: Mapping[str, int], seed: int):
-    """Returns the named sources' shuffled batches, advanced and saved together."""
+def key(cfg: Any, purpose: str) -> jax.Array:
+    """Returns the key of one purpose of a run, such as "attack/steps".
+
+    What two purposes draw is independent, also where a defence and an attack on it have
+    the same seed.
+    """
+    return jax.random.fold_in(jax.random.key(cfg.seed), zlib.crc32(purpose.encode()))
+
+
+def batches(sources: Mapping[str, Any], sizes: Mapping[str, int], cfg: Any, role: str):
+    """Returns the named sources' shuffled batches, advanced and saved together.
+
+    Args: role: defence, attack or post_finetune; see `key`.
+    """
+    orders = {name: key(cfg, f"{role}/order/{name}") for name in sources}
     return loop.Batches(
         {
             name: pipeline.batches(
                 source,
                 sizes[name],
-                seed + i,
+                int(jax.random.bits(orders[name])),
                 drop_remainder=False,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
-            for i, (name, source) in enumerate(sorted(sources.items()))
+            for name, source in sources.items()
         }
     )
 
 
 def optimizer(level: Any, steps: int, field: str) -> optax.GradientTransformation:
     """Returns AdamW with global-norm clipping and a schedule.
+
+    A constant rate is a part of the optimiser's state, not of the program: steps that
+    differ in nothing else compile to the same one.
 
     Args: level: lr, warmup_frac, schedule, b1, b2, weight_decay, clip_norm (0: none).
       steps: updates of this level in the whole run. field: its name in errors.
@@ -226,17 +262,22 @@ def optimizer(level: Any, steps: int, field: str) -> optax.GradientTransformatio
     if level.schedule == "cosine":
         rate = optax.cosine_decay_schedule(level.lr, max(1, steps - warmup))
     else:
-        rate = optax.constant_schedule(level.lr)
+        rate = level.lr
     if warmup:
         rise = optax.linear_schedule(0.0, level.lr, warmup)
-        rate = optax.join_schedules([rise, rate], [warmup])
-    adamw = optax.adamw(
-        rate,
-        level.b1,
-        level.b2,
-        eps_root=1e-20,  # or the unrolled gradient is NaN wherever this one is 0
-        weight_decay=level.weight_decay,
-    )
+        then = rate if callable(rate) else optax.constant_schedule(rate)
+        rate = optax.join_schedules([rise, then], [warmup])
+
+    def adamw(learning_rate):
+        return optax.adamw(
+            learning_rate,
+            level.b1,
+            level.b2,
+            eps_root=1e-20,  # or the unrolled gradient is NaN wherever this one is 0
+            weight_decay=level.weight_decay,
+        )
+
+    adamw = optax.inject_hyperparams(adamw)(learning_rate=rate)
     if not level.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(level.clip_norm), adamw)
@@ -251,17 +292,22 @@ class Split:
 
 
 def float32_unet(model, paths: Iterable[str]) -> dict[str, jax.Array]:
-    """Returns some of the UNet's parameters as they are on disk, flat, in float32.
+    """Returns some of the UNet's parameters as they are on disk, flat, in float32."""
+    return float32_params(model, "unet", paths)
+
+
+def float32_params(model, component: str, paths: Iterable[str]):
+    """Returns some of a component's parameters as they are on disk, flat, in float32.
 
     What trains starts from them: weights rounded to the compute dtype would end up in
     the exported model.
     """
     paths = set(paths)
     if jnp.dtype(model.unet.dtype) == jnp.float32:
-        flat = flatten_dict(model.params["unet"], sep="/")
+        flat = flatten_dict(model.params[component], sep="/")
         return {path: flat[path] for path in flat if path in paths}
     _, params, _ = weights.load_component(
-        model.path / "unet", "unet", variant=model.variant, only=paths
+        model.path / component, component, variant=model.variant, only=paths
     )
     return jax.tree.map(jnp.asarray, flatten_dict(params, sep="/"))
 
@@ -276,25 +322,42 @@ def split_unet(model, rule: str) -> Split:
     return Split(trainable, frozen)
 
 
-def run_loop(mesh: Mesh, state, step, frozen, data, cfg, workdir) -> loop.State:
-    """Places everything on the mesh and takes the run's steps."""
+def run_loop(
+    mesh: Mesh,
+    state: loop.State,
+    step: loop.Step,
+    frozen: Any,
+    data: loop.Batches,
+    cfg: Any,
+    workdir: pathlib.Path,
+    role: str,
+    calls: Sequence[loop.Call] = (),
+) -> loop.State:
+    """Places everything on the mesh and takes the run's steps; role: see `key`."""
     return loop.run(
         sharding.replicate(mesh, state),
         step,
         sharding.replicate(mesh, frozen),
         data,
-        sharding.replicate(mesh, jax.random.key(cfg.seed)),
+        sharding.replicate(mesh, key(cfg, f"{role}/steps")),
         options=loop.Options(
             cfg.steps, cfg.log_every, cfg.checkpoint_every, cfg.keep, cfg.name
         ),
         workdir=workdir,
         place=lambda batch: sharding.split(mesh, batch),
+        calls=calls,
     )
 
 
-def export(model, trained: Mapping[str, jax.Array], out: pathlib.Path) -> None:
-    """Writes RUN/export, a diffusers folder with the trained tensors replaced."""
-    weights.export(model.path, jax.device_get(dict(trained)), out, model.variant)
+def export(
+    model, trained: Mapping[str, jax.Array], out: pathlib.Path, tokenizer=None
+) -> None:
+    """Writes RUN/export, a diffusers folder with the trained tensors replaced.
+
+    Args: tokenizer: to be written in place of the base's.
+    """
+    trained = jax.device_get(dict(trained))
+    weights.export(model.path, trained, out, model.variant, tokenizer=tokenizer)
     logging.info("exported model: %s", out)
 
 

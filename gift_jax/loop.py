@@ -12,7 +12,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -61,6 +61,20 @@ class Options:
     name: str = "train"
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Something to do at chosen steps, such as drawing samples.
+
+    Attributes: at: counts of steps done; 0 is before the first. call: gets one of them
+      and the state, which it must have read when it returns: the next step reuses its
+      memory. A resumed run makes the calls of the steps that it takes; those of a step
+      that was lost are made twice.
+    """
+
+    at: Collection[int]
+    call: Callable[[int, State], None]
+
+
 class StoppedBySignal(Exception):  # noqa: N818 - an event, not an error
     """The run was asked to stop and has saved a checkpoint."""
 
@@ -101,7 +115,12 @@ def init_state(params: Mapping[str, jax.Array], opt: dict[str, Any], *, ema=Fals
 
 
 def compile_step(step_fn: Step) -> Step:
-    """Jits a step and donates the state it replaces (never frozen)."""
+    """Jits a step and donates the state it replaces (never frozen).
+
+    A step that is compiled already is returned: several runs may share it.
+    """
+    if hasattr(step_fn, "lower"):
+        return step_fn
     return jax.jit(step_fn, donate_argnums=0)
 
 
@@ -115,12 +134,14 @@ def run(
     options: Options,
     workdir: pathlib.Path,
     place: Callable[[Any], Any] = lambda batch: batch,
+    calls: Sequence[Call] = (),
 ) -> State:
     """Takes steps until options.steps, resuming from workdir's newest checkpoint.
 
     Args: state: at step 0; frozen: arrays the step reads, never donated; key: the
       run's base key, which the step folds with state.step. place: puts a batch of
-      NumPy arrays on the devices.
+      NumPy arrays on the devices. calls: made after the metrics of a step are known
+      to be finite and before its checkpoint.
     Returns: the final state, which is also the newest checkpoint.
     Raises: StoppedBySignal after SIGINT or SIGTERM, once a checkpoint is written;
       NonFiniteError if a metric is NaN or infinite.
@@ -144,6 +165,8 @@ def run(
             MetricsLog(workdir, start, store.latest_step) as log,
             progress.bar(options.name, options.steps, start) as bar,
         ):
+            if start == 0:
+                _make_calls(calls, 0, state, log)
             clock = time.perf_counter()
             for step in range(start, options.steps):
                 batch = place(next(batches))
@@ -155,10 +178,12 @@ def run(
                     logging.info("%s: first step took %.1f s", options.name, seconds)
                 last = done == options.steps
                 stop = bool(received)
+                called = any(done in call.at for call in calls)
                 if done % options.log_every == 0 or last or store.due(done):
                     log.write(done, metrics, _batch_size(batch))
-                elif stop:  # no line that a run without a stop would not have
+                elif stop or called:  # no line that a run without would not have
                     log.check(done, metrics)
+                _make_calls(calls, done, state, log)
                 bar.update(done, log.latest)
                 if last or stop or store.due(done):
                     position = {**identity, "batches": batches.get_state()}
@@ -168,6 +193,14 @@ def run(
             if received:
                 raise StoppedBySignal(received[0])
     return state
+
+
+def _make_calls(calls: Sequence[Call], done: int, state: State, log) -> None:
+    for call in calls:
+        if done in call.at:
+            began = time.perf_counter()
+            call.call(done, state)
+            log.leave_out(time.perf_counter() - began)
 
 
 class MetricsLog:
@@ -207,8 +240,17 @@ class MetricsLog:
         return self
 
     def check(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Fetches one step's metrics (the only host copy); NonFiniteError if one is."""
+        """Fetches one step's metrics (the only host copy); NonFiniteError if one is.
+
+        Those called concept/... are left out where they are NaN: of a concept that the
+        step had no pair of.
+        """
         values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        values = {
+            name: value
+            for name, value in values.items()
+            if not (name.startswith("concept/") and math.isnan(value))
+        }
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             last = self._last_good()
@@ -218,6 +260,11 @@ class MetricsLog:
                 "Lower the learning rate or bound the ascent."
             )
         return values
+
+    def leave_out(self, seconds: float) -> None:
+        """Counts seconds in which no step was taken out of the steps' time."""
+        step, then = self._since
+        self._since = (step, then + seconds)
 
     def write(self, step: int, metrics: Metrics, batch_size: int) -> None:
         """Fetches, checks and writes one step's metrics."""

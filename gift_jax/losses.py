@@ -6,6 +6,8 @@ timesteps. Sources: DDPM is Ho et al. 2020 (arXiv:2006.11239); v-prediction is
 Salimans & Ho 2022 (arXiv:2202.00512); GIFT is arXiv:2507.13598.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -75,6 +77,25 @@ def squared_error(prediction, wanted):
     """Returns the mean square error of each example, float32 "B"."""
     error = jnp.square(at_least_float32(prediction) - at_least_float32(wanted))
     return jnp.mean(error, axis=tuple(range(1, error.ndim)))
+
+
+def by_concept(
+    loss_B: jax.Array, concept_B: jax.Array, names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """Returns {"concept/NAME": mean loss of the batch's pairs of that concept}.
+
+    NaN for a concept of which the batch has no pair. Empty for fewer than two names: it
+    would say the batch's mean again.
+
+    Args: concept_B: int32 "B", indices into names.
+    """
+    if len(names) < 2:
+        return {}
+    masks = {name: concept_B == i for i, name in enumerate(names)}
+    return {
+        f"concept/{name}": jnp.sum(jnp.where(mask, loss_B, 0.0)) / jnp.sum(mask)
+        for name, mask in masks.items()
+    }
 
 
 def global_norm(tree) -> jax.Array:

@@ -63,6 +63,20 @@ def bar(name: str, total: int, start: int = 0) -> Iterator[Bar]:
         shown.close()
 
 
+class Clock:
+    """Says how far a list of long parts is, each of which reports its own progress."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._began = total, 0, time.monotonic()
+
+    def tick(self) -> str:
+        """Counts one more as done; returns "3 of 10, 0:42:10 left"."""
+        self._done += 1
+        rate = (time.monotonic() - self._began) / self._done
+        left = _clock(rate * (self._total - self._done))
+        return f"{self._done} of {self._total}, {left} left"
+
+
 def _rich_bar():
     from rich import console, progress
 

@@ -54,19 +54,23 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         for group in sorted(_groups(cfg), key=lambda name: cfg[name].generate)
     }
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
-    k_cache = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-    sources = {
-        group: job.cached_source(model, data[group], cfg[group], k_cache)
-        for group in data
-    }
     before = workdir / "samples" / "before.png"
     if cfg.samples.num and not before.exists():
         _draw(cfg, model, model.params["unet"], before)
     method = defences.METHODS[cfg.method]
+    stepping = {group: data[group] for group in data if method.plan}
+    if cfg.post_finetune.steps:
+        stepping["safe"] = data["safe"]
+    sources = {
+        group: job.cached_source(
+            model, pairs, cfg[group], job.key(cfg, f"defence/cache/{group}")
+        )
+        for group, pairs in stepping.items()
+    }
     if method.edit:
         trained = method.edit(cfg, settings, model, data)
     else:
-        plan = method.plan(cfg, settings, model, sources)
+        plan = method.plan(cfg, settings, model, data, sources)
         trained = _train(cfg, workdir, mesh, model, plan, sources)
     if cfg.post_finetune.steps:
         trained = _finetune(cfg, workdir, mesh, model, sources["safe"], trained)
@@ -89,9 +93,10 @@ def _train(cfg, workdir, mesh, model, plan, sources):
         loop.init_state(plan.params, plan.opt),
         plan.step,
         {"unet": plan.frozen, "abar": abar, **plan.also_frozen},
-        job.batches(sources, plan.sizes, cfg.seed),
+        job.batches(sources, plan.sizes, cfg, "defence"),
         cfg,
         workdir,
+        "defence",
     )
     return {path: state.params[path] for path in plan.psi}
 
@@ -108,9 +113,10 @@ def _finetune(cfg, workdir, mesh, model, source, trained):
         loop.init_state(trained, opt),
         step,
         {"unet": rest, "abar": stable_diffusion.noise_schedule(model)},
-        job.batches({"safe": source}, {"safe": cfg.safe.batch}, cfg.seed + 2),
+        job.batches({"safe": source}, {"safe": cfg.safe.batch}, cfg, "post_finetune"),
         cfg,
         workdir / "post_finetune",
+        "post_finetune",
     )
     return state.params
 

@@ -25,7 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config):
     """Keeps compiled programs between runs; hushes the progress log."""
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    # a folder for each of pytest-xdist's processes: JAX's writes are not atomic
+    cache = config.cache.mkdir("jax-" + os.environ.get("PYTEST_XDIST_WORKER", "alone"))
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.set_verbosity(logging.WARNING)
 

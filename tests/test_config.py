@@ -164,6 +164,25 @@ def test_wrong_config_file_is_named(file, tmp_path):
     assert "choices: smoke" in said(config.load, f"{file}:fast")
 
 
+@pytest.mark.parametrize(
+    "program, other, owner",
+    [
+        ("train", "emoji_attack", "attack"),
+        ("attack", "emoji_gift", "train"),
+        ("attack", "emoji_benchmark", "benchmark"),
+        ("benchmark", "sd15_object", "train"),
+        ("pretrain", "emoji_gift", "train"),
+    ],
+)
+def test_config_of_another_command_is_named(program, other, owner):
+    path = str(ROOT / "configs" / f"{other}.py")
+    argv = [f"--config={path}", "--workdir=w"]
+    text = said(config.parse, argv, "", program)
+    assert f"no config of gift_jax.{program}" in text
+    assert f"it is one of gift_jax.{owner}" in text
+    assert config.parse(argv, "", owner)[0] == config.load(path)
+
+
 def test_missing_flags_are_named(file):
     assert "--workdir" in said(config.parse, [f"--config={file}"], "", "job")
     assert "--config" in said(config.parse, ["--workdir=w"], "", "job")

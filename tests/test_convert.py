@@ -125,13 +125,46 @@ def attacked(tiny_folder, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("which", ["immunized", "attacked"])
+@pytest.fixture(scope="module")
+def dreambooth(tiny_folder, tmp_path_factory):
+    """DreamBooth of the UNet and the text encoder on the tiny model."""
+    workdir = tmp_path_factory.mktemp("dreambooth") / "run"
+    changed = {"attack": "dreambooth", "dreambooth.train_text_encoder": True}
+    attack.run(small("emoji_attack", tiny_folder, **changed), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def inverted(tiny_folder, tmp_path_factory):
+    """A textual inversion of two vectors on the tiny model."""
+    workdir = tmp_path_factory.mktemp("inverted") / "run"
+    changed = {
+        "attack": "textual_inversion",
+        "inversion.initializer": "a",
+        "inversion.vectors": 2,
+        "data.template": "<thing>",
+    }
+    attack.run(small("emoji_attack", tiny_folder, **changed), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("which", ["immunized", "attacked", "dreambooth", "inverted"])
 def test_a_runs_checkpoint_becomes_its_export(request, which, tmp_path):
     run, out = request.getfixturevalue(which), tmp_path / "out"
     convert.main(
         ["to-diffusers", f"--checkpoint={run / 'checkpoints'}", f"--out={out}"]
     )
     same_files(run / "export", out)
+
+
+@pytest.mark.parametrize("which", ["dreambooth", "inverted"])
+def test_unet_state_of_a_run_that_trained_text_is_refused(request, which, tmp_path):
+    run, out = request.getfixturevalue(which), tmp_path / "x.safetensors"
+    flags = ("--checkpoint", run / "checkpoints", "--out", out)
+    refuse(
+        "this run trained the text encoder; .*use to-diffusers", "to-unet-state", *flags
+    )
+    assert not out.exists()
 
 
 def test_an_earlier_step_can_be_asked_for(immunized, tiny_folder, tmp_path):
@@ -177,7 +210,9 @@ def test_pytorch_patches_a_model_with_a_unet_state(immunized, tiny_folder, tmp_p
         assert torch.equal(tensor, patched.state_dict()[name]), name
 
 
-def test_pytorch_finds_no_key_missing_or_unexpected(immunized, attacked):
+def test_pytorch_finds_no_key_missing_or_unexpected(
+    immunized, attacked, dreambooth, inverted
+):
     pytest.importorskip("torch")
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -187,7 +222,7 @@ def test_pytorch_finds_no_key_missing_or_unexpected(immunized, attacked):
         "vae": AutoencoderKL,
         "text_encoder": CLIPTextModel,
     }
-    for run in (immunized, attacked):
+    for run in (immunized, attacked, dreambooth, inverted):
         for component, cls in classes.items():
             folder = run / "export" / component
             _, info = cls.from_pretrained(folder, output_loading_info=True)

@@ -113,9 +113,9 @@ def test_denoiser_knows_the_models_schedule(tiny):
 
 def test_batches_of_several_sources_have_their_sizes_and_orders():
     source = pipeline.ArraySource({"x": np.arange(12)})
-    batches = job.batches(
-        {"safe": source, "harmful": source}, {"safe": 6, "harmful": 3}, 0
-    )
+    sources = {"safe": source, "harmful": source}
+    seed = config.ConfigDict({"seed": 0})
+    batches = job.batches(sources, {"safe": 6, "harmful": 3}, seed, "defence")
     safe, harmful = [], []
     for _ in range(4):
         batch = next(batches)
@@ -128,6 +128,28 @@ def test_batches_of_several_sources_have_their_sizes_and_orders():
     assert sorted(safe[:12]) == sorted(harmful) == list(range(12))
     assert safe[:12] != harmful
     assert safe[:12] != safe[12:]
+
+
+def test_a_defence_and_an_attack_of_one_seed_draw_independently():
+    source = pipeline.ArraySource({"x": np.arange(64)})
+
+    def order(seed, role):
+        cfg = config.ConfigDict({"seed": seed})
+        batches = job.batches({"data": source}, {"data": 64}, cfg, role)
+        return next(batches)["data"]["x"].tolist()
+
+    def noise(seed, purpose):
+        key = job.key(config.ConfigDict({"seed": seed}), purpose)
+        return jax.random.normal(key, (400,))
+
+    assert order(5, "attack") == order(5, "attack")
+    orders = [order(5, "attack"), order(5, "defence"), order(6, "attack")]
+    assert len(set(map(tuple, orders))) == 3
+    np.testing.assert_array_equal(noise(5, "attack/steps"), noise(5, "attack/steps"))
+    other = [(5, "defence/steps"), (5, "attack/cache/data"), (6, "attack/steps")]
+    for seed, purpose in other:
+        found = np.corrcoef(noise(5, "attack/steps"), noise(seed, purpose))[0, 1]
+        assert abs(found) < 0.2
 
 
 def test_unknown_model_and_dtype_are_named(tiny_folder):

@@ -76,7 +76,9 @@ def broken_after(steps):
     return step
 
 
-def run(workdir, steps, *, at=None, step=quadratic, devices=1, key=KEY, **options):
+def run(
+    workdir, steps, *, at=None, step=quadratic, devices=1, key=KEY, calls=(), **options
+):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     params = {"w": jnp.zeros((3,))}
     state = loop.init_state(params, {"train": TX.init(params)})
@@ -92,6 +94,7 @@ def run(workdir, steps, *, at=None, step=quadratic, devices=1, key=KEY, **option
         ),
         workdir=workdir,
         place=lambda batch: sharding.split(mesh, batch),
+        calls=calls,
     )
 
 
@@ -113,6 +116,49 @@ def latest_checkpoint(workdir):
 
 def assert_same_state(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# --- calls at chosen steps ----------------------------------------------------------
+
+
+def test_calls_see_the_state_of_their_steps_once_a_run(tmp_path):
+    seen = []
+
+    def call(step, state):
+        seen.append((step, int(state.step), jax.device_get(state.params["w"])))
+
+    calls = [loop.Call((0, 3, 4, 9), call)]
+    resumed = run(tmp_path / "a", 4, calls=calls)
+    assert [(step, of_state) for step, of_state, _ in seen] == [(0, 0), (3, 3), (4, 4)]
+    np.testing.assert_array_equal(seen[2][2], resumed.params["w"])
+    assert not np.array_equal(seen[1][2], seen[2][2])
+    run(tmp_path / "a", 6, calls=calls)  # resumed at 4: nothing is called again
+    assert len(seen) == 3
+    assert_same_state(run(tmp_path / "b", 6), run(tmp_path / "a", 6))
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+
+
+def test_calls_do_not_count_as_the_steps_time(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def clock():
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(loop.time, "perf_counter", clock)
+
+    def slow(step, state):
+        now[0] += 1000.0
+
+    run(tmp_path, 3, calls=[loop.Call((0, 2), slow)])
+    assert now[0] > 2000
+    assert max(line["time/step_s"] for line in lines(tmp_path)) < 10
+
+
+def test_nan_is_found_before_a_call_sees_it(tmp_path):
+    calls = [loop.Call((3,), lambda step, state: pytest.fail("called"))]
+    with pytest.raises(loop.NonFiniteError, match="step 3"):
+        run(tmp_path, 9, step=broken_after(3), calls=calls, log_every=100)
 
 
 # --- metrics and progress -------------------------------------------------------------
@@ -186,6 +232,21 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path):
         run(tmp_path, 10, step=broken_after(4), checkpoint_every=2)
     assert latest_checkpoint(tmp_path) == 2
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_concept_that_a_step_had_no_pair_of_has_no_entry(tmp_path):
+    def step(state, frozen, batch, key):
+        state, metrics = quadratic(state, frozen, batch, key)
+        seen = jnp.where(state.step == 2, jnp.nan, 1.0)
+        return state, metrics | {"concept/a": seen, "concept/b": 3.0}
+
+    run(tmp_path, 3, step=step)
+    found = [set(line) & {"concept/a", "concept/b"} for line in lines(tmp_path)]
+    assert found == [
+        {"concept/a", "concept/b"},
+        {"concept/b"},
+        {"concept/a", "concept/b"},
+    ]
 
 
 def test_nan_between_logged_steps_is_found_before_it_is_saved(tmp_path):

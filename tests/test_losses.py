@@ -261,3 +261,15 @@ def test_noising_refuses_no_layer_and_unknown_names(hidden):
         losses.representation_noising(KEY, {}, "standard", "mse")
     with pytest.raises(ValueError, match="distance='cosine' must be one of mse, mmd"):
         losses.representation_noising(KEY, {"l": hidden}, "standard", "cosine")
+
+
+# --- several concepts -----------------------------------------------------------------
+
+
+def test_loss_of_each_concept_is_the_mean_of_its_pairs():
+    loss, concept = jnp.asarray([1.0, 2.0, 4.0, 9.0]), jnp.asarray([0, 2, 0, 2])
+    found = losses.by_concept(loss, concept, ("bomb", "pill", "dagger"))
+    assert list(found) == ["concept/bomb", "concept/pill", "concept/dagger"]
+    assert [float(x) for x in found.values()][::2] == [2.5, 5.5]
+    assert np.isnan(found["concept/pill"])  # no pair of it
+    assert not losses.by_concept(loss, jnp.zeros(4, int), ("bomb",))

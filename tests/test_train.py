@@ -15,7 +15,7 @@ from PIL import Image
 from gift_jax import convert, train
 from gift_jax.config import UserError
 from gift_jax.config import load as load_config
-from gift_jax.models import stable_diffusion, tensors
+from gift_jax.models import stable_diffusion, tensors, weights
 
 GIFT = pathlib.Path(train.__file__).parents[1] / "configs" / "emoji_gift.py"
 
@@ -85,10 +85,14 @@ def logged(workdir):
 
 
 def test_smoke_config_trains_and_fills_the_runs_folder(main, tiny_folder, tmp_path):
-    run = main(tmp_path / "run", names=True)
-    assert json.loads((run / "config.json").read_text())["harmful"]["names"] == ["bomb"]
+    names = ["bomb", "pill"]
+    flag = f"--config.harmful.names={','.join(names)}"
+    run = main(tmp_path / "run", flag, names=True)
+    assert json.loads((run / "config.json").read_text())["harmful"]["names"] == names
     assert [line["step"] for line in logged(run)] == [1, 2]
     assert {"lower/loss", "upper/loss", "lower/grad_norm"} <= set(logged(run)[0])
+    each = {key for line in logged(run) for key in line if key.startswith("concept/")}
+    assert each == {"concept/bomb", "concept/pill"}
     assert (run / "checkpoints" / "2").is_dir()
     assert list(run.glob("events.out.tfevents.*"))
     for name in ("before.png", "after.png"):
@@ -118,6 +122,7 @@ def test_sd15_config_trains_on_what_the_model_draws(
     assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_a_model_as_sd2_is_published_trains_and_exports(main, tmp_path):
     configs = full_models.configs("small-sd21")
     base = tmp_path / "sd21"
@@ -227,7 +232,11 @@ def test_captions_and_the_models_own_pictures_train(
     "method, flags",
     [
         ("imma", ["imma.lower=lora", "post_finetune.steps=2"]),
-        ("imma", ["imma.lower=dreambooth", "trainable=attention"]),
+        pytest.param(
+            "imma",
+            ["imma.lower=dreambooth", "trainable=attention"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_imma_exports_its_attention_alone(main, tiny_folder, tmp_path, method, flags):
@@ -253,6 +262,13 @@ def test_erasure_changes_cross_attention(main, tiny_folder, tmp_path, method):
     wanted = (".attn2.to_k.", ".attn2.to_v.") if method == "uce" else (".attn2.",)
     assert changed and all(any(w in name for w in wanted) for name in changed)
     assert (run / "metrics.jsonl").exists() == (method == "esd")
+    if method == "esd":  # what one method has made, another starts from
+        flags = [f"--config.model={run / 'export'}", "--config.samples.num=0"]
+        both = main(tmp_path / "both", *flags)
+        config = json.loads((both / "config.json").read_text())
+        assert config["base_sha256"] == weights.content_hash(run / "export")
+        again = changed_tensors(run / "export", both / "export")
+        assert again and all(".attn2." in name for name in again)
 
 
 @pytest.mark.parametrize("name", ["emoji_baselines", "sd15_baselines"])
@@ -307,6 +323,8 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("adversary.steps_max=0", "config.adversary.steps_max=0 must be at least 1"),
         ("adversary.steps_min=9", "config.adversary.steps_min=9 must be at most"),
         ("adversary.lr_min=0", "config.adversary.lr_min=0.0 must be at least"),
+        ("adversary.horizon=-1", "config.adversary.horizon=-1 must be at least 0"),
+        ("adversary.horizon=9", "config.adversary.horizon=9 is for kinds=full"),
         ("adversary.alpha=0", "config.adversary.alpha=0.0 must be above 0; try 8"),
         ("post_finetune.steps=-1", "config.post_finetune.steps=-1 must be at least"),
         ("lower.schedule=linear", "config.lower.schedule='linear' is not one of"),

@@ -11,16 +11,30 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
-from gift_jax import losses
+from gift_jax.attacks import descent
 from gift_jax.config import UserError
 from gift_jax.loop import Step
 from gift_jax.methods.denoise import Denoiser
+from gift_jax.models import tensors
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 Factors = dict[str, dict[str, jax.Array]]
+
+
+def check(rank: int, targets: Sequence[str]) -> None:
+    """Raises UserError for rank < 1, or a target that is not one of `TARGETS`."""
+    if rank < 1:
+        raise UserError(f"config.lora.rank={rank} must be at least 1; try 4")
+    for target in targets or ("",):
+        if target not in TARGETS:
+            raise UserError(
+                f"config.lora.targets: no attention projection is called {target!r}; "
+                f"choose from {', '.join(TARGETS)}"
+            )
 
 
 def init(
@@ -34,18 +48,9 @@ def init(
     Args: unet_params: flat, path -> array. targets: names of projections in attn1 and
       attn2.
     Returns: kernel path -> {"A": "I R", "B": "R O"} for a kernel "I O".
-    Raises: UserError for rank < 1 or a target that no kernel has.
+    Raises: UserError as `check` does.
     """
-    if rank < 1:
-        raise UserError(f"config.lora.rank={rank} must be at least 1; try 4")
-    for target in targets or ("",):
-        pattern = re.compile(rf"/attn[12]/{re.escape(target)}/kernel$")
-        if not any(pattern.search(path) for path in unet_params):
-            names = ", ".join(TARGETS)
-            raise UserError(
-                f"config.lora.targets: no attention projection is called {target!r}; "
-                f"choose from {names}"
-            )
+    check(rank, targets)
     pattern = re.compile(rf"/attn[12]/({'|'.join(targets)})/kernel$")
     paths = sorted(path for path in unet_params if pattern.search(path))
     factors = {}
@@ -79,17 +84,25 @@ def make_step(
 
     def loss_fn(factors, frozen, batch, key):
         unet = unflatten_dict(apply(frozen["unet"], factors, scale), sep="/")
-        return jnp.mean(denoiser.losses(unet, frozen["abar"], batch, key)[0])
+        pairs = batch["attack"]
+        return jnp.mean(denoiser.losses(unet, frozen["abar"], pairs, key)[0]), {}
 
-    def lora_step(state, frozen, batch, key):
-        key = jax.random.fold_in(key, state.step)
-        loss, grads = jax.value_and_grad(loss_fn)(
-            state.params, frozen, batch["attack"], key
-        )
-        updates, opt = tx.update(grads, state.opt["attack"], state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"attack/loss": loss, "attack/grad_norm": losses.global_norm(grads)}
-        state = state.replace(step=state.step + 1, params=params, opt={"attack": opt})
-        return state, metrics
+    return descent.make_step(loss_fn, tx)
 
-    return lora_step
+
+def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
+    """Returns the factors as diffusers' `load_lora_weights` reads them, float32.
+
+    For a kernel "unet.X.to_k": X.to_k.lora.down.weight "R I" and .lora.up.weight "O R".
+    `scale`, alpha / rank, is multiplied into up: diffusers reads no alpha beside these
+    names, and takes it for the rank.
+    Source: diffusers `StableDiffusionLoraLoaderMixin.save_lora_weights`.
+    """
+    state = {}
+    for path, f in factors.items():
+        name = f"unet.{tensors.torch_name(path).removesuffix('.weight')}.lora"
+        down_RI = np.asarray(f["A"], np.float32).T
+        up_OR = (np.float32(scale) * np.asarray(f["B"], np.float32)).T
+        state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)
+        state[f"{name}.up.weight"] = np.ascontiguousarray(up_OR)
+    return state

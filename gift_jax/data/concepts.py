@@ -212,6 +212,8 @@ def _from_emoji(spec, data):
     rows = rows[: spec.limit or None]
     chosen = [data.concepts[i] for i in data.concept_ids[rows]]
     drawn = [data.styles[i] for i in data.style_ids[rows]]
+    if len(set(chosen)) > 1 and not _check_template(spec):
+        logging.warning("%s.template calls every concept the same", spec.field)
     pairs_ = zip(chosen, drawn, strict=True)
     return ConceptData(
         images=_resized(data.images[rows], spec.size),
@@ -231,6 +233,7 @@ def _resized(images, size):
 
 
 def _check_template(spec):
+    """Returns whether it names the concept; UserError for a bad one."""
     try:
         with_concept = captions.fill(spec.template, "thing", "style")
         without = captions.fill(spec.template, "", "style")
@@ -239,8 +242,7 @@ def _check_template(spec):
             f"{spec.field}.template={spec.template!r} may use only {{concept}}, "
             "{a_concept}, {style} and {a_style}"
         ) from error
-    if with_concept == without:
-        logging.warning("%s.template names no concept: %s", spec.field, spec.template)
+    return with_concept != without
 
 
 def _check_tfds(spec):

@@ -32,8 +32,8 @@ def cache_latents(
     """Encodes every pair of a `ConceptData`, in batches of one size.
 
     Args: encode_images: float32 "B H W 3" in [-1, 1] -> (mean, std), each "B ...".
-      encode_prompts: list of B strings -> "B L D". Both see only batches of
-        `batch_size` (the last one padded), so each compiles once.
+      encode_prompts: list of B strings -> "B L D", or ids, "B L". Both see only
+        batches of `batch_size` (the last one padded), so each compiles once.
       copies: how often a picture appears; the first time as it is, then augmented by
         `flip`, `shift` and `scale` (see `augment`), drawn from `key`.
     Returns: dict of arrays, copies * N rows, copy by copy: `mean` and `std`, float32
@@ -88,12 +88,16 @@ def encode_in_batches(encode_images, images, batch_size, *, transform=None):
 
 
 def encode_unique_prompts(encode_prompts, prompts, batch_size):
-    """Returns a `Repeated`, float32 "N L D": each distinct prompt is encoded once."""
+    """Returns a `Repeated`: each distinct prompt is encoded once.
+
+    float32 "N L D"; or integers as they are, "N L".
+    """
     distinct = list(dict.fromkeys(prompts))
     parts = []
     for rows in _padded_rows(len(distinct), batch_size):
-        states_BLD = encode_prompts([distinct[row] for row in rows])
-        parts.append(np.asarray(states_BLD, np.float32))
+        states = np.asarray(encode_prompts([distinct[row] for row in rows]))
+        ids = np.issubdtype(states.dtype, np.integer)
+        parts.append(states if ids else states.astype(np.float32, copy=False))
     table = np.concatenate(parts)[: len(distinct)]
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     return pipeline.Repeated(table, np.asarray([row_of[p] for p in prompts]))

@@ -29,8 +29,11 @@ class Settings:
 
     Attributes: kinds: of KINDS, one drawn at random; empty: no adversary. steps_min,
       steps_max: how many updates, both ends included. lr_min, lr_max: Adam's rate,
-      log-uniform. rank, alpha: of LoRA. unrolled: take gradients through the updates,
-      else only at their end. safe_weight: of the safe counterpart in the lower level.
+      log-uniform; lora_lr_min, lora_lr_max: of LoRA's. rank, alpha: of LoRA.
+      unrolled: take gradients through the updates, else only at their end.
+      safe_weight: of the safe counterpart in the lower level. horizon: 0: what the
+      upper level sees starts anew from the model at every step; else (full) it goes on
+      from step to step and starts anew every `horizon` steps on average.
     """
 
     kinds: tuple[str, ...] = ()
@@ -38,10 +41,13 @@ class Settings:
     steps_max: int = 4
     lr_min: float = 1e-4
     lr_max: float = 1e-3
+    lora_lr_min: float = 1e-3
+    lora_lr_max: float = 1e-2
     rank: int = 8
     alpha: float = 8.0
     unrolled: bool = False
     safe_weight: float = 1.0
+    horizon: int = 0
 
 
 # (every parameter of the UNet, abar_T, batch of pairs, key) -> the attacked parameters
@@ -60,8 +66,10 @@ def make_simulate(denoiser: Denoiser, s: Settings) -> Simulate:
 
     def simulate(unet, abar_T, batch, key):
         k_kind, k_lr, k_steps, k_attack = jax.random.split(key, 4)
-        low, high = jnp.log(s.lr_min), jnp.log(s.lr_max)
-        lr = jnp.exp(jax.random.uniform(k_lr, (), minval=low, maxval=high))
+        rates = {
+            "full": _log_uniform(k_lr, s.lr_min, s.lr_max),
+            "lora": _log_uniform(k_lr, s.lora_lr_min, s.lora_lr_max),
+        }
         steps = jax.random.randint(k_steps, (), s.steps_min, s.steps_max + 1)
 
         def loss_fn(attacked, k):
@@ -69,7 +77,8 @@ def make_simulate(denoiser: Denoiser, s: Settings) -> Simulate:
             return jnp.mean(denoiser.losses(nested, abar_T, batch, k)[0])
 
         def run(kind):
-            return lambda unet: attacks[kind](s, loss_fn, unet, lr, steps, k_attack)
+            attack, lr = attacks[kind], rates[kind]
+            return lambda unet: attack(s, loss_fn, unet, lr, steps, k_attack)
 
         start = unet if s.unrolled else jax.lax.stop_gradient(unet)
         if len(s.kinds) == 1:
@@ -84,8 +93,53 @@ def make_simulate(denoiser: Denoiser, s: Settings) -> Simulate:
     return simulate
 
 
+def start(unet: Flat) -> dict:
+    """Returns an attacker that has not moved yet, for `make_pursue`."""
+    shift = {path: jnp.zeros(a.shape, _wide(a)) for path, a in unet.items()}
+    return {"shift": shift, "opt": _adam().init(shift)}
+
+
+def make_pursue(denoiser: Denoiser, s: Settings) -> Callable:
+    """Returns an attack that goes on beside the training: every call some updates more.
+
+    (attacker, every parameter of the UNet, abar, batch of pairs, key) -> attacker; its
+    "shift" is how far fine-tuning has moved each parameter from where the model stands.
+    A long attack costs a few updates a step, since the model moves little in one.
+    """
+
+    def pursue(attacker, unet, abar_T, batch, key):
+        k_new, k_lr, k_steps, k_attack = jax.random.split(key, 4)
+        lr = _log_uniform(k_lr, s.lr_min, s.lr_max)
+        steps = jax.random.randint(k_steps, (), s.steps_min, s.steps_max + 1)
+        goes_on = jax.random.uniform(k_new) >= 1.0 / s.horizon
+        fresh = start(unet)
+        attacker = jax.tree.map(
+            lambda old, new: jnp.where(goes_on, old, new), attacker, fresh
+        )
+
+        def loss_fn(shift, k):
+            attacked = unflatten_dict(moved(unet, shift), sep="/")
+            return jnp.mean(denoiser.losses(attacked, abar_T, batch, k)[0])
+
+        shift, opt = attacker["shift"], attacker["opt"]
+        shift, opt = _descend(s, loss_fn, shift, opt, lr, steps, k_attack)
+        return {"shift": shift, "opt": opt}
+
+    return pursue
+
+
+def moved(unet: Flat, shift: Flat) -> Flat:
+    """Returns the parameters with a shift added, in their own dtypes."""
+    return {path: a + shift[path].astype(a.dtype) for path, a in unet.items()}
+
+
+def _log_uniform(key, low: float, high: float) -> jax.Array:
+    low, high = jnp.log(low), jnp.log(high)
+    return jnp.exp(jax.random.uniform(key, (), minval=low, maxval=high))
+
+
 def _full(s: Settings, loss_fn, unet, lr, steps, key):
-    return _descend(s, loss_fn, unet, lr, steps, key)
+    return _descend(s, loss_fn, unet, _adam().init(unet), lr, steps, key)[0]
 
 
 def _lora(s: Settings, loss_fn, unet, lr, steps, key):
@@ -101,16 +155,21 @@ def _lora(s: Settings, loss_fn, unet, lr, steps, key):
     def lora_loss(factors, k):
         return loss_fn(merged(factors), k)
 
-    return merged(_descend(s, lora_loss, factors, lr, steps, k_run))
+    opt = _adam().init(factors)
+    return merged(_descend(s, lora_loss, factors, opt, lr, steps, k_run)[0])
 
 
 def _wide(array):
     return jnp.promote_types(jnp.float32, array.dtype)
 
 
-def _descend(s: Settings, loss_fn, params, lr, steps, key):
-    """Returns the parameters after `steps` (a traced integer) updates of Adam."""
-    adam = optax.scale_by_adam(eps_root=1e-20)  # or unrolled gradients are NaN at 0
+def _adam():
+    return optax.scale_by_adam(eps_root=1e-20)  # or unrolled gradients are NaN at 0
+
+
+def _descend(s: Settings, loss_fn, params, opt, lr, steps, key):
+    """Returns (parameters, opt) after `steps` (a traced integer) updates of Adam."""
+    adam = _adam()
 
     def update(carry, part):
         params, opt = carry
@@ -122,8 +181,13 @@ def _descend(s: Settings, loss_fn, params, lr, steps, key):
         params = optax.apply_updates(params, updates)
         return (params, opt), None
 
-    count = jnp.arange(s.steps_max)
     keys = jax.random.split(key, s.steps_max)
-    start = params, adam.init(params)
-    (params, _), _ = jax.lax.scan(jax.checkpoint(update), start, (count, keys))
-    return params
+    carry = params, opt
+    if s.unrolled:  # as many always: what is differentiated must have a known length
+        count = jnp.arange(s.steps_max)
+        carry, _ = jax.lax.scan(jax.checkpoint(update), carry, (count, keys))
+    else:
+        carry = jax.lax.fori_loop(
+            0, steps, lambda i, carry: update(carry, (i, keys[i]))[0], carry
+        )
+    return carry

@@ -43,6 +43,7 @@ class Settings:
       bound, cap: of the ascent, see `losses.bounded_ascent`. noise_target, distance:
       see `losses.representation_noising`. layers: kinds of layers to noise, see
       `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`. attack: the adversary's.
+      concepts: names of the malicious ones, to log the loss of each of several.
     """
 
     gradient: str = "first_order"
@@ -56,6 +57,7 @@ class Settings:
     layers: tuple[str, ...] = ("transformer",)
     joint_weight: float = 1.0
     attack: adversary.Settings = adversary.Settings()
+    concepts: tuple[str, ...] = ()
 
 
 # (trainable flat parameters, frozen, batch, key) -> (scalar to minimise, metrics)
@@ -91,16 +93,21 @@ def make_lower_loss(denoiser: Denoiser, s: Settings = Settings()) -> Loss:  # no
 def make_upper_loss(denoiser: Denoiser, s: Settings) -> Loss:
     """Returns the upper level's objective on malicious pairs, to minimise.
 
-    With an adversary, at the parameters that fine-tuning on the same pairs reaches.
+    With an adversary, at the parameters that fine-tuning on the same pairs reaches;
+    with a horizon, at those that frozen["shift"] leads to.
     """
     capture = s.layers if s.beta else ()
     simulate = None
-    if s.attack.kinds:
+    if s.attack.kinds and not s.attack.horizon:
         simulate = adversary.make_simulate(denoiser, s.attack)
 
     def upper_loss(params, frozen, batch, key):
         k_loss, k_noise = jax.random.split(key)
-        if simulate is None:
+        if s.attack.kinds and s.attack.horizon:
+            flat = {**frozen["unet"], **params}
+            attacked = adversary.moved(flat, frozen["shift"])
+            unet = unflatten_dict(attacked, sep="/")
+        elif simulate is None:
             unet = partition.merge(params, frozen["unet"])
         else:
             k_attack = jax.random.fold_in(key, 1)
@@ -110,6 +117,8 @@ def make_upper_loss(denoiser: Denoiser, s: Settings) -> Loss:
         loss_B, hiddens = denoiser.losses(unet, frozen["abar"], batch, k_loss, capture)
         total = losses.bounded_ascent(loss_B, s.bound, s.cap)
         metrics = {"upper/malicious_loss": jnp.mean(loss_B)}
+        if s.concepts:
+            metrics |= losses.by_concept(loss_B, batch["concept"], s.concepts)
         if s.beta:
             noising = losses.representation_noising(
                 k_noise, hiddens, s.noise_target, s.distance
@@ -176,7 +185,8 @@ def make_step(
 ) -> Step:
     """Returns GIFT's outer step.
 
-    state.params: trainable flat parameters; state.opt: {"lower", "upper"}. frozen:
+    state.params: trainable flat parameters; state.opt: {"lower", "upper"}, and with an
+    adversary's horizon "attacker", see `adversary.start`. frozen:
     {"unet": frozen flat parameters, "abar": float32 "T"}. batch: {"safe": inner_steps *
     B pairs, "harmful": outer_steps * B pairs}, see `Denoiser.losses`. The keys of the
     two levels are independent and depend on the base key and state.step only.
@@ -189,16 +199,28 @@ def make_step(
     if s.gradient == "unrolled":
         return _unrolled_step(lower, upper_loss, tx_upper)
     upper = make_levels(make_level("upper", upper_loss, tx_upper), s.outer_steps)
+    pursued = bool(s.attack.kinds and s.attack.horizon)
+    pursue = adversary.make_pursue(denoiser, s.attack)
 
     def gift_step(state, frozen, batch, key):
         k_lower, k_upper = _keys(key, state)
         params, opt_lower, m_lower = lower(
             state.params, state.opt["lower"], frozen, batch["safe"], k_lower
         )
+        others = {}
+        if pursued:
+            attacker, k_attack = state.opt["attacker"], jax.random.fold_in(k_upper, 1)
+            flat = {**frozen["unet"], **params}
+            attacker = pursue(
+                attacker, flat, frozen["abar"], batch["harmful"], k_attack
+            )
+            frozen = {**frozen, "shift": attacker["shift"]}
+            others["attacker"] = attacker
         params, opt_upper, m_upper = upper(
             params, state.opt["upper"], frozen, batch["harmful"], k_upper
         )
-        return _next(state, params, opt_lower, opt_upper), m_lower | m_upper
+        new = _next(state, params, opt_lower, opt_upper)
+        return new.replace(opt=new.opt | others), m_lower | m_upper
 
     return gift_step
 

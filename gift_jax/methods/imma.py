@@ -31,7 +31,8 @@ _LORA = "lora:"  # marks a LoRA factor among the trained parameters
 class Settings:
     """Attributes: lower: of LOWER. inner_steps, outer_steps: updates of each level in a
     step. bound, cap: of the ascent, see `losses.bounded_ascent`; the code's is raw.
-    rank, alpha: of LOWER's lora.
+    rank, alpha: of LOWER's lora. concepts: names of the malicious ones, to log the loss
+    of each of several.
     """
 
     lower: str = "dreambooth"
@@ -41,6 +42,7 @@ class Settings:
     cap: float = 0.0
     rank: int = 4
     alpha: float = 4.0
+    concepts: tuple[str, ...] = ()
 
 
 def flat_factors(factors: lora.Factors) -> dict[str, jax.Array]:
@@ -101,7 +103,10 @@ def make_step(
         unet = unet_of({**fixed["rest"], **part}, fixed)
         loss_B, _ = denoiser.losses(unet, fixed["abar"], batch, key)
         total = losses.bounded_ascent(loss_B, s.bound, s.cap)
-        return total, {"upper/loss": total, "upper/malicious_loss": jnp.mean(loss_B)}
+        metrics = {"upper/loss": total, "upper/malicious_loss": jnp.mean(loss_B)}
+        if s.concepts:
+            metrics |= losses.by_concept(loss_B, batch["concept"], s.concepts)
+        return total, metrics
 
     def level(name, loss, tx, steps):
         return gift.make_levels(gift.make_level(name, loss, tx), steps)

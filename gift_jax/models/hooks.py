@@ -9,7 +9,8 @@ What differs as shipped, and is corrected here (float32, against PyTorch):
   GEGLU uses the tanh approximation of GELU (PyTorch: erf);
   the spatial transformer's GroupNorm has eps 1e-5 (PyTorch: 1e-6);
   GroupNorm and LayerNorm use E[x^2] - E[x]^2 for the variance, which cancels;
-  the timestep frequencies are computed on the device (here: constants of the program).
+  the timestep frequencies are computed on the device (here: constants of the program);
+  DINOv2's layer scale is also multiplied by the square of its initial value.
 And, equal in value but faster: nearest upsampling without a gather, and, on CPU,
 convolutions as one matrix product each.
 """
@@ -54,11 +55,18 @@ from diffusers.models import (  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import (  # noqa: E402
     FlaxUNet2DConditionModel,
 )
-from transformers import CLIPConfig, CLIPTextConfig  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPConfig,
+    CLIPTextConfig,
+    Dinov2Config,
+    ViTConfig,
+)
 from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPModule,
     FlaxCLIPTextModule,
 )
+from transformers.models.dinov2 import modeling_flax_dinov2  # noqa: E402
+from transformers.models.vit.modeling_flax_vit import FlaxViTModule  # noqa: E402
 
 from gift_jax.models import conv_clip  # noqa: E402
 
@@ -113,6 +121,18 @@ def build_clip(config, dtype=jnp.float32):
     return module(CLIPConfig(**config), dtype=dtype)
 
 
+def build_vit(config, dtype=jnp.float32):
+    """Returns the module, without a pooler, for a ViTModel `config.json` dict."""
+    return FlaxViTModule(ViTConfig(**config), dtype=dtype, add_pooling_layer=False)
+
+
+def build_dinov2(config, dtype=jnp.float32):
+    """Returns the module for a Dinov2Model `config.json` dict."""
+    config = Dinov2Config(**config)
+    config.mlp_ratio = int(config.mlp_ratio)  # 4.0 would be a width of another type
+    return modeling_flax_dinov2.FlaxDinov2Module(config, dtype=dtype)
+
+
 def init_params(module, key):
     """Returns randomly initialised parameters (nested dict) of a module built above."""
     rngs = {"params": key, "dropout": key, "gaussian": key}
@@ -129,6 +149,11 @@ def init_params(module, key):
         args = (jnp.zeros((1, module.in_channels, size, size)),)
     elif isinstance(module, FlaxCLIPTextModule):
         args = (ids, mask, ids)
+    elif isinstance(module, FlaxViTModule | modeling_flax_dinov2.FlaxDinov2Module):
+        size = module.config.image_size
+        with exact("xla"):  # the layer scale as shipped promotes ranks
+            pixels = jnp.zeros((1, size, size, module.config.num_channels))
+            return module.init(rngs, pixels)["params"]
     else:
         size = module.config.vision_config.image_size
         args = (ids, jnp.zeros((1, size, size, 3)), mask, ids)
@@ -200,6 +225,10 @@ def _timesteps(module, t_B):
     return jnp.concatenate(parts, axis=-1)
 
 
+def _layer_scale(module, x_BLD):
+    return x_BLD * module.get_variable("params", "lambda1").reshape(1, 1, -1)
+
+
 def _upsample(module, x):
     B, H, W, C = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
@@ -268,6 +297,7 @@ def _conv_as_matmul(module, x, padding):
 _CORRECTED = {
     attention_flax.FlaxGEGLU: _geglu,
     embeddings_flax.FlaxTimesteps: _timesteps,
+    modeling_flax_dinov2.FlaxDinov2LayerScale: _layer_scale,
     resnet_flax.FlaxUpsample2D: _upsample,
     vae_flax.FlaxUpsample2D: _upsample,
 }
@@ -400,3 +430,13 @@ def apply_clip_image(clip, params, x_BCHW, conv="auto"):
     x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
     with exact(conv):
         return clip.apply({"params": params}, x_BHWC, method=project)
+
+
+def apply_vision(vision, params, x_BCHW, conv="auto"):
+    """Returns a ViT's or DINOv2's class token after the final norm, "B D".
+
+    Args: x_BCHW: "B 3 H W", normalised, H and W the config's image_size.
+    """
+    x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
+    with exact(conv):
+        return vision.apply({"params": params}, x_BHWC).last_hidden_state[:, 0]

@@ -2,6 +2,7 @@
 """Model folders by hub id: only what is read is fetched, and never a pickle."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
@@ -17,11 +18,19 @@ def is_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and not name.startswith((".", "/"))
 
 
-def fetch(name: str, revision: str = "", variant: str = "") -> Path:
+def fetch(
+    name: str,
+    revision: str = "",
+    variant: str = "",
+    *,
+    wanted: Sequence[str] = _WANTED,
+    field: str = "config.model",
+) -> Path:
     """Returns the local folder of a hub model, downloading what is not cached.
 
     Args: revision: branch, tag or commit; "" is the default branch. variant: whose
-      weights to fetch; "" the plain ones.
+      weights to fetch; "" the plain ones. wanted: patterns of the files to fetch.
+      field: what asked for the model, to begin an error's message with.
     Raises: UserError if the model or revision does not exist, is gated, or the hub
       cannot be reached and the cache lacks it.
     """
@@ -33,7 +42,7 @@ def fetch(name: str, revision: str = "", variant: str = "") -> Path:
         folder = huggingface_hub.snapshot_download(
             name,
             revision=revision or None,
-            allow_patterns=list(_WANTED),
+            allow_patterns=list(wanted),
             ignore_patterns=None if variant else list(marked),
         )
     except errors.GatedRepoError:
@@ -50,4 +59,4 @@ def fetch(name: str, revision: str = "", variant: str = "") -> Path:
     else:
         logging.info("model %s is at %s", name, folder)
         return Path(folder)
-    raise UserError(f"config.model={name!r}: {reason}")
+    raise UserError(f"{field}={name!r}: {reason}")

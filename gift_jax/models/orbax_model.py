@@ -91,8 +91,7 @@ def _component(directory, kind, variant):
     """Returns (weight files, {Flax path: (name, entry)}) of one component, checked."""
     config = tensors.read_json(directory / "config.json")
     weights.check_config(kind, config, directory / "config.json")
-    module = weights.KINDS[kind].build(config)
-    paths = weights.entries_by_path(directory, kind, module, variant)
+    paths = weights.entries_by_path(directory, kind, variant)
     return tensors.weight_files(directory, weights.KINDS[kind].stem, variant), paths
 
 

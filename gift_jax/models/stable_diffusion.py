@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -53,14 +54,22 @@ class StableDiffusion:
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    @functools.cached_property
+    @property
     def jitted(self):
         """The compiled pieces: encode_text, encode_image, decode; params come first."""
-        return {
-            "encode_text": jax.jit(functools.partial(_encode_text, self.text_encoder)),
-            "encode_image": jax.jit(functools.partial(_encode_image, self.vae)),
-            "decode": jax.jit(functools.partial(_decode, self.vae)),
-        }
+        text = self.text_encoder
+        return _jitted(text.config.to_json_string(), text.dtype, self.vae)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(text_config, text_dtype, vae):
+    """One set of programs for all models of the same modules."""
+    text_encoder = hooks.build_text(json.loads(text_config), text_dtype)
+    return {
+        "encode_text": jax.jit(functools.partial(_encode_text, text_encoder)),
+        "encode_image": jax.jit(functools.partial(_encode_image, vae)),
+        "decode": jax.jit(functools.partial(_decode, vae)),
+    }
 
 
 def load(path, dtype=jnp.float32, *, variant="", resolution=0):
@@ -218,7 +227,12 @@ def _in_batches(fn, array, batch_size):
 
 
 def tokenize(model, prompts):
-    """Returns int32 "B L" token ids, padded and cut to the model's length."""
+    """Returns int32 "B L" token ids, padded and cut to the model's length.
+
+    A word added for several vectors ("<a>", with "<a>_1" ... beside it) becomes them
+    all.
+    """
+    prompts = [_with_every_vector(model.tokenizer, prompt) for prompt in prompts]
     encoded = model.tokenizer(
         list(prompts),
         padding="max_length",
@@ -236,6 +250,21 @@ def tokenize(model, prompts):
     if cut:
         logging.warning("cut to %d tokens: %r", model.max_length, cut[0])
     return ids_BL
+
+
+def _with_every_vector(tokenizer, prompt):
+    # Source: diffusers `TextualInversionLoaderMixin.maybe_convert_prompt`.
+    added = tokenizer.added_tokens_encoder
+    if not any(name.endswith("_1") for name in added):
+        return prompt
+    for token in dict.fromkeys(tokenizer.tokenize(prompt)):
+        if token in added:
+            names, i = [token], 1
+            while f"{token}_{i}" in added:
+                names.append(f"{token}_{i}")
+                i += 1
+            prompt = prompt.replace(token, " ".join(names))
+    return prompt
 
 
 def _is_cut(model, prompt, ids):

@@ -4,6 +4,7 @@
 Everything is read and written as safetensors; see `tensors` for names and layouts.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ from gift_jax.models import hooks, tensors
 
 WEIGHTS = (*tensors.PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data")
 COMPONENTS = ("unet", "vae", "text_encoder")  # whose weights are read
+TOKEN_TABLE = "text_model/embeddings/token_embedding/embedding"
 _HASHED = (".safetensors", ".json", ".txt")
 
 
@@ -52,20 +54,39 @@ KINDS = {
         "model",
         {"architectures": ["CLIPModel"], "model_type": "clip"},
     ),
+    "vit": Kind(
+        hooks.build_vit,
+        "model",
+        {"architectures": ["ViTModel"], "model_type": "vit"},
+    ),
+    "dinov2": Kind(
+        hooks.build_dinov2,
+        "model",
+        {"architectures": ["Dinov2Model"], "model_type": "dinov2"},
+    ),
 }
+_UNREAD = {"vit": ("pooler.dense.weight", "pooler.dense.bias")}  # on disk, of no use
 
 
 # --- loading --------------------------------------------------------------------------
 
 
-def entries_by_path(directory, kind, module, variant=""):
+@functools.lru_cache(maxsize=16)
+def _shapes(kind, config):
+    """{Flax path: shape} of a component with this config.json text."""
+    module = KINDS[kind].build(json.loads(config))
+    shapes = flatten_dict(hooks.parameter_shapes(module), sep="/")
+    return {path: leaf.shape for path, leaf in shapes.items()}
+
+
+def entries_by_path(directory, kind, variant=""):
     """Returns {Flax path: (name on disk, entry)}, complete and of the right shapes.
 
-    Args: module: built from the folder's config.json.
     Raises: UserError naming the file and the tensor that is missing, unexpected or of
-      another shape than the config says.
+      another shape than the folder's config.json says.
     """
-    shapes = flatten_dict(hooks.parameter_shapes(module), sep="/")
+    config = tensors.read_json(directory / "config.json")
+    shapes = _shapes(kind, json.dumps(config))
     entries = {}
     for file in tensors.weight_files(directory, KINDS[kind].stem, variant):
         header = tensors.read_header(file)
@@ -73,14 +94,14 @@ def entries_by_path(directory, kind, module, variant=""):
             raise UserError(f"{file}: {name} is also in {entries[name].file.name}")
         entries |= header
     found, missing = {}, []
-    for path, leaf in shapes.items():
+    for path, shape in shapes.items():
         name = tensors.torch_name(path)
         if name not in entries:
             name = tensors.old_name(name)
         if name not in entries:
             missing.append(tensors.torch_name(path))
             continue
-        entry, expected = entries[name], tensors.torch_shape(path, leaf.shape)
+        entry, expected = entries[name], tensors.torch_shape(path, shape)
         as_conv = (*expected, 1, 1)  # very old VAEs keep attention as 1x1 convolutions
         if entry.shape not in (expected, as_conv if kind == "vae" else expected):
             raise UserError(
@@ -88,7 +109,7 @@ def entries_by_path(directory, kind, module, variant=""):
                 f"says {list(expected)}; weights and config are of different models"
             )
         found[path] = (name, entry)
-    used = {name for name, _ in found.values()}
+    used = {name for name, _ in found.values()} | set(_UNREAD.get(kind, ()))
     extra = [n for n in entries if n not in used and not n.endswith("position_ids")]
     for what, names in (("missing", missing), ("unexpected", extra)):
         if names:
@@ -120,9 +141,7 @@ def load_component(
     check_config(kind, config, directory / "config.json")
     module = KINDS[kind].build(config, dtype)
     params = {}
-    for path, (name, entry) in entries_by_path(
-        directory, kind, module, variant
-    ).items():
+    for path, (name, entry) in entries_by_path(directory, kind, variant).items():
         if only is None or path in only:
             array = to_flax(path, tensors.read_tensor(name, entry))
             array = np.ascontiguousarray(array, dtype).reshape(array.shape)
@@ -242,44 +261,94 @@ def _kind_of(flat):
     raise ValueError(f"parameters of no known component: {sorted(tops)}")
 
 
-def export(base_dir, changed, out_dir, variant="", dtype=None):
-    """Writes the base model folder with some UNet tensors replaced, atomically.
+def by_component(flat):
+    """Returns {"unet": ..., "text_encoder": ...}: a flat dict's two kinds of paths."""
+    parts = {"unet": {}, "text_encoder": {}}
+    for path, array in flat.items():
+        is_text = path.startswith("text_model/")
+        parts["text_encoder" if is_text else "unet"][path] = array
+    return parts
+
+
+def export(base_dir, changed, out_dir, variant="", dtype=None, tokenizer=None):
+    """Writes the base model folder with some tensors replaced, atomically.
 
     Untouched tensors, the other components and the file layout stay byte for byte.
     Left out, since they would hold the original weights or cannot be checked: pickles,
-    single-file checkpoints, and further variants of the UNet. (A component that has
-    only pickles, as some safety checkers, keeps them, unread.)
+    single-file checkpoints, and further variants of the UNet, or of the text encoder
+    where that changed. (A component that has only pickles, as some safety checkers,
+    keeps them, unread.)
 
-    Args: base_dir: a diffusers folder. changed: {Flax UNet path "a/b/c": array}; cast
-        to the dtype of the file. out_dir: replaced if it exists. variant: which of the
-        base's files the model was read from. dtype: name of `tensors.DTYPES` to cast
-        every weight of UNet, VAE and text encoder to; None keeps each tensor's own.
+    Args: base_dir: a diffusers folder. changed: {Flax path "a/b/c" of the UNet or of
+        the text encoder: array}; cast to the dtype of the file. The text encoder's
+        `TOKEN_TABLE` may have another number of rows; vocab_size follows. out_dir:
+        replaced if it exists. variant: which of the base's files the model was read
+        from. dtype: name of `tensors.DTYPES` to cast every weight of UNet, VAE and
+        text encoder to; None keeps each tensor's own. tokenizer: of transformers, to
+        be saved in place of the base's.
     Raises: UserError for an unknown path, a wrong shape, a value that does not fit.
     """
     base, out = Path(base_dir).absolute(), Path(out_dir).absolute()
     if out == base or base in out.parents or out in base.parents:
         raise UserError(f"{out}: cannot export into the base model {base} itself")
-    unet = base / "unet"
-    config = tensors.read_json(unet / "config.json")
-    entries = entries_by_path(unet, "unet", KINDS["unet"].build(config), variant)
-    unknown = sorted(set(changed) - set(entries))
-    if unknown:
-        raise UserError(f"{base}: its UNet has no parameter {unknown[0]!r}")
-    kept = set(tensors.weight_files(unet, KINDS["unet"].stem, variant))
+    entries, kept = {}, {}
+    for kind, arrays in by_component(changed).items():
+        if kind != "unet" and not arrays:
+            continue
+        found = entries_by_path(base / kind, kind, variant)
+        unknown = sorted(set(arrays) - set(found))
+        if unknown:
+            called = {"unet": "UNet", "text_encoder": "text encoder"}[kind]
+            raise UserError(f"{base}: its {called} has no parameter {unknown[0]!r}")
+        entries |= found
+        kept[kind] = set(tensors.weight_files(base / kind, KINDS[kind].stem, variant))
+    resized = _resized_table(changed, entries)
     with tensors.atomic_folder(out) as temp:
         left_out = _copy_model(base, temp, kept)
         if left_out:
             logging.warning("export leaves out %s", ", ".join(left_out))
         for path, array in changed.items():
             name, entry = entries[path]
+            file = temp / entry.file.relative_to(base)
+            if path in resized:
+                continue
             data = _encode(path, name, entry, array)
-            with (temp / entry.file.relative_to(base)).open("r+b") as f:
+            with file.open("r+b") as f:
                 f.seek(entry.begin)
                 f.write(data)
+        for path in resized:  # last: it moves what comes after it in its file
+            name, entry = entries[path]
+            _resize(temp / entry.file.relative_to(base), name, changed[path])
+        if tokenizer is not None:  # a file left of the old one would contradict it
+            shutil.rmtree(temp / "tokenizer")
+            tokenizer.save_pretrained(str(temp / "tokenizer"))
         if dtype is not None:
             for component in COMPONENTS:
                 for file in sorted((temp / component).glob("*.safetensors")):
                     _recast_file(file, dtype)
+
+
+def _resized_table(changed, entries):
+    """Returns (TOKEN_TABLE,) if it changed its number of rows, else ()."""
+    if TOKEN_TABLE not in changed:
+        return ()
+    old, new = entries[TOKEN_TABLE][1].shape, changed[TOKEN_TABLE].shape
+    return (TOKEN_TABLE,) if new != old and new[1:] == old[1:] else ()
+
+
+def _resize(file, name, table):
+    """Puts a token table of another number of rows into a text encoder's file."""
+
+    def replace(key, entry):
+        if key != name:
+            return _as_it_is(key, entry)
+        array = cast(name, np.asarray(jax.device_get(table)), entry.dtype)
+        return entry.dtype, array.shape, lambda: array
+
+    _rewrite_file(file, replace)
+    config = tensors.read_json(file.parent / "config.json")
+    text = json.dumps(config | {"vocab_size": len(table)}, indent=2, sort_keys=True)
+    (file.parent / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _encode(path, name, entry, array):
@@ -312,32 +381,40 @@ def cast(name, array, dtype):
 
 
 def _recast_file(file, dtype):
-    entries, aside = tensors.read_header(file), file.with_suffix(".cast")
+    def recast(name, entry):
+        known, shape, read = _as_it_is(name, entry)
+        if known in tensors.DTYPES:
+            known = dtype
+        return known, shape, lambda: cast(name, read(), dtype)
 
-    def write_as(name, entry):
-        known = dtype if entry.dtype in tensors.DTYPES else entry.dtype
+    _rewrite_file(file, recast)
 
-        def read():
-            array = tensors.read_tensor(name, entry, only_floats=False)
-            return cast(name, array, dtype)
 
-        return known, entry.shape, read
+def _as_it_is(name, entry):
+    def read():
+        return tensors.read_tensor(name, entry, only_floats=False)
 
+    return entry.dtype, entry.shape, read
+
+
+def _rewrite_file(file, change):
+    """Rewrites a safetensors file, its order kept; change: see `_as_it_is`."""
+    entries, aside = tensors.read_header(file), file.with_suffix(".new")
     by_place = sorted(entries.items(), key=lambda item: item[1].begin)
-    tensors.write_file(
-        aside,
-        {name: write_as(name, entry) for name, entry in by_place},
-        tensors.read_metadata(file),
-    )
+    table = {name: change(name, entry) for name, entry in by_place}
+    tensors.write_file(aside, table, tensors.read_metadata(file))
     aside.replace(file)
 
 
-def _copy_model(base, temp, unet_files):
-    """Copies what belongs to the pipeline; returns what was left out."""
+def _copy_model(base, temp, kept):
+    """Copies what belongs to the pipeline; returns what was left out.
+
+    Args: kept: component -> its weight files to copy; of others, all are.
+    """
     left_out = []
     for source in model_files(base):
         relative = source.relative_to(base)
-        if _is_left_out(source, relative, unet_files):
+        if _is_left_out(source, relative, kept):
             left_out.append(str(relative))
             continue
         target = temp / relative
@@ -362,14 +439,14 @@ def model_files(base):
     return files
 
 
-def _is_left_out(source, relative, unet_files):
+def _is_left_out(source, relative, kept):
     top, is_weight = relative.parts[0], source.suffix in WEIGHTS
     if len(relative.parts) == 1:
         return is_weight
-    if top == "unet":
+    if top in kept:
         if re.search(r"\.index(\.\w+)?\.json$", source.name):
-            return not set(tensors.shards(source)) <= unet_files
-        return is_weight and source not in unet_files
+            return not set(tensors.shards(source)) <= kept[top]
+        return is_weight and source not in kept[top]
     if source.suffix not in tensors.PICKLES:
         return False
     return top in COMPONENTS or any(source.parent.glob("*.safetensors"))

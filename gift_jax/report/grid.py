@@ -55,6 +55,33 @@ def save_grid(images, path, *, columns=8, row_labels=(), column_labels=(), cell=
     return path
 
 
+def save_sheet(images, path, columns=8):
+    """Writes uint8 "N H W 3" as one PNG without gaps, for `read_sheet`; returns path.
+
+    The last row is filled up with white.
+    """
+    images = np.asarray(images, np.uint8)
+    n, h, w, _ = images.shape
+    lines = -(-n // columns)
+    full = np.full((lines * columns, h, w, 3), 255, np.uint8)
+    full[:n] = images
+    full = full.reshape(lines, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(full.reshape(lines * h, columns * w, 3)).save(path)
+    return path
+
+
+def read_sheet(path, count, columns=8):
+    """Returns the first `count` pictures of a `save_sheet`, uint8 "N H W 3"."""
+    with Image.open(path) as sheet:
+        full = np.asarray(sheet.convert("RGB"))
+    lines = -(-count // columns)
+    h, w = full.shape[0] // lines, full.shape[1] // columns
+    full = full.reshape(lines, h, columns, w, 3).transpose(0, 2, 1, 3, 4)
+    return full.reshape(-1, h, w, 3)[:count]
+
+
 def _as_rows(images, columns):
     if hasattr(images, "ndim") and images.ndim == 4:
         images = np.asarray(images)

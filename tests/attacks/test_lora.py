@@ -135,3 +135,18 @@ def test_merged_weights_predict_what_the_step_applied(tiny, rng):
     ours, plain = applied(factors, unet), applied(nothing, unet)
     assert np.abs(ours - plain).max() > 1e-2
     np.testing.assert_allclose(applied(nothing, merged), ours, atol=1e-5)
+
+
+def test_torch_state_is_the_update_in_pytorchs_layout(unet, rng):
+    factors = random_factors(unet, 2, rng)
+    alpha, rank = 6.0, 2
+    state = lora.torch_state(factors, alpha / rank)
+    assert len(state) == 2 * len(factors)
+    after = lora.apply(unet, factors, alpha / rank)
+    name = "unet.block.attn2.to_out.0.lora"
+    down, up = state[f"{name}.down.weight"], state[f"{name}.up.weight"]
+    path = "block/attn2/to_out_0/kernel"
+    assert (down.shape[0], up.shape[1]) == (rank, rank)
+    delta_OI = np.asarray(after[path] - unet[path]).T
+    assert np.abs(delta_OI).max() > 1e-3
+    np.testing.assert_allclose(up @ down, delta_OI, atol=1e-6)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+from absl import logging
 
 from gift_jax.config import UserError
 from gift_jax.data import emoji
@@ -29,6 +30,23 @@ def test_pairs_filter_styles(pictures):
     assert set(data.styles) == {"noto"}
     assert data.concept_names == ("bomb", "lion")
     assert data.concept_ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "template", "count"),
+    [
+        (("bomb", "lion"), "{a_style} emoji of sks", 1),
+        (("bomb",), "{a_style} emoji of sks", 0),  # a word for it: the attacker's way
+        (("bomb", "lion"), "{a_style} emoji of {a_concept}", 0),
+    ],
+)
+def test_several_concepts_of_one_name_are_warned_of(
+    pictures, monkeypatch, names, template, count
+):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda *args: said.append(args))
+    pairs(ConceptSpec(names=names, template=template), pictures)
+    assert len(said) == count
 
 
 def test_pairs_know_what_may_be_mirrored(pictures):

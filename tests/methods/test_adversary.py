@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
@@ -14,9 +15,17 @@ from gift_jax.methods import adversary, gift
 
 KEY = jax.random.key(7)
 FULL = adversary.Settings(
-    kinds=("full",), steps_min=2, steps_max=2, lr_min=0.03, lr_max=0.03
+    kinds=("full",),
+    steps_min=2,
+    steps_max=2,
+    lr_min=0.03,
+    lr_max=0.03,
+    lora_lr_min=0.03,
+    lora_lr_max=0.03,
+    rank=2,
+    alpha=2.0,
 )
-LORA = dataclasses.replace(FULL, kinds=("lora",), rank=2, alpha=2.0)
+LORA = dataclasses.replace(FULL, kinds=("lora",))
 
 
 @pytest.fixture
@@ -102,7 +111,7 @@ def test_number_of_updates_kind_and_rate_are_drawn_from_their_ranges(toy):
     both = dataclasses.replace(LORA, kinds=("full", "lora"))
     paths = "block/proj_in/kernel", "block/attn1/to_q/kernel"
     kinds = set()
-    for seed in range(8):
+    for seed in range(8):  # full and lora have ranges of their own
         attacked = simulate(toy, both, jax.random.key(seed))
         kinds.add(tuple(bool((attacked[p] != whole(toy)[p]).any()) for p in paths))
     assert kinds == {(True, True), (False, True)}
@@ -190,10 +199,92 @@ def test_adversary_composes_with_every_gradient(toy, gradient):
 def test_lora_simulated_is_the_attacks_own(toy):
     """With no update the factors' product is zero: the UNet as it was."""
     still = dataclasses.replace(
-        LORA, steps_min=0, steps_max=1, lr_min=1e-30, lr_max=1e-30
+        LORA, steps_min=0, steps_max=1, lora_lr_min=1e-30, lora_lr_max=1e-30
     )
     attacked = simulate(toy, still)
     for name, array in whole(toy).items():
         np.testing.assert_array_equal(attacked[name], array)
     factors = lora.init(KEY, whole(toy), 2)
     assert set(factors) == {k for k in whole(toy) if "/attn" in k}
+
+
+# --- an attack that goes on from step to step -----------------------------------------
+
+PURSUED = dataclasses.replace(FULL, horizon=4, safe_weight=0.0)
+
+
+def pursued(toy, s, count):
+    """The first state and those after each of `count` steps with an attacker."""
+    tx = optax.sgd(0.0)
+    state, step = toy.step(tx, tx, cap=100.0, attack=s)
+    attacker = adversary.start(whole(toy))
+    state = state.replace(opt=state.opt | {"attacker": attacker})
+    states = [state]
+    for _ in range(count):
+        states.append(step(states[-1], toy.frozen, toy.batch, KEY)[0])
+    return states
+
+
+def test_attack_goes_on_until_it_starts_anew(toy):
+    """Without training, the shift grows, and now and then is that of a first step."""
+    states = pursued(toy, PURSUED, 24)
+    path = "block/proj_in/kernel"
+    counts = [int(state.opt["attacker"]["opt"].count) for state in states]
+    sizes = [
+        float(np.abs(state.opt["attacker"]["shift"][path]).max()) for state in states
+    ]
+    assert counts[0] == 0 and sizes[0] == 0.0
+    assert all(b in (a + 2, 2) for a, b in zip(counts, counts[1:], strict=False))
+    fresh = counts[1:].count(2)
+    assert 2 <= fresh <= 14  # every fourth step on average
+    assert max(counts) >= 6
+    assert max(sizes) > 1.5 * min(sizes[1:])
+    long = dataclasses.replace(PURSUED, horizon=10**6)
+    counts = [int(s.opt["attacker"]["opt"].count) for s in pursued(toy, long, 6)]
+    assert counts == [0, 2, 4, 6, 8, 10, 12]
+
+
+def test_long_attack_is_adam_from_where_the_model_stands(toy):
+    """Two steps of two updates are the four that the attack alone takes."""
+    s = dataclasses.replace(PURSUED, horizon=10**6)
+    shift = pursued(toy, s, 2)[-1].opt["attacker"]["shift"]
+    unet, adam = whole(toy), optax.adam(0.03)
+    opt = adam.init(unet)
+    for step in range(2):
+        _, k_upper = jax.random.split(jax.random.fold_in(KEY, step))
+        k_attack = jax.random.split(jax.random.fold_in(k_upper, 1), 4)[3]
+        for k in jax.random.split(k_attack, 2):
+
+            def loss_fn(unet, k=k):
+                nested = unflatten_dict(unet, sep="/")
+                args = nested, toy.frozen["abar"], toy.batch["harmful"], k
+                return jnp.mean(toy.denoiser.losses(*args)[0])
+
+            updates, opt = adam.update(jax.grad(loss_fn)(unet), opt)
+            unet = optax.apply_updates(unet, updates)
+    for name, start in whole(toy).items():
+        assert np.abs(unet[name] - start).max() > 0.05
+        np.testing.assert_allclose(shift[name], unet[name] - start, atol=2e-5)
+
+
+def test_upper_level_is_taken_where_the_long_attack_has_led(toy):
+    s = dataclasses.replace(PURSUED, horizon=10**6)
+    sgd = optax.sgd(1.0)
+    state, step = toy.step(optax.sgd(0.0), sgd, cap=100.0, beta=0.0, attack=s)
+    attacker = adversary.start(whole(toy))
+    state = state.replace(opt=state.opt | {"attacker": attacker})
+    new, _ = step(state, toy.frozen, toy.batch, KEY)
+    shift = new.opt["attacker"]["shift"]
+    _, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
+    plain = gift.make_upper_loss(toy.denoiser, gift.Settings(beta=0.0, cap=100.0))
+    frozen = {n: a + shift[n] for n, a in toy.frozen["unet"].items()}
+    there = {n: a + shift[n] for n, a in toy.params.items()}
+    grads, here = (
+        jax.grad(plain, has_aux=True)(
+            params, toy.frozen | {"unet": rest}, toy.batch["harmful"], k_upper
+        )[0]
+        for params, rest in ((there, frozen), (toy.params, toy.frozen["unet"]))
+    )
+    assert any(np.abs(grads[n] - here[n]).max() > 1e-2 for n in grads)
+    for name, start in toy.params.items():
+        np.testing.assert_allclose(start - new.params[name], grads[name], atol=1e-5)

@@ -132,6 +132,35 @@ def write_variant(folder, variant, value, shards=1):
         safetensors.numpy.save_file(part, unet / file)
 
 
+def test_export_replaces_text_tensors_and_leaves_their_variants_out(
+    folder, tiny, tmp_path
+):
+    text = folder / "text_encoder"
+    copy = (text / "model.safetensors").read_bytes()
+    (text / "model.fp16.safetensors").write_bytes(copy)
+    table = np.zeros((600, 32), np.float32)  # more rows than the base's
+    norm = "text_model/final_layer_norm/scale"
+    changed = {weights.TOKEN_TABLE: table, norm: np.full(32, 2.0, np.float32)}
+    weights.export(folder, changed, tmp_path / "out", dtype="F16")
+    out = tmp_path / "out" / "text_encoder"
+    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors"}
+    module, params, _ = weights.load_component(out, "text_encoder")
+    assert module.config.vocab_size == 600
+    flat = flatten_dict(params, sep="/")
+    assert flat[weights.TOKEN_TABLE].shape == (600, 32)
+    assert np.all(flat[norm] == 2.0)
+    before = flatten_dict(tiny.params["text_encoder"], sep="/")
+    for path in before.keys() - changed.keys():
+        expected = np.asarray(before[path], np.float16).astype(np.float32)
+        np.testing.assert_array_equal(flat[path], expected)
+    wrong = {weights.TOKEN_TABLE: np.zeros((600, 31), np.float32)}
+    with pytest.raises(UserError, match="has PyTorch shape .600, 31."):
+        weights.export(folder, wrong, tmp_path / "wrong")
+    with pytest.raises(UserError, match="its text encoder has no parameter"):
+        weights.export(folder, {"text_model/x": table}, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_load_and_export_take_the_variant_asked_for(folder, tmp_path, shards):
     write_variant(folder, "fp16", 0.125, shards)

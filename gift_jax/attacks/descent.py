@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step that every attack takes: one update of one optimizer down one loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from gift_jax import losses
+from gift_jax.loop import Step
+
+# (trained parameters, frozen, batch, key) -> (scalar loss, further scalars to log)
+Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_step(loss_fn: Loss, tx: optax.GradientTransformation) -> Step:
+    """Returns the step: state.params go down `loss_fn`; state.opt is {"attack"}.
+
+    Logs attack/loss, attack/grad_norm (before clipping) and what `loss_fn` adds.
+    """
+
+    def attack_step(state, frozen, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, others), grads = grad_fn(state.params, frozen, batch, key)
+        updates, opt = tx.update(grads, state.opt["attack"], state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"attack/loss": loss, "attack/grad_norm": losses.global_norm(grads)}
+        state = state.replace(step=state.step + 1, params=params, opt={"attack": opt})
+        return state, metrics | others
+
+    return attack_step

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DreamBooth's step: what trains, prior preservation, the text encoder in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_denoiser
+from flax.traverse_util import unflatten_dict
+
+from gift_jax import loop
+from gift_jax.attacks import dreambooth
+
+KEY = jax.random.key(4)
+TABLE = "text_model/table"
+
+
+def start(params, tx):
+    return loop.init_state(params, {"attack": tx.init(params)})
+
+
+def encode(text, ids):
+    return text["text_model"]["table"][ids]
+
+
+def taken(params, batch, tx=None, **options):
+    """Returns (state after a step, metrics) of the toy model."""
+    tx = tx or optax.sgd(0.1)
+    make = dreambooth.make_step(toy_denoiser.denoiser(), tx, **options)
+    frozen = {"abar": toy_denoiser.abar()}
+    return jax.jit(make)(start(params, tx), frozen, batch, KEY)
+
+
+@pytest.fixture
+def batch():
+    """Instance and prior pairs, of different numbers."""
+    return {
+        "attack": toy_denoiser.batch(4),
+        "prior": toy_denoiser.batch(2, seed=1),
+    }
+
+
+def test_step_trains_every_parameter_of_the_unet(batch):
+    params = toy_denoiser.params()
+    new, metrics = taken(params, batch)
+    assert set(metrics) == {"attack/loss", "attack/grad_norm"}
+    for path, before in params.items():
+        assert np.abs(new.params[path] - before).max() > 1e-5, path
+
+
+def test_prior_loss_is_added_with_its_weight_each_a_mean_of_its_own(batch):
+    params = toy_denoiser.params()
+    tx = optax.sgd(1.0)
+    alone, _ = taken(params, batch, tx)
+    _, metrics = taken(params, batch, tx, prior_weight=0.5)
+    instance, prior = (
+        float(metrics[f"attack/{n}_loss"]) for n in ("instance", "prior")
+    )
+    assert abs(instance - prior) > 1e-2
+    np.testing.assert_allclose(
+        metrics["attack/loss"], instance + 0.5 * prior, rtol=1e-6
+    )
+    one, _ = taken(params, batch, tx, prior_weight=1.0)
+    two, _ = taken(params, batch, tx, prior_weight=2.0)
+    differs = 0.0
+    for path in params:  # SGD at rate 1: each step is minus the gradient
+        first = one.params[path] - alone.params[path]
+        second = two.params[path] - one.params[path]
+        np.testing.assert_allclose(first, second, atol=1e-5)
+        differs = max(differs, float(np.abs(first).max()))
+    assert differs > 1e-3
+    # a mean: the same pairs twice weigh no more
+    doubled = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch["prior"])
+    _, again = taken(params, batch | {"prior": doubled}, prior_weight=0.5)
+    assert float(again["attack/prior_loss"]) < 1.6 * prior
+
+
+def test_text_encoder_trains_through_the_ids(batch, rng):
+    table = jnp.asarray(rng.normal(size=(7, toy_denoiser.D)), jnp.float32)
+    ids = jnp.asarray([[1, 2, 3]] * 4)
+    pairs = {k: v for k, v in batch["attack"].items() if k != "text"} | {"ids": ids}
+    params = toy_denoiser.params() | {TABLE: table}
+    new, metrics = taken(params, {"attack": pairs}, encode=encode)
+    moved = np.abs(new.params[TABLE] - table).max(axis=1)
+    assert (moved[1:4] > 0).all() and not moved[[0, 4, 5, 6]].any()
+    unet = unflatten_dict({k: v for k, v in params.items() if k != TABLE}, sep="/")
+    k_instance, _ = jax.random.split(jax.random.fold_in(KEY, 0))
+    losses = toy_denoiser.denoiser().losses(
+        unet, toy_denoiser.abar(), pairs | {"text": table[ids]}, k_instance
+    )[0]
+    np.testing.assert_allclose(metrics["attack/loss"], losses.mean(), rtol=1e-5)
