@@ -148,6 +148,32 @@ def attack() -> ConfigDict:
     return c.lock()
 
 
+def evaluate() -> ConfigDict:
+    """Returns the config of `python -m gift_jax.evaluate`."""
+    c = _job("evaluate", seed=0)
+    for field in ("steps", "log_every", "checkpoint_every", "keep"):
+        del c[field]
+    c.samples.num = 25  # uncurated, of each prompt
+    c.references = pairs()  # real pictures of what the prompts ask for; or no source
+    c.training = pairs()  # what the model was last trained on; or no source
+    c.right = ("",)[:0]  # what a classifier may say; (): the names of the references
+    c.trait = "thing"  # or style: what those names are of
+    c.panel = panel()
+    return c.lock()
+
+
+def panel() -> ConfigDict:
+    """Returns the fields that say how pictures are measured, see metrics/panel.py."""
+    c = ConfigDict()
+    c.metrics = ("recognition",)
+    c.backbones = ("judge",)  # or folders, or hub ids, of CLIP, DINO, DINOv2
+    c.protocols = ("standard",)  # or imma-64px, or both side by side
+    c.classifier = "judge"  # of the embedded world
+    c.lpips = ""  # file with LPIPS's weights, or the folder that it is in
+    c.nudity_threshold = 0.45
+    return c
+
+
 def _job(name: str, seed: int) -> ConfigDict:
     c = ConfigDict()
     c.name = name  # word in the progress line

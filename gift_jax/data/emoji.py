@@ -81,13 +81,20 @@ def unseen_concepts(concepts):
 
 
 def load(cache_dir=None):
-    """Returns the embedded set as one `Emoji`, preparing it on the first call.
+    """Returns the embedded set as one `Emoji`: prepared once, read once a process.
 
     Args: cache_dir: where the prepared records live; by default the folder that the
       environment variable GIFT_JAX_CACHE names, else ~/.cache/gift_jax.
     Raises: UserError if that folder cannot be written.
     """
     from gift_jax.data import emoji_builder  # imports tensorflow_datasets: slow
+
+    return _read(emoji_builder.cache_root(cache_dir).parent)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(cache_dir):
+    from gift_jax.data import emoji_builder
 
     source = emoji_builder.data_source(cache_dir)
     rows = [source[i] for i in range(len(source))]

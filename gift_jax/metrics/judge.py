@@ -6,6 +6,7 @@ its name's embedding is the nearest of all names to the picture's.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -58,8 +59,9 @@ class Judge:
         return float(np.mean(named == self.concepts.index(concept)))
 
 
+@functools.lru_cache(maxsize=2)
 def load(folder: pathlib.Path = FOLDER) -> Judge:
-    """Returns the judge in a CLIPModel folder with its tokenizer.
+    """Returns the judge in a CLIPModel folder with its tokenizer; loaded once.
 
     Raises: UserError if the folder or one of its files is missing or malformed.
     """

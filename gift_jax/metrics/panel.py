@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A panel of metrics: loaded once, asked about one set of pictures after another."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gift_jax import config
+from gift_jax.config import UserError
+from gift_jax.metrics import (
+    backbone,
+    classifier,
+    distribution,
+    lpips,
+    nudity,
+    quality,
+    similarity,
+)
+from gift_jax.metrics.value import MissingWeights, Value
+
+TRAITS = classifier.TRAITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Exhibit:
+    """Pictures, and what they are judged against.
+
+    Attributes: images: uint8 "N H W 3". prompts: N, what each should show, in words.
+      right: N sets of names, any of which a classifier may say. trait: of `TRAITS`,
+      what the names are of. references: uint8 "R H W 3", real pictures of it. training:
+      uint8 "T H W 3", what the model was last trained on. Any but the images may be
+      missing (None): the metrics that need it are skipped.
+    """
+
+    images: np.ndarray
+    prompts: Sequence[str] | None = None
+    right: Sequence[Collection[str]] | None = None
+    trait: str = "thing"
+    references: np.ndarray | None = None
+    training: np.ndarray | None = None
+
+    def replace(self, **changes: Any) -> "Exhibit":
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+Metric = Callable[[Exhibit], Iterator[Value]]
+
+
+class Panel:
+    """Metrics by name.
+
+    Attributes: skipped: {metric: why}, of those whose weights or packages are missing.
+      said: {name of a Value: {"higher", "how"}}, of what was measured so far.
+
+    Args: cfg: `fields.panel()`. natural: uint8 "N H W 3", pictures to fit niqe's idea
+      of quality on; None: it is skipped.
+    Raises: UserError for an unknown metric, protocol or classifier.
+    """
+
+    def __init__(self, cfg: Any, natural: np.ndarray | None = None):
+        self.cfg, self.natural = cfg, natural
+        self.skipped: dict[str, str] = {}
+        self.said: dict[str, dict[str, Any]] = {}
+        self._backbones: dict[tuple[str, str], backbone.Backbone] = {}
+        self._metrics: dict[str, Metric] = {}
+        for name in cfg.metrics:
+            config.choice("config.panel.metrics", name, tuple(METRICS))
+            with self._skipping(name):
+                self._metrics[name] = METRICS[name](self)
+
+    def measure(self, exhibit: Exhibit) -> list[Value]:
+        """Returns the values of every metric that can be had."""
+        values = []
+        for name, metric in self._metrics.items():
+            missing = [n for n in NEEDS[name] if getattr(exhibit, n) is None]
+            if missing:
+                self._skip(name, f"these pictures have no {missing[0]}")
+                continue
+            values += metric(exhibit)
+        for value in values:
+            self.said[value.name] = {"higher": value.higher, "how": value.how}
+        return values
+
+    def backbones(self, metric: str) -> list[backbone.Backbone]:
+        """Returns the configured backbones in each protocol, loaded once."""
+        found = []
+        for spec in self.cfg.backbones:
+            for protocol in self.cfg.protocols:
+                if (spec, protocol) == ("judge", "imma-64px"):
+                    continue  # the judge has one way to take pictures
+                with self._skipping(f"{metric} by {spec}"):
+                    key = spec, protocol
+                    if key not in self._backbones:
+                        self._backbones[key] = backbone.load(spec, protocol)
+                    found.append(self._backbones[key])
+        return found
+
+    def _skip(self, name: str, why: str) -> None:
+        if name not in self.skipped:
+            logging.warning("skipped %s: %s", name, why)
+        self.skipped[name] = why
+
+    def _skipping(self, name: str) -> "_Skipping":
+        return _Skipping(self._skip, name)
+
+
+@dataclasses.dataclass
+class _Skipping:
+    """Turns a MissingWeights into a note."""
+
+    skip: Callable[[str, str], None]
+    name: str
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, _) -> bool:
+        if not isinstance(error, MissingWeights):
+            return False
+        self.skip(self.name, str(error))
+        return True
+
+
+# --- the metrics ----------------------------------------------------------------------
+
+
+def _recognition(panel: Panel) -> Metric:
+    judges = {trait: classifier.load(panel.cfg.classifier, trait) for trait in TRAITS}
+
+    def measure(x: Exhibit) -> Iterator[Value]:
+        yield classifier.recognition(judges[x.trait], x.images, x.right)
+
+    return measure
+
+
+def _by_backbone(name: str, of: Callable[[Any, Exhibit], Value]) -> Callable:
+    def build(panel: Panel) -> Metric:
+        backbones = panel.backbones(name)
+        if name == "clip_score":
+            backbones = [b for b in backbones if b.texts is not None]
+
+        def measure(x: Exhibit) -> Iterator[Value]:
+            yield from (_marked(of(b, x), b.protocol) for b in backbones)
+
+        return measure
+
+    return build
+
+
+def _marked(value: Value, protocol: str) -> Value:
+    """Returns the value under a name of its own where the protocol is not usual."""
+    if protocol == "standard":
+        return value
+    return dataclasses.replace(value, name=f"{value.name} {protocol}")
+
+
+def _lpips(panel: Panel) -> Metric:
+    distances = [
+        lpips.load(panel.cfg.lpips or None, protocol=protocol)
+        for protocol in panel.cfg.protocols
+    ]
+    return lambda x: (
+        _marked(value, distance.how["protocol"])
+        for distance in distances
+        for value in _apart(distance, x)
+    )
+
+
+def _judge_distance(panel: Panel) -> Metric:
+    distance = lpips.judge_distance()
+    return lambda x: iter(_apart(distance, x))
+
+
+def _apart(distance: lpips.Distance, x: Exhibit) -> list[Value]:
+    values = [lpips.pairs(distance, x.images, x.references).mean()]
+    if x.training is not None:
+        values.append(lpips.pairs(distance, x.images, x.training).nearest())
+    return values
+
+
+def _nudity(panel: Panel) -> Metric:
+    detector, cut = nudity.load(), panel.cfg.nudity_threshold
+    return lambda x: iter([nudity.exposed(detector, x.images, cut)])
+
+
+def _niqe(panel: Panel) -> Metric:
+    if panel.natural is None:
+        raise MissingWeights("no pictures to fit it on were given")
+    natural = quality.fit(panel.natural)
+    return lambda x: iter([quality.niqe(natural, x.images)])
+
+
+def _sharpness(panel: Panel) -> Metric:
+    return lambda x: iter([quality.sharpness(x.images)])
+
+
+def _features(measure: Callable) -> Callable[[Any, Exhibit], Any]:
+    def of(b: backbone.Backbone, x: Exhibit) -> Any:
+        return measure(b.images(x.references), b.images(x.images), b.how)
+
+    return of
+
+
+def _precision_recall(panel: Panel) -> Metric:
+    backbones = panel.backbones("precision_recall")
+    of = _features(distribution.precision_recall)
+    return lambda x: (_marked(v, b.protocol) for b in backbones for v in of(b, x))
+
+
+METRICS: dict[str, Callable[[Panel], Metric]] = {
+    "recognition": _recognition,
+    "clip_score": _by_backbone(
+        "clip_score", lambda b, x: similarity.text_image(b, x.images, x.prompts)
+    ),
+    "similarity": _by_backbone(
+        "similarity", lambda b, x: similarity.image_image(b, x.images, x.references)
+    ),
+    "nearest": _by_backbone(
+        "nearest", lambda b, x: similarity.nearest(b, x.images, x.training)
+    ),
+    "lpips": _lpips,
+    "judge_distance": _judge_distance,
+    "nudity": _nudity,
+    "fid": _by_backbone("fid", _features(distribution.fid)),
+    "kid": _by_backbone("kid", _features(distribution.kid)),
+    "precision_recall": _precision_recall,
+    "niqe": _niqe,
+    "sharpness": _sharpness,
+}
+NEEDS = {name: ("references",) for name in METRICS} | {
+    "recognition": ("right",),
+    "clip_score": ("prompts",),
+    "nearest": ("training",),
+    **{name: () for name in ("nudity", "niqe", "sharpness")},
+}
+
+
+def check(cfg: Any, field: str = "config.panel") -> None:
+    """Raises UserError naming the field of a `fields.panel()`, nothing loaded."""
+    for name in cfg.metrics:
+        config.choice(f"{field}.metrics", name, tuple(METRICS))
+    for protocol in cfg.protocols:
+        config.choice(f"{field}.protocols", protocol, backbone.PROTOCOLS)
+    if not nudity.LEAST <= cfg.nudity_threshold < 1:
+        raise UserError(
+            f"{field}.nudity_threshold={cfg.nudity_threshold} must be in "
+            f"[{nudity.LEAST}, 1); try {field}.nudity_threshold={nudity.THRESHOLD}"
+        )
