@@ -79,6 +79,7 @@ def parse(
 _MARKS = {
     "train": "harmful",
     "attack": "lora",
+    "evaluate": "references",
     "benchmark": "methods",
     "pretrain": "clip",
 }

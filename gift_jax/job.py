@@ -26,12 +26,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCHEDULES = ("constant", "cosine")
 
 
-# What every job's config has, and the least that it may be.
+# What the config of every job has, and of every job that trains; the least it may be.
+_LEAST_OF_TRAINING = {"steps": 0, "log_every": 1, "checkpoint_every": 0, "keep": 1}
 _LEAST = {
-    "steps": 0,
-    "log_every": 1,
-    "checkpoint_every": 0,
-    "keep": 1,
     "cpu_devices": 1,
     "seed": 0,
     "resolution": 0,
@@ -60,10 +57,11 @@ _PAIRS = tuple(
 def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
     """Checks what every job's config has, before data or compilation.
 
-    Args: data, optimizers: names of the config's groups.
+    Args: data, optimizers: names of the config's groups; a job without optimizers does
+      not train.
     Raises: UserError naming the field.
     """
-    for field, low in _LEAST.items():
+    for field, low in (_LEAST | (_LEAST_OF_TRAINING if optimizers else {})).items():
         value = cfg
         for name in field.split("."):
             value = value[name]
