@@ -12,14 +12,14 @@ load_textual_inversion.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import numpy as np
 
 from gift_jax import config, job, loop, offences, samples, sharding
-from gift_jax.models import tensors, weights
+from gift_jax.models import stable_diffusion, tensors, weights
 
 
 def check(cfg) -> None:
@@ -49,26 +49,42 @@ def _sample_steps(cfg) -> frozenset[int]:
     return frozenset(steps)
 
 
+# (steps taken, the model as attacked so far) -> None
+Look = Callable[[int, stable_diffusion.StableDiffusion], None]
+
+
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Attacks cfg.model; returns the folder of the exported model."""
-    plan, params = train(cfg, workdir)
+    folder = workdir / "samples"
+
+    def look(step, model):
+        path = folder / f"step_{step:06d}.png"
+        if not path.exists():  # of a run that was stopped after it
+            _draw(cfg, model, path)
+
+    at = _sample_steps(cfg) if cfg.samples.num else frozenset()
+    plan, params = train(cfg, workdir, at=at, look=look)
     for name, arrays in plan.files(params).items():
         _write(workdir / name, arrays)
-    job.export(plan.model, plan.changed(params), workdir / "export", plan.tokenizer)
+    changed = plan.changed(params)
+    job.export(plan.model, changed, workdir / "export", plan.tokenizer)
     if cfg.samples.num:
-        _draw(cfg, plan, params, workdir / "samples" / "after.png", again=True)
+        _draw(cfg, offences.attacked(plan.model, changed), folder / "after.png")
     return workdir / "export"
 
 
 def train(
     cfg,
     workdir: pathlib.Path,
+    *,
     shared: Callable[[offences.Plan], loop.Step] = lambda plan: plan.step,
+    at: Collection[int] = (),
+    look: Look = lambda step, model: None,
 ) -> tuple[offences.Plan, Any]:
     """Takes the steps of an attack on cfg.model.
 
     Args: shared: plan -> the step to take: its own, or an equal one that an earlier
-      run has compiled.
+      run has compiled. at: after how many steps to call `look`; 0 is before the first.
     Returns: the plan and the trained parameters, NumPy arrays.
     """
     check(cfg)
@@ -84,16 +100,15 @@ def train(
     offences.check_prompts(cfg, data["data"])
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     batches = _batches(cfg, plan, data)
-    folder = workdir / "samples"
-    at = loop.Call(
-        _sample_steps(cfg) if cfg.samples.num else (),
-        lambda step, state: _draw(
-            cfg, plan, state.params, folder / f"step_{step:06d}.png"
-        ),
-    )
+
+    def call(step, state):
+        changed = plan.changed(jax.device_get(state.params))
+        look(step, offences.attacked(plan.model, changed))
+
+    calls = (loop.Call(at, call),)
     state = loop.init_state(plan.params, plan.opt)
     state = job.run_loop(
-        mesh, state, shared(plan), plan.frozen, batches, cfg, workdir, "attack", (at,)
+        mesh, state, shared(plan), plan.frozen, batches, cfg, workdir, "attack", calls
     )
     return plan, jax.device_get(state.params)
 
@@ -111,12 +126,9 @@ def _batches(cfg, plan: offences.Plan, data) -> loop.Batches:
     return job.batches(sources, sizes, cfg, "attack")
 
 
-def _draw(cfg, plan: offences.Plan, params, path: pathlib.Path, again=False) -> None:
-    """Draws the prompts with trained parameters; a file that is there only `again`."""
-    if again or not path.exists():  # of a run that was stopped after it
-        model = offences.attacked(plan.model, plan.changed(jax.device_get(params)))
-        unet = model.params["unet"]
-        samples.save_grid(model, unet, cfg.samples.prompts, cfg.samples, path)
+def _draw(cfg, model, path: pathlib.Path) -> None:
+    unet, how = model.params["unet"], cfg.samples
+    samples.save_grid(model, unet, how.prompts, how, path)
 
 
 def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

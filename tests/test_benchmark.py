@@ -4,12 +4,10 @@
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
-from gift_jax import attack, benchmark, config
+from gift_jax import attack, benchmark, config, loop, matrix
 from gift_jax.config import UserError
-from gift_jax.data import emoji
 from gift_jax.report import grid
 
 CONFIG = pathlib.Path(benchmark.__file__).parents[1] / "configs" / "emoji_benchmark.py"
@@ -28,141 +26,152 @@ def main(workdir, *flags, variant=":smoke"):
     return json.loads((workdir / "results.json").read_text())
 
 
-def test_smoke_does_each_cell_once_and_goes_on(tmp_path, monkeypatch, capsys):
-    stopped = benchmark.Bench.do
-    done = []
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmark")
 
-    def do(self, cell):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(cell)
-        return stopped(self, cell)
 
-    monkeypatch.setattr(benchmark.Bench, "do", do)
-    with pytest.raises(KeyboardInterrupt):
-        main(tmp_path)
-    assert not (tmp_path / "results.json").exists()
-    compiled = []
-    train = attack.train
+@pytest.fixture
+def smoke(folder, monkeypatch, capsys):
+    """(results, cells done after an interruption, steps used, what was printed)."""
+    if not (folder / "results.json").exists():
+        _interrupted(folder, monkeypatch)
+    done, compiled = [], []
+    do, train = benchmark.Bench.do, attack.train
 
-    def spy(cfg, workdir, shared):
+    def spy(cfg, workdir, *, shared, **others):
         def noted(plan):
             compiled.append(shared(plan))
             return compiled[-1]
 
-        return train(cfg, workdir, noted)
+        return train(cfg, workdir, shared=noted, **others)
 
     monkeypatch.setattr(attack, "train", spy)
-    done.clear()
-    monkeypatch.setattr(
-        benchmark.Bench, "do", lambda *a: done.append(a[1]) or stopped(*a)
-    )
-    results = main(tmp_path)
-    every = benchmark.cells(config.load(f"{CONFIG}:smoke"))
-    assert len(every) == 10 and done == every[3:]
+    monkeypatch.setattr(benchmark.Bench, "do", lambda *a: done.append(a[1]) or do(*a))
+    return main(folder), done, compiled, capsys.readouterr().out
+
+
+def _interrupted(folder, monkeypatch):
+    """Leaves three cells done, and a fourth stopped after its first look."""
+    with monkeypatch.context() as patch:
+        judged, drawn = benchmark.Bench._judged, []
+
+        def stop(self, cell, model, step):
+            if len(drawn) == 4:
+                raise KeyboardInterrupt
+            drawn.append((cell, step))
+            return judged(self, cell, model, step)
+
+        patch.setattr(benchmark.Bench, "_judged", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(folder)
+    assert [step for _, step in drawn] == [0, 1, 2, 0]
+    assert not (folder / "results.json").exists()
+
+
+def test_each_cell_is_done_once_and_looked_at_along_the_way(smoke, folder):
+    results, done, compiled, out = smoke
+    every = matrix.Matrix(config.load(f"{CONFIG}:smoke")).cells
+    assert len(every) == len(results["cells"]) == 10
+    assert done == every[3:]
     assert len(compiled) > 1 and len(set(map(id, compiled))) == 1  # one program
-    assert len(results["cells"]) == 10
     for cell, found in zip(every, results["cells"], strict=True):
         assert found["method"] == cell.method and found["side"] == cell.side
-        assert len(found["things"]) == found["num"] == 2
-        assert found["recognised"] in (0.0, 0.5, 1.0)
+        steps = [0] if cell.attack == "before" else [1, 2]
+        assert [point["step"] for point in found["points"]] == steps
         assert ("step_s" in found) == (cell.attack != "before")
-    sheets = {
-        cell: grid.read_sheet(tmp_path / cell.folder / "samples.png", 2)
-        for cell in every
+        for point in found["points"]:
+            assert len(point["things"]) == len(point["samples"]["judge_i"]) == 2
+            assert point["values"]["recognition"] in (0.0, 0.5, 1.0)
+            assert grid.read_sheet(folder / point["sheet"], 2).shape == (2, 64, 64, 3)
+    sheets = [
+        grid.read_sheet(folder / found["points"][-1]["sheet"], 2)
+        for found in results["cells"]
+        if found["side"] == "harmful"
+    ]
+    assert all((sheets[0] != other).any() for other in sheets[1:])  # models differ
+    assert not list(folder.rglob("checkpoints")) + list(folder.rglob("points"))
+    for side in matrix.SIDES:
+        assert (folder / f"bomb_{side}.png").exists()
+
+
+def test_results_say_how_they_were_made_and_what_was_taken(smoke, folder):
+    results, _, _, _ = smoke
+    text = (folder / "results.md").read_text()
+    assert "| side, attack | original | uce |" in text
+    assert results["command"].startswith("python -m gift_jax.benchmark --config=")
+    how = results["metrics"]["judge_i"]["how"]
+    assert {"backbone", "version", "resolution"} <= set(how)
+    assert results["config"]["samples"]["seed"] == 2 and results["versions"]["jax"]
+    assert {(r["method"], r["metric"], r["over"]) for r in results["summary"]} == {
+        ("uce", metric, over)
+        for metric in ("recognition", "judge_i")
+        for over in ("mean", "peak", "final")
     }
-    bomb = [sheets[c] for c in every if c.side == "harmful"]
-    assert all(
-        (bomb[0] != other).any() for other in bomb[1:]
-    )  # each model draws its own
-    assert {p.name for p in tmp_path.glob("bomb_*.png")} == {
-        "bomb_harmful.png",
-        "bomb_benign.png",
-        "bomb_kept.png",
-    }
-    assert not list(tmp_path.rglob("checkpoints"))
-    text = (tmp_path / "results.md").read_text()
-    assert (
-        "| side, attack | original | uce |" in text and text in capsys.readouterr().out
+    by = {(c["method"], c["side"], c["attack"]): c for c in results["cells"]}
+    arms = [
+        by[method, "harmful", "lora"]["points"][-1]["values"]["judge_i"]
+        for method in ("original", "uce")
+    ]
+    (row,) = (
+        r
+        for r in results["summary"]
+        if r["metric"] == "judge_i" and r["over"] == "final"
     )
-
-    done.clear()
-    assert main(tmp_path) == results and not done
-    with pytest.raises(UserError, match="another config .samples.seed was 2, is 3"):
-        main(tmp_path, "--config.samples.seed=3")
-    with pytest.raises(UserError, match="another config .attack.steps was 2, is 3"):
-        main(tmp_path, "--config.common.attack.steps=3")
+    assert arms[0] != arms[1] and arms[0] > 0
+    expected = 1 - max(0.0, arms[1]) / arms[0]
+    assert row["harmful"]["value"] == pytest.approx(expected, abs=1e-4)
 
 
-def cell(**fields):
-    base = dict(concept="bomb", method="gift", side="harmful", attack="lora")
-    return benchmark.Cell(**base | fields)
+def test_same_command_does_nothing_more_and_other_settings_are_refused(smoke, folder):
+    results, _, _, _ = smoke
+    again = main(folder)
+    assert again == results
+    for flag, told in (
+        ("samples.seed=3", "samples.seed was 2, is 3"),
+        ("common.attack.steps=3", "attack.steps was 2, is 3"),
+        ("panel.metrics=niqe", "panel.metrics was"),
+    ):
+        with pytest.raises(UserError, match=f"another config .*{told}"):
+            main(folder, f"--config.{flag}")
 
 
-def test_style_is_kept_from_the_safe_pictures_and_learned_by_its_own_word():
-    cfg = config.load(str(CONFIG))
-    c = benchmark.defence_config(cfg, cell(concept="fluent"))
-    assert tuple(c.harmful.styles) == ("fluent",)
-    assert set(c.safe.styles) == set(emoji.STYLES) - {"fluent"}
-    c = benchmark.attack_config(cfg, cell(concept="fluent", attack="textual_inversion"))
-    assert c.data.template == "a <thing> emoji of {a_concept}"
-    assert tuple(c.data.styles) == ("fluent",)
-    c = benchmark.attack_config(
-        cfg, cell(concept="fluent", attack="textual_inversion", side="benign")
-    )
-    assert c.data.template == "{a_style} emoji of <thing>"
-    assert "fluent" not in c.data.styles
+def test_what_there_is_to_do_is_counted_first():
+    jobs = matrix.Matrix(config.load(f"{CONFIG}:smoke"))
+    told = benchmark.told_size(jobs, jobs.cells)
+    # UCE takes none; lora on two models and two sides, 2 steps each, two looks; and
+    # six looks before
+    assert told == "0 steps of defence, 8 of attack, 28 pictures to draw"
 
 
-def test_rate_three_times_as_high_and_nothing_else():
-    cfg = config.load(str(CONFIG))
-    for name in ("dreambooth", "lora"):
-        one, three = (
-            benchmark.attack_config(cfg, cell(attack=name + suffix))
-            for suffix in ("", "_x3")
-        )
-        assert three.optimizer.lr == pytest.approx(3 * one.optimizer.lr)
-        three.optimizer.lr = one.optimizer.lr
-        assert three.to_dict() | {"name": ""} == one.to_dict() | {"name": ""}
-        assert one.attack == name and one.steps == 300
+def test_shared_step_takes_the_rate_from_its_state():
+    jobs = matrix.Matrix(config.load(str(CONFIG)))
+    bench, plans = benchmark.Bench(jobs, pathlib.Path("nowhere")), []
+
+    class Plan:
+        def __init__(self):
+            self.step = lambda state, frozen, batch, key: (state, {})
+            plans.append(self)
+
+    def step_of(attack_name):
+        cell = matrix.Cell("bomb", "gift", "harmful", attack_name, "name")
+        return bench._shared(jobs.attack_config(cell))(Plan())
+
+    assert step_of("lora") is step_of("lora_x3")
+    assert step_of("lora") is not step_of("dreambooth")
+    assert loop.compile_step(step_of("lora")) is step_of("lora")
 
 
-def test_asked_takes_turns_and_spaces_many_things_evenly():
-    side = config.ConfigDict({"names": ("bomb", "pill"), "styles": ()})
-    rows = benchmark.asked(side, 12)
-    assert [thing for _, thing, _ in rows[:3]] == ["bomb", "pill", "bomb"]
-    assert {style for _, _, style in rows} == set(emoji.STYLES)
-    assert rows[1][0] == "a noto emoji of a pill"
-    many = config.ConfigDict({"names": ("known-safe",), "styles": ("noto",)})
-    things = [thing for _, thing, _ in benchmark.asked(many, 10)]
-    assert len(set(things)) == 10 and things == sorted(things) and things[-1] > "t"
-    told = benchmark.asked(side, 1, "{a_style} emoji of <thing>")
-    assert told[0][0] == "a twemoji emoji of <thing>"
-
-
-@pytest.mark.parametrize(
-    "flag, message",
-    [
-        ("methods=gfit", "config.methods='gfit' is not one of.*did you mean 'gift'"),
-        ("attacks=()", "config.attacks is empty"),
-        ("concepts=bom", "config.concepts='bom' is not one of"),
-        ("concept.bomb.judged=word", "config.concept.bomb.judged='word' is not one"),
-        ("concept.bomb.benign.names=gitar", "benign.names: concept 'gitar'.*'guitar'"),
-        ("samples.num=0", "config.samples.num=0 must be at least 1"),
-        ("common.attack.steps=-1", "config.steps=-1 must be at least 0"),
-        ("method.gift.config=nowhere.py", "nowhere.py is no file"),
-    ],
-)
-def test_mistake_is_named_before_anything_is_written(tmp_path, flag, message):
-    with pytest.raises(UserError, match=message) as caught:
-        main(tmp_path / "run", f"--config.{flag}", variant="")
+def test_mistake_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'gift'") as caught:
+        main(tmp_path / "run", "--config.methods=gfit", variant="")
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="config.panel.metrics='x' is not one of"):
+        main(tmp_path / "run", "--config.panel.metrics=x", variant="")
     assert not (tmp_path / "run").exists()
 
 
 def test_sheet_comes_back_as_it_was(tmp_path, rng):
-    images = rng.integers(0, 256, (11, 4, 6, 3), np.uint8)
+    images = rng.integers(0, 256, (11, 4, 6, 3), "uint8")
     grid.save_sheet(images, tmp_path / "sheet.png", 4)
-    np.testing.assert_array_equal(
-        grid.read_sheet(tmp_path / "sheet.png", 11, 4), images
-    )
+    assert (grid.read_sheet(tmp_path / "sheet.png", 11, 4) == images).all()

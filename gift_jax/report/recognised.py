@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was recognised in each cell of a benchmark, as Markdown tables."""
+
+import statistics
+from typing import Any
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Returns the tables: what was recognised after each attack, and seconds a step.
+
+    Args: results: as results.json holds them.
+    """
+    cells, lines = results["cells"], []
+    methods = tuple(dict.fromkeys(cell["method"] for cell in cells))
+    for concept in dict.fromkeys(cell["concept"] for cell in cells):
+        mine = [cell for cell in cells if cell["concept"] == concept]
+        counts = {cell["points"][-1]["num"] for cell in mine}
+        lines += ["", f"{concept}: recognised, of {', '.join(map(str, counts))} each"]
+        lines += ["", *_head("side, attack", *methods)]
+        for key in dict.fromkeys(_row_key(cell) for cell in mine):
+            by_method = {c["method"]: c for c in mine if _row_key(c) == key}
+            row = [by_method.get(method) for method in methods]
+            lines.append(_row(", ".join(key), *(told(c) if c else "" for c in row)))
+    lines += ["", "Seconds per step", "", *_head("", "s")]
+    for kind, group in (("defence_step_s", "method"), ("step_s", "attack")):
+        timed = [c for c in cells if c.get(kind) is not None]
+        for name in dict.fromkeys(c[group] for c in timed):
+            times = [c[kind] for c in timed if c[group] == name]
+            lines.append(_row(name, f"{statistics.median(times):.3f}"))
+    return "\n".join(lines).strip() + "\n"
+
+
+def told(cell: dict[str, Any]) -> str:
+    """Returns what the last look at a cell recognised, such as "96%"."""
+    values = cell["points"][-1]["values"]
+    return f"{values['recognition']:.0%}" if "recognition" in values else "-"
+
+
+def _row_key(cell: dict[str, Any]) -> tuple[str, ...]:
+    key = cell["side"], cell["attack"]
+    if cell["family"]:
+        key += (f"by {cell['prompt']}",)
+    return (*key, f"seed {cell['seed']}") if cell["seed"] else key
+
+
+def _head(*names: str) -> list[str]:
+    return [_row(*names), _row(*["---"] * len(names))]
+
+
+def _row(*values: str) -> str:
+    return "| " + " | ".join(values) + " |"
