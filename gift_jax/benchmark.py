@@ -46,7 +46,7 @@ from gift_jax import (
 from gift_jax.config import ConfigDict, UserError
 from gift_jax.data import captions, concepts, emoji
 from gift_jax.matrix import BEFORE, HARMFUL, ORIGINAL, Cell, Matrix
-from gift_jax.metrics import classifier, panel
+from gift_jax.metrics import judge, panel
 from gift_jax.report import grid, recognised, summary
 
 _SHOWN = 8  # pictures of a cell in the grids
@@ -181,16 +181,8 @@ class Bench:
 
     @functools.cached_property
     def _panel(self) -> panel.Panel:
-        every = self._emoji
+        every = emoji.load()
         return panel.Panel(self._cfg.panel, every.images[~every.held_out])
-
-    @functools.cached_property
-    def _emoji(self) -> emoji.Emoji:
-        return emoji.load()
-
-    @functools.cached_property
-    def _namers(self) -> dict[str, classifier.Classifier]:
-        return {trait: classifier.load("judge", trait) for trait in matrix.TRAITS}
 
     def _judged(self, cell: Cell, model, step: int) -> dict[str, Any]:
         """Returns what the metrics say of the pictures that a model now draws."""
@@ -213,8 +205,10 @@ class Bench:
             for name, found in numbers.items()
             if "samples" in found
         }
-        for trait, namer in self._namers.items():
-            point[f"{trait}s"] = namer.name(images)
+        seen = judge.load()
+        things, styles = seen.name(images)
+        point["things"] = [seen.concepts[i] for i in things]
+        point["styles"] = [seen.styles[i] for i in styles]
         return point
 
     def _side(self, cell: Cell) -> ConfigDict:
@@ -234,18 +228,19 @@ class Bench:
         elif cell.side == matrix.KEPT:
             right = [{thing} for _, thing, _ in wanted]
         else:
-            names = concepts.resolve_names(side.names, self._emoji.concepts)
+            names = concepts.resolve_names(side.names, emoji.all_concepts())
             right = [set(names)] * len(wanted)
         spec = concepts.ConceptSpec(names=tuple(things), styles=tuple(side.styles))
-        training = concepts.pairs(spec, self._emoji).images
+        training = concepts.pairs(spec).images
         spec = dataclasses.replace(spec, held_out=True)
-        references = concepts.pairs(spec, self._emoji).images
+        references = concepts.pairs(spec).images
         named = [captions.fill(captions.TEMPLATES[0], t, s) for _, t, s in wanted]
         return panel.Exhibit(images, named, right, trait, references, training)
 
     def publish(self, command: str) -> pathlib.Path:
         """Writes results.json, results.md and the grids; returns the first's path."""
-        found = [self.result(cell) for cell in self.matrix.cells]
+        by_cell = {cell: self.result(cell) for cell in self.matrix.cells}
+        found = list(by_cell.values())
         said: dict[str, Any] = {"metrics": {}, "skipped": {}}
         for one in found:
             del one["config"]
@@ -266,18 +261,17 @@ class Bench:
         (self._workdir / "results.md").write_text(text)
         for concept in self.matrix.groups:
             for side in matrix.SIDES:
-                self._picture(concept, side)
+                self._picture(by_cell, concept, side)
         Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
         return path
 
-    def _picture(self, concept: str, side: str) -> None:
+    def _picture(self, by_cell: dict[Cell, Any], concept: str, side: str) -> None:
         """Writes a grid with a row for each attack and method of one side."""
-        wanted = concept, side
-        mine = [c for c in self.matrix.cells if (c.concept, c.side) == wanted]
+        mine = [c for c in by_cell if (c.concept, c.side) == (concept, side)]
         mine.sort(key=lambda c: (BEFORE, *self._cfg.attacks).index(c.attack))
         rows, labels = [], []
         for cell in mine:
-            found = self.result(cell)
+            found = by_cell[cell]
             point = found["points"][-1]
             sheet = self._workdir / point["sheet"]
             rows.append(grid.read_sheet(sheet, point["num"])[:_SHOWN])

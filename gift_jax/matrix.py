@@ -10,9 +10,9 @@ import numpy as np
 from gift_jax import attack, config, job, train
 from gift_jax.config import ConfigDict, UserError
 from gift_jax.data import captions, concepts, emoji
+from gift_jax.report.summary import BEFORE, BENIGN, HARMFUL, ORIGINAL
 
-ORIGINAL, BEFORE = "original", "before"
-HARMFUL, BENIGN, KEPT = "harmful", "benign", "kept"
+KEPT = "kept"
 SIDES = (HARMFUL, BENIGN, KEPT)
 TRAITS = ("thing", "style")
 PROMPTS = ("name", "token", "wording")

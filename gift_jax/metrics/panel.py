@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A panel of metrics: loaded once, asked about one set of pictures after another."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -67,8 +68,8 @@ class Panel:
         self.said: dict[str, dict[str, Any]] = {}
         self._backbones: dict[tuple[str, str], backbone.Backbone] = {}
         self._metrics: dict[str, Metric] = {}
+        check(cfg)
         for name in cfg.metrics:
-            config.choice("config.panel.metrics", name, tuple(METRICS))
             with self._skipping(name):
                 self._metrics[name] = METRICS[name](self)
 
@@ -104,25 +105,13 @@ class Panel:
             logging.warning("skipped %s: %s", name, why)
         self.skipped[name] = why
 
-    def _skipping(self, name: str) -> "_Skipping":
-        return _Skipping(self._skip, name)
-
-
-@dataclasses.dataclass
-class _Skipping:
-    """Turns a MissingWeights into a note."""
-
-    skip: Callable[[str, str], None]
-    name: str
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, _) -> bool:
-        if not isinstance(error, MissingWeights):
-            return False
-        self.skip(self.name, str(error))
-        return True
+    @contextlib.contextmanager
+    def _skipping(self, name: str) -> Iterator[None]:
+        """Turns a MissingWeights into a note."""
+        try:
+            yield
+        except MissingWeights as error:
+            self._skip(name, str(error))
 
 
 # --- the metrics ----------------------------------------------------------------------

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was recognised in each cell of a benchmark, as Markdown tables."""
 
-import statistics
 from typing import Any
+
+from gift_jax.report import tables
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -22,11 +23,7 @@ def markdown(results: dict[str, Any]) -> str:
             row = [by_method.get(method) for method in methods]
             lines.append(_row(", ".join(key), *(told(c) if c else "" for c in row)))
     lines += ["", "Seconds per step", "", *_head("", "s")]
-    for kind, group in (("defence_step_s", "method"), ("step_s", "attack")):
-        timed = [c for c in cells if c.get(kind) is not None]
-        for name in dict.fromkeys(c[group] for c in timed):
-            times = [c[kind] for c in timed if c[group] == name]
-            lines.append(_row(name, f"{statistics.median(times):.3f}"))
+    lines += [_row(name, f"{s:.3f}") for _, name, s in tables.seconds(results)]
     return "\n".join(lines).strip() + "\n"
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from gift_jax.config import UserError
-from gift_jax.report.summary import ORIGINAL
+from gift_jax.report.summary import BEFORE, ORIGINAL
 
-FILE, BEFORE = "results.json", "before"
+FILE = "results.json"
 SIDES = ("harmful", "benign", "kept")
 _VALUE = (int, float, type(None))
 _TOP = {"name": str, "command": str, "config": dict, "versions": dict}

@@ -8,8 +8,8 @@ import numpy as np
 
 from gift_jax.metrics import gaps
 
-ORIGINAL = "original"
-SIDES = ("harmful", "benign")
+ORIGINAL, BEFORE = "original", "before"  # no defence, no attack
+HARMFUL, BENIGN = SIDES = ("harmful", "benign")
 Rows = list[dict[str, Any]]
 
 
@@ -23,7 +23,7 @@ def summarise(cells: Iterable[dict[str, Any]], metrics: Sequence[str]) -> Rows:
       of the mean over its seeds. Trajectories are cut to the steps that all concepts
       have. None for a side that has no concept with a ratio.
     """
-    attacked = [cell for cell in cells if cell["attack"] != "before"]
+    attacked = [cell for cell in cells if cell["attack"] != BEFORE]
     table = _trajectories(attacked, metrics)
     known = {(c["method"], c["attack"], c["prompt"], c["family"]) for c in attacked}
     order = {_key(cell): i for i, cell in reversed(list(enumerate(attacked)))}

@@ -9,8 +9,9 @@ from typing import Any
 from gift_jax.metrics import gaps
 from gift_jax.report import curves, results
 from gift_jax.report.results import ORIGINAL, SIDES
+from gift_jax.report.summary import HARMFUL
+from gift_jax.report.summary import SIDES as GAP_SIDES
 
-HARMFUL, BENIGN = GAP_SIDES = ("harmful", "benign")
 ANY = "any attack"  # the worst case over all families
 
 

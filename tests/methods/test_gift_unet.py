@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax_names import flax_name
 from jax.sharding import Mesh
 
 from gift_jax import losses, sharding
@@ -69,17 +70,6 @@ def theirs(tiny_folder, tiny_setup):
         return (out - eps).square().mean(dim=(1, 2, 3)), dict(hiddens)
 
     return unet, loss
-
-
-def flax_name(name):
-    """down_blocks.0.x as Flax calls it: down_blocks_0/x; the noise is drawn by name."""
-    parts = []
-    for part in name.split("."):
-        if part.isdigit():
-            parts[-1] += f"_{part}"
-        else:
-            parts.append(part)
-    return "/".join(parts)
 
 
 def torch_mse(h, n):

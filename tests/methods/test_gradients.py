@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from flax_names import flax_name
 
 from gift_jax import config, defences, job, loop, losses
 from gift_jax.attacks import lora
@@ -101,25 +102,13 @@ class Theirs:
 
     def noising(self, key):
         """Mean over the blocks of |h - N(0, I)|^2, of the last forward pass."""
-        flax_name = {n: tensors_path(n) for n in self.hiddens}
-        names = sorted(self.hiddens, key=flax_name.get)
+        names = sorted(self.hiddens, key=flax_name)
         total = 0.0
         for k, name in zip(jax.random.split(key, len(names)), names, strict=True):
             h = self.hiddens[name]
             noise = losses.normal_like(k, jnp.zeros(h.shape))
             total = total + (h - tensor(noise)).square().mean()
         return total / len(names)
-
-
-def tensors_path(name):
-    """down_blocks.0.x as Flax calls it: down_blocks_0/x."""
-    parts = []
-    for part in name.split("."):
-        if part.isdigit():
-            parts[-1] += f"_{part}"
-        else:
-            parts.append(part)
-    return "/".join(parts)
 
 
 @pytest.fixture(scope="module")
