@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a Stable Diffusion of the published shapes with random weights; no download.
 
-    python benchmarks/random_sd.py --out /tmp/sd15 --model sd15 --dtype float16
+    python benchmarks/random_sd.py --out runs/sd15 --model sd15 --dtype float16
 
 For measuring load time, memory and speed: what it draws is noise. The folder has what
 the published ones have (configs, safetensors, old names in the VAE, position ids in the

@@ -212,10 +212,9 @@ def test_half_precision_leaves_the_trained_weights_whole(main, tiny_folder, tmp_
 
 
 def test_captions_and_the_models_own_pictures_train(
-    main, tiny_folder, pictures, tmp_path, pytestconfig
+    main, tiny_folder, pictures, tmp_path, monkeypatch
 ):
-    generated = pytestconfig.cache.mkdir("emoji") / "generated"
-    shutil.rmtree(generated, ignore_errors=True)  # of an earlier test run
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
     captioned = tmp_path / "captioned"
     shutil.copytree(pictures, captioned / "train")
     lines = (f"train/{i}.png,thing {i}\n" for i in range(4))
@@ -225,7 +224,7 @@ def test_captions_and_the_models_own_pictures_train(
     flags += ["--config.safe.generate_steps=2", "--config.samples.num=0"]
     run = main(tmp_path / "run", *flags, "--config.harmful.crop=random")
     assert changed_tensors(tiny_folder, run / "export")
-    assert len(list(generated.rglob("*.png"))) == 3
+    assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 3
 
 
 @pytest.mark.parametrize(
