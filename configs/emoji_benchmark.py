@@ -27,6 +27,7 @@ STYLE = "fluent"
 BASELINES, GIFT = "configs/emoji_baselines.py", "configs/emoji_gift.py"
 RATES = {"": 1, "_x3": 3, "_x10": 10}  # times the attack's usual rate
 ABLATIONS = {  # of emoji_gift.py
+    "post_finetune": {"post_finetune": {"steps": 100, "lr": 4e-4}},
     "joint": {"gift": {"gradient": "joint"}},
     "unrolled": {"gift": {"gradient": "unrolled"}},
     "matched_noise": {"gift": {"noise_target": "matched"}},
@@ -40,6 +41,12 @@ ABLATIONS = {  # of emoji_gift.py
     "upper_x3": {"upper": {"lr": 2.2e-3 * 3}},
     "lower_third": {"lower": {"lr": 1.2e-3 / 3}},
     "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
+}
+ADVERSARIES = {  # of emoji_gift.py:adversary
+    "post_finetune": {"post_finetune": {"steps": 100, "lr": 4e-4}},
+    "half": {"upper": {"lr": 2e-3}},
+    "inner_2": {"gift": {"inner_steps": 2}},
+    "safe_weight": {"adversary": {"safe_weight": 1.0}},
 }
 SMOKE = {
     "name": "smoke",
@@ -117,6 +124,8 @@ def get_config(name: str = "") -> ConfigDict:
     c.method.gift_adversary = _job(f"{GIFT}:adversary")
     for label, changes in ABLATIONS.items():
         c.method[f"gift_{label}"] = _job(GIFT, changes)
+    for label, changes in ADVERSARIES.items():
+        c.method[f"gift_adversary_{label}"] = _job(f"{GIFT}:adversary", changes)
     c.attack = ConfigDict()  # the same of gift_jax.attack
     for attack, lr in (("dreambooth", 1e-4), ("lora", 1e-3)):
         file = "configs/emoji_attack.py" + (":dreambooth", "")[attack == "lora"]
@@ -142,7 +151,8 @@ def get_config(name: str = "") -> ConfigDict:
         *("judge_distance", "niqe"),
     )
     c.similarities = ("recognition", "judge_i")  # whose gap ratios are told
-    ablated = tuple(f"gift_{label}" for label in ABLATIONS)
+    ablated = *ABLATIONS, *(f"adversary_{label}" for label in ADVERSARIES)
+    ablated = tuple(f"gift_{label}" for label in ablated)
     ablations = SHORT | {"name": "ablations"}
     ablations["methods"] = ("original", "gift", "gift_adversary", *ablated)
     return variant(

@@ -25,6 +25,8 @@ from gift_jax import config
 from gift_jax.config import UserError
 from gift_jax.report import results, tables
 
+_LARGE = 50e6  # bytes of a page
+
 
 def _parser() -> argparse.ArgumentParser:
     p = config.parser(__doc__, "report")
@@ -87,6 +89,8 @@ def main(argv=None) -> int:
         raise UserError(f"--out={out} cannot be written: {error}") from error
     for path in paths:
         logging.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    if out.stat().st_size > _LARGE:
+        logging.info("a page that large opens slowly; --pictures 4 makes it smaller")
     return 0
 
 

@@ -14,7 +14,7 @@ from gift_jax.report import grid, results
 
 COLUMNS = 8
 LARGEST = 128  # pixels of a picture on the page; larger ones are made smaller
-_QUALITY = 85
+_QUALITY = 80
 
 
 def embedded(run: results.Run, count: int) -> list[dict[str, Any]]:

@@ -110,7 +110,9 @@ function drawSummary(run, state) {
 
 function drawBefore(run, state) {
   const columns = run.before[state.metric]?.[state.concept] || [];
-  const shown = columns.filter((c) => c.side === "kept" || !state.prompt || c.prompt === state.prompt);
+  const known = new Set(columns.map((column) => column.prompt)); // not every attack's
+  const any = !known.has(state.prompt);
+  const shown = columns.filter((c) => any || c.side === "kept" || c.prompt === state.prompt);
   if (!shown.length) {
     const text = `${state.metric} was not measured before the attacks.`;
     $("before").replaceChildren(el("p", { class: "empty" }, text));
