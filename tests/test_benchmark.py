@@ -4,6 +4,8 @@
 import json
 import pathlib
 
+import light_copy
+import numpy as np
 import pytest
 
 from gift_jax import attack, benchmark, config, loop, matrix
@@ -134,6 +136,21 @@ def test_same_command_does_nothing_more_and_other_settings_are_refused(smoke, fo
     ):
         with pytest.raises(UserError, match=f"another config .*{told}"):
             main(folder, f"--config.{flag}")
+
+
+def test_light_copy_needs_nothing_done_again(smoke, folder, tmp_path, monkeypatch):
+    results, _, _, _ = smoke
+    assert light_copy.copy(folder, tmp_path, 1) == len(results["cells"])
+    assert not (tmp_path / "defences").exists() and not list(tmp_path.rglob("*.png"))
+    monkeypatch.setattr(benchmark.Bench, "do", lambda *a: pytest.fail("done again"))
+    again = main(tmp_path)
+    for cell, kept in zip(results["cells"], again["cells"], strict=True):
+        for point, other in zip(cell["points"], kept["points"], strict=True):
+            old, new = folder / point.pop("sheet"), tmp_path / other.pop("sheet")
+            assert new.suffix == ".webp" and point == other
+            old, new = (grid.read_sheet(path, 2).astype(int) for path in (old, new))
+            assert np.abs(old[0] - new[0]).mean() < 8 < np.abs(old[1] - new[1]).mean()
+            assert new[1].mean() > 254  # the second was left out
 
 
 def test_what_there_is_to_do_is_counted_first():

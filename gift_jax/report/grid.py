@@ -55,10 +55,11 @@ def save_grid(images, path, *, columns=8, row_labels=(), column_labels=(), cell=
     return path
 
 
-def save_sheet(images, path, columns=8):
-    """Writes uint8 "N H W 3" as one PNG without gaps, for `read_sheet`; returns path.
+def save_sheet(images, path, columns=8, **how):
+    """Writes uint8 "N H W 3" as one file without gaps, for `read_sheet`; returns path.
 
-    The last row is filled up with white.
+    The last row is filled up with white. how: for Pillow's `Image.save`; the suffix of
+    the path says the format.
     """
     images = np.asarray(images, np.uint8)
     n, h, w, _ = images.shape
@@ -68,7 +69,7 @@ def save_sheet(images, path, columns=8):
     full = full.reshape(lines, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(full.reshape(lines * h, columns * w, 3)).save(path)
+    Image.fromarray(full.reshape(lines * h, columns * w, 3)).save(path, **how)
     return path
 
 
