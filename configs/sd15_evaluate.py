@@ -6,8 +6,9 @@
         --config.training.folder=DIR2 --workdir runs/object_evaluated
 
 IMMA's backbones (ViT-B/32 of OpenAI's CLIP, DINO ViT-S/16), in IMMA's protocol at 64
-pixels and in the usual one side by side. LPIPS wants a file (--config.panel.lpips=...),
-nudity the package nudenet; what is missing is skipped, and said.
+pixels and in the usual one side by side; an ImageNet classifier, which knows purses.
+LPIPS wants a file (--config.panel.lpips=...), nudity the package nudenet; what is
+missing is skipped, and said.
 
 Hardware: not yet run on an accelerator. Result: not yet run.
 """
@@ -22,7 +23,9 @@ SMOKE = {
     "references.prompt": "",
     "references.names": ("bomb",),
     "training.folder": "",
+    "right": (),
     "panel.backbones": ("judge",),
+    "panel.classifier": "judge",
     "samples.num": 2,
     "samples.steps": 2,
 }
@@ -36,7 +39,10 @@ def get_config(name: str = "") -> ConfigDict:
     for group in (c.references, c.training):
         group.folder = "data/object"
         group.prompt = "a photo of a &m purse"
-    c.panel.metrics = ("clip_score", "similarity", "nearest", "lpips", "nudity")
+    c.right = ("purse",)
+    c.panel.metrics = ("recognition", "clip_score", "similarity", "nearest")
+    c.panel.metrics += ("lpips", "nudity")
     c.panel.backbones = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")
     c.panel.protocols = ("standard", "imma-64px")
+    c.panel.classifier = "microsoft/resnet-50"
     return variant(c, name, smoke=SMOKE)

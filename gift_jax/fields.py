@@ -156,7 +156,7 @@ def evaluate() -> ConfigDict:
     c.samples.num = 25  # uncurated, of each prompt
     c.references = pairs()  # real pictures of what the prompts ask for; or no source
     c.training = pairs()  # what the model was last trained on; or no source
-    c.right = ("",)[:0]  # what a classifier may say; (): the names of the references
+    c.right = ("",)[:0]  # names a classifier may say; (): the names of the references
     c.trait = "thing"  # or style: what those names are of
     c.panel = panel()
     return c.lock()
@@ -168,7 +168,9 @@ def panel() -> ConfigDict:
     c.metrics = ("recognition",)
     c.backbones = ("judge",)  # or folders, or hub ids, of CLIP, DINO, DINOv2
     c.protocols = ("standard",)  # or imma-64px, or both side by side
-    c.classifier = "judge"  # of the embedded world
+    # what names things: the judge of the embedded world, or a folder, or hub id, of an
+    # ImageNet ResNet or ViT (microsoft/resnet-50), whose labels go by any synonym
+    c.classifier = "judge"
     c.lpips = ""  # file with LPIPS's weights, or the folder that it is in
     c.nudity_threshold = 0.45
     return c

@@ -8,7 +8,6 @@ says of itself all that another person needs to get the same embeddings.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gift_jax.config import UserError
-from gift_jax.metrics import judge, pixels
-from gift_jax.metrics.value import MissingWeights
-from gift_jax.models import hooks, hub, stable_diffusion, tensors, weights
+from gift_jax.metrics import folders, judge, pixels
+from gift_jax.models import hooks, stable_diffusion, weights
 
 PROTOCOLS = ("standard", "imma-64px")
 BATCH = 16  # pictures, or texts, in one call; fewer are padded to it
@@ -35,19 +33,12 @@ _FILES = {
     "dino": ("config.json", "preprocessor_config.json"),
     "dinov2": ("config.json", "preprocessor_config.json"),
 }
-_FROM_HUB = (
-    "LICENSE*",
-    *_FILES["clip"],
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-)
+_OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _NEEDED = (
     "config.json, preprocessor_config.json, model.safetensors and, for CLIP, "
     "vocab.json and merges.txt"
 )
-_ACTIVATIONS = (  # that Flax computes as PyTorch does
-    ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
-)
+_WANTED = folders.Wanted("backbone", KINDS, _FILES, _OPTIONAL, _NEEDED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,10 +89,10 @@ def load(spec: str, protocol: str = "standard") -> Backbone:
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol={protocol!r} must be one of {', '.join(PROTOCOLS)}")
-    folder, name = _find(spec)
-    kind = _kind(_present(folder, ("config.json",), spec))
-    _present(folder, _FILES[kind], spec)
-    _check_weight_files(folder, spec)
+    folder, name = judge.FOLDER, "judge"
+    if spec != "judge":
+        folder, name = folders.find(spec, _WANTED)
+    kind = folders.check(folder, spec, _WANTED)
     towers = _clip_towers if kind in ("clip", "judge") else _vision_tower
     image, text, logit_scale, how = towers(folder, kind)
     if protocol == "standard":
@@ -112,74 +103,12 @@ def load(spec: str, protocol: str = "standard") -> Backbone:
         prepare = functools.partial(pixels.imma_64px, side=how.side)
 
     def embed_images(images: np.ndarray) -> np.ndarray:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"{images.dtype} {images.shape}: not uint8 'B H W 3'")
-        return _in_batches(image, images, prepare)
+        return of_pictures(image, images, prepare)
 
     version = weights.content_hash(folder)[:12]
     return Backbone(
         kind, name, version, how.side, protocol, embed_images, text, logit_scale
     )
-
-
-def _find(spec):
-    """Returns (folder, the name to print) of a spec, fetched if it is a hub id."""
-    if spec == "judge":
-        return judge.FOLDER, "judge"
-    folder, (name, _, revision) = Path(spec).expanduser(), spec.partition("@")
-    if folder.is_dir():
-        return folder, folder.resolve().name
-    cure = f"put {_NEEDED} into a local folder and name that"
-    if not hub.is_id(name):
-        raise MissingWeights(f"backbone={spec!r}: no such folder; {cure}")
-    try:
-        return hub.fetch(name, revision, wanted=_FROM_HUB, field="backbone"), spec
-    except UserError as error:
-        raise MissingWeights(f"{error}; or {cure}") from None
-
-
-def _present(folder, names, spec):
-    """Returns the folder; MissingWeights if it lacks one of these files."""
-    for name in names:
-        if not (folder / name).is_file():
-            raise MissingWeights(
-                f"backbone={spec!r}: {folder / name} is missing; needed are {_NEEDED}"
-            )
-    return folder
-
-
-def _check_weight_files(folder, spec):
-    try:
-        files = tensors.weight_files(folder, "model")
-    except UserError as error:
-        if any(p.suffix in tensors.PICKLES for p in folder.iterdir()):
-            raise MissingWeights(f"backbone={spec!r}: {error}") from None
-        raise MissingWeights(
-            f"backbone={spec!r}: {folder / 'model.safetensors'} is missing; where the "
-            "hub has only a pickle, name a revision that has safetensors "
-            "(org/name@refs/pr/1), or a folder saved with "
-            "save_pretrained(..., safe_serialization=True)"
-        ) from None
-    _present(folder, [file.name for file in files], spec)
-
-
-def _kind(folder):
-    """Returns the kind of `KINDS`; UserError if the config is of no backbone."""
-    config = tensors.read_json(folder / "config.json")
-    found = config.get("architectures") or [config.get("model_type")]
-    if found[0] not in KINDS:
-        raise UserError(
-            f"{folder / 'config.json'}: architectures has {found[0]!r}; must be one of "
-            f"{', '.join(KINDS)}"
-        )
-    for part in (config, config.get("vision_config"), config.get("text_config")):
-        activation = (part or {}).get("hidden_act", "gelu")
-        if activation not in _ACTIVATIONS:
-            raise UserError(
-                f"{folder / 'config.json'}: hidden_act={activation!r} is not "
-                f"supported; must be one of {', '.join(_ACTIVATIONS)}"
-            )
-    return KINDS[found[0]]
 
 
 def _clip_towers(folder, kind):
@@ -224,12 +153,7 @@ def _vision_tower(folder, kind):
 def _own_size(folder, kind, image_size):
     """Returns the folder's Pixels; UserError if not of the model's own size."""
     how = pixels.read(folder, image_size if kind == "dino" else 0)
-    if how.side != image_size:
-        raise UserError(
-            f"{folder / 'preprocessor_config.json'}: crop_size={how.side}, but "
-            f"config.json says image_size={image_size}; they must be equal"
-        )
-    return how
+    return pixels.of_size(folder, how, image_size)
 
 
 def resize_positions(table, patches):
@@ -250,6 +174,15 @@ def resize_positions(table, patches):
 
 def _unit(x_BD):
     return x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)
+
+
+def of_pictures(
+    function: Callable, images: np.ndarray, prepare: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Returns function(prepare(images)), "B D", of uint8 "B H W 3" pictures."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"{images.dtype} {images.shape}: not uint8 'B H W 3'")
+    return _in_batches(function, images, prepare)
 
 
 def _in_batches(function, rows, prepare=lambda part: part):

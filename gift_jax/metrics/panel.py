@@ -54,7 +54,8 @@ Metric = Callable[[Exhibit], Iterator[Value]]
 class Panel:
     """Metrics by name.
 
-    Attributes: skipped: {metric: why}, of those whose weights or packages are missing.
+    Attributes: skipped: {metric: why}, of those whose weights or packages are missing,
+      and of those that some pictures lack something for.
       said: {name of a Value: {"higher", "how"}}, of what was measured so far.
 
     Args: cfg: `fields.panel()`. natural: uint8 "N H W 3", pictures to fit niqe's idea
@@ -79,7 +80,7 @@ class Panel:
         for name, metric in self._metrics.items():
             missing = [n for n in NEEDS[name] if getattr(exhibit, n) is None]
             if missing:
-                self._skip(name, f"these pictures have no {missing[0]}")
+                self.skip(name, f"these pictures have no {missing[0]}")
                 continue
             values += metric(exhibit)
         for value in values:
@@ -100,7 +101,8 @@ class Panel:
                     found.append(self._backbones[key])
         return found
 
-    def _skip(self, name: str, why: str) -> None:
+    def skip(self, name: str, why: str) -> None:
+        """Notes what is not measured, and warns of it once."""
         if name not in self.skipped:
             logging.warning("skipped %s: %s", name, why)
         self.skipped[name] = why
@@ -111,17 +113,21 @@ class Panel:
         try:
             yield
         except MissingWeights as error:
-            self._skip(name, str(error))
+            self.skip(name, str(error))
 
 
 # --- the metrics ----------------------------------------------------------------------
 
 
 def _recognition(panel: Panel) -> Metric:
-    judges = {trait: classifier.load(panel.cfg.classifier, trait) for trait in TRAITS}
+    spec = panel.cfg.classifier
+    judges = {trait: classifier.load(spec, trait) for trait in classifier.traits(spec)}
 
     def measure(x: Exhibit) -> Iterator[Value]:
-        yield classifier.recognition(judges[x.trait], x.images, x.right)
+        if x.trait in judges:
+            yield classifier.recognition(judges[x.trait], x.images, x.right)
+        else:
+            panel.skip("recognition", f"{spec} has no names of a {x.trait}")
 
     return measure
 
@@ -234,6 +240,7 @@ def check(cfg: Any, field: str = "config.panel") -> None:
         config.choice(f"{field}.metrics", name, tuple(METRICS))
     for protocol in cfg.protocols:
         config.choice(f"{field}.protocols", protocol, backbone.PROTOCOLS)
+    classifier.check(cfg.classifier, f"{field}.classifier")
     if not nudity.LEAST <= cfg.nudity_threshold < 1:
         raise UserError(
             f"{field}.nudity_threshold={cfg.nudity_threshold} must be in "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From pictures to what an image backbone takes, as its reference prepares them."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _IMMA_SIDE = 64
 _BICUBIC = int(Image.Resampling.BICUBIC)
+_BILINEAR = int(Image.Resampling.BILINEAR)
+_CONVNEXT_WHOLE = 384  # pixels, from which on nothing is cropped
 _FILE = "preprocessor_config.json"
 
 
@@ -21,8 +24,9 @@ class Pixels(NamedTuple):
     """How a picture becomes what the model takes.
 
     Attributes: side: of the square that the model takes, in pixels. short: what the
-      picture's short side is first resized to. resample: PIL's number of the filter.
-      mean, std: of each channel, for values in [0, 1].
+      picture's short side is first resized to; 0: it is squeezed to the square at once.
+      resample: PIL's number of the filter. mean, std: of each channel, for values in
+      [0, 1].
     """
 
     side: int
@@ -49,29 +53,69 @@ def read(folder: Path, as_dino: int = 0) -> Pixels:
     """
     file = folder / _FILE
     found = tensors.read_json(file)
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not found.get(step, True):
-            raise UserError(f"{file}: {step}=false is not supported; must be true")
-    mean, std = (_numbers(file, found, field) for field in ("image_mean", "image_std"))
+    mean, std = _mean_and_std(file, found)
     if not found.get("do_center_crop", "crop_size" in found):
         if not as_dino:
             raise UserError(f"{file}: do_center_crop must be true, with a crop_size")
         return Pixels(as_dino, round(as_dino * 256 / 224), _BICUBIC, mean, std)
     side = _length(file, found, "crop_size", "height")
     short = _length(file, found, "size", "shortest_edge")
-    resample = found.get("resample", _BICUBIC)
-    if short < side or resample not in tuple(Image.Resampling):
+    if short < side:
         raise UserError(
-            f"{file}: size={short}, crop_size={side}, resample={resample!r}; size must "
-            "be at least crop_size, resample one of PIL's filters, 0 to 5"
+            f"{file}: size={short}, crop_size={side}; size must be at least crop_size"
         )
-    return Pixels(side, short, resample, mean, std)
+    return Pixels(side, short, _resample(file, found, _BICUBIC), mean, std)
+
+
+def read_reference(folder: Path, usual: str) -> Pixels:
+    """Returns what the processor does that preprocessor_config.json names.
+
+    Args: usual: "ViT" or "ConvNext", the processor of a file that names none.
+    Raises: UserError for another processor, and for a file that is malformed.
+    Source: transformers' ViTImageProcessor (squeezed to the square) and
+      ConvNextImageProcessor (below 384 pixels the short side is resized to size /
+      crop_pct and the centre cropped, from there on squeezed); CLIP's, Bit's: `read`.
+    """
+    file = folder / _FILE
+    found = tensors.read_json(file)
+    fields = ("image_processor_type", "feature_extractor_type")
+    named = str(next((found[f] for f in fields if found.get(f)), usual))
+    kind = re.sub("(ImageProcessor(Fast)?|FeatureExtractor)$", "", named)
+    if kind in ("CLIP", "Bit"):
+        return read(folder)
+    if kind not in ("ViT", "ConvNext"):
+        raise UserError(
+            f"{file}: image_processor_type={named!r} is not supported; must be that of "
+            "ViT, ConvNext, CLIP or Bit"
+        )
+    mean, std = _mean_and_std(file, found)
+    resample = _resample(file, found, _BILINEAR)
+    side = _length(file, found, "size", "height" if kind == "ViT" else "shortest_edge")
+    if kind == "ViT" and side != _length(file, found, "size", "width"):
+        raise UserError(f"{file}: size={found['size']!r} must be of a square")
+    if kind == "ViT" or side >= _CONVNEXT_WHOLE:
+        return Pixels(side, 0, resample, mean, std)
+    share = found.get("crop_pct")
+    share = 224 / 256 if share is None else share
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise UserError(f"{file}: crop_pct={share!r} must be a number in (0, 1]")
+    return Pixels(side, int(side / share), resample, mean, std)
+
+
+def of_size(folder: Path, pixels: Pixels, image_size: int) -> Pixels:
+    """Returns them; UserError if they are not of the size that the model takes."""
+    if pixels.side != image_size:
+        raise UserError(
+            f"{folder / _FILE}: makes {pixels.side} pixels a side, but config.json "
+            f"says image_size={image_size}; they must be equal"
+        )
+    return pixels
 
 
 def standard(images: np.ndarray, pixels: Pixels) -> np.ndarray:
     """Returns uint8 "B H W 3" pictures as float32 "B 3 side side".
 
-    Source: transformers' CLIPImageProcessor with PIL: resized in bytes, the long side
+    Source: transformers' image processors with PIL: resized in bytes, the long side
       rounded down, the centre cropped with the odd pixel at the end.
     """
     squares = np.stack([_square(image, pixels) for image in images])
@@ -120,6 +164,8 @@ def cubic_matrix(before: int, after: int) -> np.ndarray:
 def _square(image, pixels):
     height, width = image.shape[:2]
     side = pixels.side
+    if not pixels.short:
+        return np.asarray(Image.fromarray(image).resize((side, side), pixels.resample))
     long = int(pixels.short * max(height, width) / min(height, width))
     size = (pixels.short, long) if width <= height else (long, pixels.short)
     image = np.asarray(Image.fromarray(image).resize(size, pixels.resample))
@@ -130,6 +176,27 @@ def _square(image, pixels):
 def _normalise(x_BHWC, mean, std):
     x_BHWC = (x_BHWC - np.float32(mean).reshape(1, 1, 1, 3)) / np.float32(std)
     return np.ascontiguousarray(np.transpose(x_BHWC, (0, 3, 1, 2)))
+
+
+def _mean_and_std(file, found):
+    """Returns both; UserError if the file leaves out a step that they belong to."""
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if not found.get(step, True):
+            raise UserError(f"{file}: {step}=false is not supported; must be true")
+    factor = found.get("rescale_factor", 1 / 255)
+    if type(factor) not in (int, float) or abs(factor * 255 - 1) > 1e-6:
+        raise UserError(f"{file}: rescale_factor={factor!r} must be 1/255")
+    return [_numbers(file, found, field) for field in ("image_mean", "image_std")]
+
+
+def _resample(file, found, usual) -> int:
+    """Returns PIL's number of the filter; UserError if it has no such filter."""
+    resample = found.get("resample", usual)
+    if resample not in tuple(Image.Resampling):
+        raise UserError(
+            f"{file}: resample={resample!r} must be one of PIL's filters, 0 to 5"
+        )
+    return resample
 
 
 def _numbers(file, found, field) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 _FLAX_LOGGERS = (
     "models.attention_flax",
@@ -59,6 +60,7 @@ from transformers import (  # noqa: E402
     CLIPConfig,
     CLIPTextConfig,
     Dinov2Config,
+    ResNetConfig,
     ViTConfig,
 )
 from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
@@ -66,7 +68,13 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPTextModule,
 )
 from transformers.models.dinov2 import modeling_flax_dinov2  # noqa: E402
-from transformers.models.vit.modeling_flax_vit import FlaxViTModule  # noqa: E402
+from transformers.models.resnet.modeling_flax_resnet import (  # noqa: E402
+    FlaxResNetForImageClassificationModule,
+)
+from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
+    FlaxViTForImageClassificationModule,
+    FlaxViTModule,
+)
 
 from gift_jax.models import conv_clip  # noqa: E402
 
@@ -133,8 +141,21 @@ def build_dinov2(config, dtype=jnp.float32):
     return modeling_flax_dinov2.FlaxDinov2Module(config, dtype=dtype)
 
 
+def build_resnet_classifier(config, dtype=jnp.float32):
+    """Returns the module for a ResNetForImageClassification `config.json` dict."""
+    return FlaxResNetForImageClassificationModule(ResNetConfig(**config), dtype=dtype)
+
+
+def build_vit_classifier(config, dtype=jnp.float32):
+    """Returns the module for a ViTForImageClassification `config.json` dict."""
+    return FlaxViTForImageClassificationModule(ViTConfig(**config), dtype=dtype)
+
+
 def init_params(module, key):
-    """Returns randomly initialised parameters (nested dict) of a module built above."""
+    """Returns randomly initialised parameters (nested dict) of a module built above.
+
+    Among a batch norm's are its running statistics, mean and var.
+    """
     rngs = {"params": key, "dropout": key, "gaussian": key}
     ids, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
     if isinstance(module, FlaxUNet2DConditionModel):
@@ -149,7 +170,15 @@ def init_params(module, key):
         args = (jnp.zeros((1, module.in_channels, size, size)),)
     elif isinstance(module, FlaxCLIPTextModule):
         args = (ids, mask, ids)
-    elif isinstance(module, FlaxViTModule | modeling_flax_dinov2.FlaxDinov2Module):
+    elif isinstance(module, FlaxResNetForImageClassificationModule):
+        variables = module.init(rngs, jnp.zeros((1, 64, 64, 3)))
+        return _join_statistics(variables["params"], variables["batch_stats"])
+    elif isinstance(
+        module,
+        FlaxViTModule
+        | FlaxViTForImageClassificationModule
+        | modeling_flax_dinov2.FlaxDinov2Module,
+    ):
         size = module.config.image_size
         with exact("xla"):  # the layer scale as shipped promotes ranks
             pixels = jnp.zeros((1, size, size, module.config.num_channels))
@@ -158,6 +187,20 @@ def init_params(module, key):
         size = module.config.vision_config.image_size
         args = (ids, jnp.zeros((1, size, size, 3)), mask, ids)
     return module.init(rngs, *args)["params"]
+
+
+def _join_statistics(params, statistics):
+    flat = flatten_dict(params) | flatten_dict(statistics)
+    return unflatten_dict(flat)
+
+
+def _split_statistics(params):
+    """Returns Flax's variables of what `_join_statistics` put together."""
+    parts = {"params": {}, "batch_stats": {}}
+    for path, array in flatten_dict(params).items():
+        is_statistic = path[-1] in ("mean", "var")
+        parts["batch_stats" if is_statistic else "params"][path] = array
+    return {name: unflatten_dict(flat) for name, flat in parts.items()}
 
 
 def parameter_shapes(module):
@@ -246,6 +289,8 @@ def _padding(module):
         return ((0, 0), (0, 0))
     if isinstance(module.padding, str):
         return None
+    if isinstance(module.padding, int):
+        return (_pair(module.padding),) * 2
     return tuple(_pair(p) for p in module.padding)
 
 
@@ -440,3 +485,14 @@ def apply_vision(vision, params, x_BCHW, conv="auto"):
     x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
     with exact(conv):
         return vision.apply({"params": params}, x_BHWC).last_hidden_state[:, 0]
+
+
+def apply_classifier(classifier, params, x_BCHW, conv="auto"):
+    """Returns an image classifier's logits, "B N" of N labels.
+
+    Args: params: as `init_params` has them, the running statistics of batch norms
+      among them, which are used as they are. x_BCHW: "B 3 H W", normalised.
+    """
+    x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
+    with exact(conv):
+        return classifier.apply(_split_statistics(params), x_BHWC).logits

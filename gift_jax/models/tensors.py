@@ -50,9 +50,18 @@ class Entry(NamedTuple):
 
 # --- names ----------------------------------------------------------------------------
 
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
 
 def torch_name(path):
     """Returns the PyTorch name of a Flax path "a/b_0/kernel"."""
+    path = re.sub(r"/layer/layer_(\d+)/", r"/layer/\1/", path)  # ResNet's basic layers
     *modules, leaf = path.split("/")
     parts = [
         m if m.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", m) for m in modules
@@ -60,10 +69,7 @@ def torch_name(path):
     if parts and re.search(r"(en|de)coder/mid_block/attentions_\d+/", path):
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         parts[-1] = new.get(parts[-1], parts[-1])
-    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(
-        leaf, leaf
-    )
-    return ".".join([*parts, leaf])
+    return ".".join([*parts, _LEAVES.get(leaf, leaf)])
 
 
 def old_name(name):

@@ -64,8 +64,19 @@ KINDS = {
         "model",
         {"architectures": ["Dinov2Model"], "model_type": "dinov2"},
     ),
+    "resnet_classifier": Kind(
+        hooks.build_resnet_classifier,
+        "model",
+        {"architectures": ["ResNetForImageClassification"], "model_type": "resnet"},
+    ),
+    "vit_classifier": Kind(
+        hooks.build_vit_classifier,
+        "model",
+        {"architectures": ["ViTForImageClassification"], "model_type": "vit"},
+    ),
 }
 _UNREAD = {"vit": ("pooler.dense.weight", "pooler.dense.bias")}  # on disk, of no use
+_COUNTS = ("position_ids", "num_batches_tracked")  # ends of names, of no use either
 
 
 # --- loading --------------------------------------------------------------------------
@@ -110,7 +121,7 @@ def entries_by_path(directory, kind, variant=""):
             )
         found[path] = (name, entry)
     used = {name for name, _ in found.values()} | set(_UNREAD.get(kind, ()))
-    extra = [n for n in entries if n not in used and not n.endswith("position_ids")]
+    extra = [n for n in entries if n not in used and not n.endswith(_COUNTS)]
     for what, names in (("missing", missing), ("unexpected", extra)):
         if names:
             raise UserError(
@@ -192,6 +203,12 @@ _SUPPORTED = {
         "use_post_quant_conv": (True,),
         "mid_block_add_attention": (True,),
     },
+    "resnet_classifier": {
+        "num_channels": (3,),
+        "layer_type": ("basic", "bottleneck"),
+        "downsample_in_bottleneck": (False,),
+    },
+    "vit_classifier": {"num_channels": (3,)},
 }
 _BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownEncoderBlock2D"),

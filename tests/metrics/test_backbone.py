@@ -203,7 +203,7 @@ def test_texts_equal_pytorch(clip):
 def test_judge_is_the_judge(rng, monkeypatch):
     names = {"concept": np.zeros((1, 128)), "style": np.zeros((1, 128))}
     monkeypatch.setattr(judge, "name_embeddings", lambda *_: names)  # takes long
-    named = judge.load()
+    named = judge.load.__wrapped__()  # kept from the cache, which other tests read
     found = backbone.load("judge")
     images = rng.integers(0, 256, size=(3, 64, 64, 3), dtype=np.uint8)
     assert_spread(named.embed(images))
@@ -305,7 +305,7 @@ def test_a_pickle_is_never_loaded(dino, tmp_path):
         (
             "preprocessor_config",
             {"crop_size": 28, "size": 32, "do_center_crop": True},
-            "crop_size=28, but config.json says image_size=56",
+            "makes 28 pixels a side, but config.json says image_size=56",
         ),
         (
             "preprocessor_config",
