@@ -27,10 +27,10 @@ STYLE = "fluent"
 BASELINES, GIFT = "configs/emoji_baselines.py", "configs/emoji_gift.py"
 RATES = {"": 1, "_x3": 3, "_x10": 10}  # times the attack's usual rate
 ABLATIONS = {  # of emoji_gift.py
-    "post_finetune": {"post_finetune": {"steps": 100, "lr": 4e-4}},
+    "no_post_finetune": {"post_finetune": {"steps": 0}},
     "joint": {"gift": {"gradient": "joint"}},
     "unrolled": {"gift": {"gradient": "unrolled"}},
-    "matched_noise": {"gift": {"noise_target": "matched"}},
+    "standard_noise": {"gift": {"noise_target": "standard"}},
     "mmd": {"gift": {"distance": "mmd"}},
     "no_noise": {"gift": {"beta": 0.0}},
     "log_bound": {"gift": {"bound": "log"}},
@@ -43,10 +43,7 @@ ABLATIONS = {  # of emoji_gift.py
     "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
 }
 ADVERSARIES = {  # of emoji_gift.py:adversary
-    "post_finetune": {"post_finetune": {"steps": 100, "lr": 4e-4}},
-    "half": {"upper": {"lr": 2e-3}},
-    "inner_2": {"gift": {"inner_steps": 2}},
-    "safe_weight": {"adversary": {"safe_weight": 1.0}},
+    "upper_x2": {"upper": {"lr": 4e-3}},
 }
 SMOKE = {
     "name": "smoke",

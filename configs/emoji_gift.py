@@ -18,15 +18,17 @@ ADVERSARY = {  # one that fine-tunes beside the training, for 30 steps on averag
     "adversary.lr_min": 1e-4,  # DreamBooth's usual rate, up to three times that
     "adversary.lr_max": 3e-4,
     "adversary.safe_weight": 0.0,  # twice the cost of a step, and no gain in trials
-    "upper.lr": 4e-3,  # what is degraded after an attack takes more
+    "upper.lr": 2e-3,  # at twice that, known safe things are lost
 }
 
 
 def get_config(name: str = "") -> ConfigDict:
     c = fields.emoji()
     c.gift.beta = 0.02  # weight of representation noising; RepNoise's is 1e-3
+    c.gift.noise_target = "matched"  # noise "from the same distribution"
     c.gift.cap = 20.0  # hinge: no gradient from an example whose loss is above this
     for level, lr in ((c.lower, 1.2e-3), (c.upper, 2.2e-3)):
         level.update(lr=lr, warmup_frac=0.05, weight_decay=0.0)
     c.upper.schedule = "cosine"  # so that the last steps mend more than they degrade
+    c.post_finetune.update(steps=100, lr=4e-4)  # brings back most of what is safe
     return variant(c, name, adversary=ADVERSARY, smoke=fields.EMOJI_SMOKE)

@@ -15,10 +15,9 @@ import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import numpy as np
 
-from gift_jax import config, job, loop, offences, samples, sharding
+from gift_jax import config, hosts, job, loop, offences, samples, sharding
 from gift_jax.models import stable_diffusion, tensors, weights
 
 
@@ -64,8 +63,9 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
 
     at = _sample_steps(cfg) if cfg.samples.num else frozenset()
     plan, params = train(cfg, workdir, at=at, look=look)
-    for name, arrays in plan.files(params).items():
-        _write(workdir / name, arrays)
+    if hosts.is_first():
+        for name, arrays in plan.files(params).items():
+            _write(workdir / name, arrays)
     changed = plan.changed(params)
     job.export(plan.model, changed, workdir / "export", plan.tokenizer)
     if cfg.samples.num:
@@ -88,9 +88,7 @@ def train(
     Returns: the plan and the trained parameters, NumPy arrays.
     """
     check(cfg)
-    mesh = sharding.start(cfg.cpu_devices)
-    for group in _groups(cfg):
-        sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh.size)
+    mesh = job.start(cfg, _groups(cfg))
     model = job.load_configured(cfg)
     plan = offences.plan(cfg, model)
     data = {
@@ -99,10 +97,10 @@ def train(
     }
     offences.check_prompts(cfg, data["data"])
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
-    batches = _batches(cfg, plan, data)
+    batches = _batches(cfg, mesh, plan, data)
 
     def call(step, state):
-        changed = plan.changed(jax.device_get(state.params))
+        changed = plan.changed(hosts.fetch(state.params))
         look(step, offences.attacked(plan.model, changed))
 
     calls = (loop.Call(at, call),)
@@ -110,10 +108,10 @@ def train(
     state = job.run_loop(
         mesh, state, shared(plan), plan.frozen, batches, cfg, workdir, "attack", calls
     )
-    return plan, jax.device_get(state.params)
+    return plan, hosts.fetch(state.params)
 
 
-def _batches(cfg, plan: offences.Plan, data) -> loop.Batches:
+def _batches(cfg, mesh, plan: offences.Plan, data) -> loop.Batches:
     """Returns the batches of the step: the group `data` is its "attack"."""
     sources, sizes = {}, {}
     for group, name in (("data", "attack"), ("prior", "prior")):
@@ -123,12 +121,13 @@ def _batches(cfg, plan: offences.Plan, data) -> loop.Batches:
                 plan.model, data[group], cfg[group], k_cache, ids=plan.reads_ids
             )
             sizes[name] = cfg[group].batch
-    return job.batches(sources, sizes, cfg, "attack")
+    return job.batches(sources, sizes, cfg, "attack", sharding.share(mesh))
 
 
 def _draw(cfg, model, path: pathlib.Path) -> None:
     unet, how = model.params["unet"], cfg.samples
-    samples.save_grid(model, unet, how.prompts, how, path)
+    if hosts.is_first():
+        samples.save_grid(model, unet, how.prompts, how, path)
 
 
 def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

@@ -176,7 +176,7 @@ class Bench:
             del tx["lr"]  # a part of the state
         else:
             tx["steps"] = cfg.steps
-        key = json.dumps([cfg.attack, made, tx], sort_keys=True)
+        key = json.dumps([cfg.attack, made, tx, cfg.accumulate], sort_keys=True)
         return lambda plan: self._steps.setdefault(key, loop.compile_step(plan.step))
 
     @functools.cached_property

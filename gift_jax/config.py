@@ -153,6 +153,8 @@ def prepare_workdir(
 ) -> pathlib.Path:
     """Creates the run's folder with config.json and log.txt, or checks that it fits.
 
+    Of several processes the first one writes.
+
     Args: base: content hash of the model that the run starts from; recorded, and
       compared when the run is resumed.
     Raises: UserError if the folder belongs to a run of another config (the number of
@@ -160,6 +162,7 @@ def prepare_workdir(
     """
     path = workdir / "config.json"
     new = json.loads(json.dumps(cfg.to_dict()))
+    new.pop("processes", None)  # each has its own
     if base:
         new["base_sha256"] = base
     if path.exists():
@@ -173,6 +176,10 @@ def prepare_workdir(
                 f"--workdir={workdir} holds a run of another config ({changed}); "
                 "use another folder, or delete this one"
             )
+    from gift_jax import hosts  # imports jax, which --help need not wait for
+
+    if not hosts.is_first():
+        return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -303,11 +310,14 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 # Fields that a resumed run may change without becoming another run.
-_PACE = ("steps", "log_every", "checkpoint_every", "keep", "cpu_devices", "name")
+_PACE = ("steps", "log_every", "checkpoint_every", "keep", "name")
+_MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
 
 
 def _is_pace(name: str, finished: bool) -> bool:
-    last = name.split(".")[-1]
+    *parents, last = name.split(".")
+    if {*parents, last} & set(_MACHINE):
+        return True
     if last == "steps" and (finished or name.startswith("samples.")):
         return False
     return last in _PACE

@@ -84,7 +84,13 @@ def check_gift(cfg) -> gift.Settings:
             f"config.adversary.horizon={attack.horizon} is for gift.gradient="
             f"first_order, not {g.gradient}; set --config.adversary.horizon=0"
         )
-    return _settings(gift.Settings, g, attack=attack, concepts=())
+    if cfg.accumulate > 1 and (g.gradient != "first_order" or attack.kinds):
+        raise config.UserError(
+            f"config.accumulate={cfg.accumulate} is for gift.gradient=first_order and "
+            "no adversary; set --config.accumulate=1"
+        )
+    others = {"attack": attack, "accumulate": cfg.accumulate, "concepts": ()}
+    return _settings(gift.Settings, g, **others)
 
 
 def check_maximize_prior(cfg) -> gift.Settings:
@@ -161,7 +167,7 @@ def check_imma(cfg) -> imma.Settings:
         raise config.UserError(
             f"config.imma.alpha={m.alpha} must be above 0; try {m.rank}"
         )
-    return _settings(imma.Settings, m, concepts=())
+    return _settings(imma.Settings, m, accumulate=cfg.accumulate, concepts=())
 
 
 def plan_imma(cfg, s: imma.Settings, model, data, _) -> Plan:
@@ -197,6 +203,11 @@ def check_esd(cfg) -> esd.Settings:
     config.choice("config.esd.timestep", e.timestep, esd.TIMESTEPS)
     for name, low in (("eta", 0), ("steps", 1), ("guidance", 1), ("trajectories", 1)):
         config.at_least(f"config.esd.{name}", e[name], low)
+    if cfg.accumulate > 1:
+        raise config.UserError(
+            f"config.accumulate={cfg.accumulate} is not for method=esd; set "
+            "--config.accumulate=1"
+        )
     return _settings(esd.Settings, e)
 
 
@@ -278,7 +289,7 @@ def plan_finetune(cfg, model, params):
     """Returns (step, optimiser states) of ordinary fine-tuning on safe pairs."""
     tx = job.optimizer(cfg.post_finetune, cfg.post_finetune.steps, "post_finetune")
     loss = gift.make_lower_loss(job.denoiser(model), gift.Settings())
-    update = gift.make_level("lower", loss, tx)
+    update = gift.make_level("lower", loss, tx, cfg.accumulate)
 
     def finetune_step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)

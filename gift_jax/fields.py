@@ -91,6 +91,7 @@ EMOJI_SMOKE = {
     "safe.names": ("cat face",),
     "samples.num": 1,
     "samples.steps": 2,
+    "post_finetune.steps": 0,
 }
 
 
@@ -151,7 +152,10 @@ def attack() -> ConfigDict:
 def evaluate() -> ConfigDict:
     """Returns the config of `python -m gift_jax.evaluate`."""
     c = _job("evaluate", seed=0)
-    for field in ("steps", "log_every", "checkpoint_every", "keep"):
+    for field in (
+        *("steps", "log_every", "checkpoint_every", "keep"),
+        *("mesh", "shard_frozen", "accumulate", "processes"),
+    ):
         del c[field]
     c.samples.num = 25  # uncurated, of each prompt
     c.references = pairs()  # real pictures of what the prompts ask for; or no source
@@ -190,6 +194,12 @@ def _job(name: str, seed: int) -> ConfigDict:
     c.keep = 2  # checkpoints
     c.compute_dtype = "float32"  # of the frozen part; what trains is float32
     c.cpu_devices = 1  # devices to make of a machine without accelerator
+    c.mesh = ConfigDict()  # devices along each axis; 0: all that the others leave
+    c.mesh.update(data=0, fsdp=1, tensor=1)
+    c.shard_frozen = False  # divide over fsdp what does not train, too
+    c.accumulate = 1  # parts of a batch, computed one after the other
+    c.processes = ConfigDict()  # of several, where the environment does not say it
+    c.processes.update(coordinator="", count=0, index=-1)  # "HOST:PORT" of process 0
     c.samples = ConfigDict()
     c.samples.prompts = ("",)[:0]
     c.samples.num = 8  # pictures a prompt; 0: none

@@ -15,7 +15,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from gift_jax import config, loop, samples, sharding
+from gift_jax import config, hosts, loop, samples, sharding
 from gift_jax.config import UserError
 from gift_jax.data import concepts, latents, pipeline
 from gift_jax.methods.denoise import Denoiser
@@ -28,6 +28,7 @@ SCHEDULES = ("constant", "cosine")
 
 # What the config of every job has, and of every job that trains; the least it may be.
 _LEAST_OF_TRAINING = {"steps": 0, "log_every": 1, "checkpoint_every": 0, "keep": 1}
+_LEAST_OF_TRAINING |= {"accumulate": 1}
 _LEAST = {
     "cpu_devices": 1,
     "seed": 0,
@@ -82,6 +83,9 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
         concepts.check(_concept_spec(cfg[group], group))
     for group in optimizers:
         optimizer(cfg[group], 1, group)
+    if optimizers:
+        hosts.check(cfg.processes)
+        sharding.check_shape(cfg.mesh)
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
 
 
@@ -223,10 +227,17 @@ def key(cfg: Any, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(cfg.seed), zlib.crc32(purpose.encode()))
 
 
-def batches(sources: Mapping[str, Any], sizes: Mapping[str, int], cfg: Any, role: str):
+def batches(
+    sources: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    cfg: Any,
+    role: str,
+    share: tuple[int, int] = (0, 1),
+):
     """Returns the named sources' shuffled batches, advanced and saved together.
 
-    Args: role: defence, attack or post_finetune; see `key`.
+    Args: role: defence, attack or post_finetune; see `key`. share: which part of every
+      batch to read, of how many; see `sharding.share`.
     """
     orders = {name: key(cfg, f"{role}/order/{name}") for name in sources}
     return loop.Batches(
@@ -236,8 +247,8 @@ def batches(sources: Mapping[str, Any], sizes: Mapping[str, int], cfg: Any, role
                 sizes[name],
                 int(jax.random.bits(orders[name])),
                 drop_remainder=False,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=share[0],
+                process_count=share[1],
             )
             for name, source in sources.items()
         }
@@ -320,6 +331,19 @@ def split_unet(model, rule: str) -> Split:
     return Split(trainable, frozen)
 
 
+def start(cfg: Any, groups: Iterable[str]) -> Mesh:
+    """Joins the other processes and returns the mesh, every batch checked against it.
+
+    Raises: UserError naming the field of a batch or mesh that does not fit.
+    """
+    sharding.prepare(cfg.cpu_devices)
+    hosts.connect(cfg.processes)
+    mesh = sharding.lay_out(jax.devices(), cfg.mesh.to_dict())
+    for group in groups:
+        sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh, cfg.accumulate)
+    return mesh
+
+
 def run_loop(
     mesh: Mesh,
     state: loop.State,
@@ -332,10 +356,11 @@ def run_loop(
     calls: Sequence[loop.Call] = (),
 ) -> loop.State:
     """Places everything on the mesh and takes the run's steps; role: see `key`."""
+    whole = () if cfg.shard_frozen else ("fsdp",)
     return loop.run(
-        sharding.replicate(mesh, state),
+        sharding.place(state, sharding.layout(mesh, state)),
         step,
-        sharding.replicate(mesh, frozen),
+        sharding.place(frozen, sharding.layout(mesh, frozen, repeat=whole)),
         data,
         sharding.replicate(mesh, key(cfg, f"{role}/steps")),
         options=loop.Options(
@@ -354,7 +379,9 @@ def export(
 
     Args: tokenizer: to be written in place of the base's.
     """
-    trained = jax.device_get(dict(trained))
+    trained = hosts.fetch(dict(trained))
+    if not hosts.is_first():
+        return
     weights.export(model.path, trained, out, model.variant, tokenizer=tokenizer)
     logging.info("exported model: %s", out)
 

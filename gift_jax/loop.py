@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from gift_jax import checkpoint, progress
+from gift_jax import checkpoint, hosts, progress, sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -114,14 +114,21 @@ def init_state(params: Mapping[str, jax.Array], opt: dict[str, Any], *, ema=Fals
     return State(jnp.zeros((), jnp.int32), params, opt, average)
 
 
-def compile_step(step_fn: Step) -> Step:
+def compile_step(step_fn: Step, placed: tuple | None = None) -> Step:
     """Jits a step and donates the state it replaces (never frozen).
 
     A step that is compiled already is returned: several runs may share it.
+
+    Args: placed: (state, frozen, batch, key) on their devices: what goes in lies there,
+      and the new state where the old one lay. None: as XLA finds it.
     """
     if hasattr(step_fn, "lower"):
         return step_fn
-    return jax.jit(step_fn, donate_argnums=0)
+    if placed is None:
+        return jax.jit(step_fn, donate_argnums=0)
+    where = jax.tree.map(lambda a: a.sharding, placed)
+    out = where[0], where[3]  # metrics, as the key, whole on every device
+    return jax.jit(step_fn, donate_argnums=0, in_shardings=where, out_shardings=out)
 
 
 def run(
@@ -156,10 +163,11 @@ def run(
             state, position = store.restore(state)
             batches.set_state(position["batches"])
             saved = jnp.asarray(position["key"], jnp.uint32)
-            key = jax.device_put(jax.random.wrap_key_data(saved), key.sharding)
-        identity = {"key": jax.random.key_data(key).tolist()}
+            key = sharding.place(jax.random.wrap_key_data(saved), key.sharding)
+        told = hosts.fetch(jax.jit(jax.random.key_data)(key))
+        identity = {"key": told.tolist()}
         start = int(state.step)
-        compiled = compile_step(step_fn)
+        compiled = None
         with (
             _signals() as received,
             MetricsLog(workdir, start, store.latest_step) as log,
@@ -170,6 +178,9 @@ def run(
             clock = time.perf_counter()
             for step in range(start, options.steps):
                 batch = place(next(batches))
+                if compiled is None:
+                    placed = state, frozen, batch, key
+                    compiled = compile_step(step_fn, placed)
                 state, metrics = compiled(state, frozen, batch, key)
                 done = step + 1
                 if step == start:
@@ -177,6 +188,8 @@ def run(
                     seconds = time.perf_counter() - clock
                     logging.info("%s: first step took %.1f s", options.name, seconds)
                 last = done == options.steps
+                if hosts.asked_to_stop(done):
+                    received.append(signal.SIGTERM)
                 stop = bool(received)
                 called = any(done in call.at for call in calls)
                 if done % options.log_every == 0 or last or store.due(done):
@@ -207,7 +220,8 @@ class MetricsLog:
     """Appends one JSON object a logged step to metrics.jsonl, and to TensorBoard.
 
     Lines of steps after `start` (of a run that was stopped between a logged step
-    and its checkpoint) are dropped, so that a resumed run repeats none.
+    and its checkpoint) are dropped, so that a resumed run repeats none. Of several
+    processes the first one writes; all of them check.
 
     Args: last_good: returns the newest checkpoint's step, or None, for errors.
     """
@@ -226,6 +240,8 @@ class MetricsLog:
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> "MetricsLog":
+        if not hosts.is_first():
+            return self
         import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
 
         old = self._path.read_text().splitlines() if self._path.exists() else []
@@ -277,20 +293,26 @@ class MetricsLog:
                 "time/examples_per_s": round(batch_size / seconds, 2),
             }
         self._since = (step, now)
+        self.latest = values
+        if not hosts.is_first():
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self.latest = values
 
     def __exit__(self, *exc) -> None:
-        self._file.close()
-        self._board.close()
+        if hosts.is_first():
+            self._file.close()
+            self._board.close()
 
 
 @contextlib.contextmanager
 def _signals():
-    """Collects SIGINT and SIGTERM in a list instead of dying; a second one kills."""
+    """Collects SIGINT and SIGTERM in a list instead of dying; a second one kills.
+
+    Of several processes, JAX's own service takes SIGTERM: see `hosts.asked_to_stop`.
+    """
     received: list[int] = []
 
     def handle(signum, _frame):
@@ -299,7 +321,8 @@ def _signals():
         logging.warning("signal %d: saving a checkpoint, then stopping", signum)
 
     old = {}
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    alone = (signal.SIGTERM,) if jax.process_count() == 1 else ()
+    for signum in (signal.SIGINT, *alone):
         with contextlib.suppress(ValueError):  # not in the main thread
             old[signum] = signal.signal(signum, handle)
     try:

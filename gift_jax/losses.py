@@ -6,7 +6,7 @@ timesteps. Sources: DDPM is Ho et al. 2020 (arXiv:2006.11239); v-prediction is
 Salimans & Ho 2022 (arXiv:2202.00512); GIFT is arXiv:2507.13598.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,60 @@ def example_keys(key: jax.Array, index_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
 
 
-def normal_like(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns N(0, 1) noise of x's shape and dtype, drawn per example (axis 0)."""
-    keys = example_keys(key, jnp.arange(x.shape[0]))
+def normal_like(
+    key: jax.Array, x: jax.Array, index_B: jax.Array | None = None
+) -> jax.Array:
+    """Returns N(0, 1) noise of x's shape and dtype, drawn per example (axis 0).
+
+    Args: index_B: the examples' places in the whole batch; by default x is all of it.
+    """
+    keys = example_keys(key, _places(x.shape[0], index_B))
     return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
 
 
-def timesteps(key: jax.Array, batch: int, limit: int) -> jax.Array:
-    """Returns int32 "B", uniform over 0 .. limit - 1, drawn per example."""
-    keys = example_keys(key, jnp.arange(batch))
+def timesteps(
+    key: jax.Array, batch: int, limit: int, index_B: jax.Array | None = None
+) -> jax.Array:
+    """Returns int32 "B", uniform over 0 .. limit - 1, drawn per example.
+
+    Args: index_B: see `normal_like`.
+    """
+    keys = example_keys(key, _places(batch, index_B))
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, limit))(keys)
+
+
+def _places(batch: int, index_B: jax.Array | None) -> jax.Array:
+    return jnp.arange(batch) if index_B is None else index_B
+
+
+def in_parts(grad_fn: Callable, parts: int) -> Callable:
+    """Returns (params, frozen, batch, key) -> (gradient, metrics), a part at a time.
+
+    The memory of one part's gradient; of losses that are means over examples the same
+    gradient, with the same noise. Each part has every `parts`-th example, so that all
+    devices share in it.
+
+    Args: grad_fn: the same of a whole batch. parts: must divide the batch, whose
+      examples need their `index` in it.
+    """
+    if parts == 1:
+        return grad_fn
+
+    def grads_in_parts(params, frozen, batch, key):
+        split = jax.tree.map(
+            lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), batch
+        )
+
+        def add(total, part):
+            grads, metrics = grad_fn(params, frozen, part, key)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, metrics = jax.lax.scan(add, zeros, split)
+        grads = jax.tree.map(lambda g: g / parts, total)
+        return grads, jax.tree.map(jnp.mean, metrics)
+
+    return grads_in_parts
 
 
 def per_example(values_B: jax.Array, like: jax.Array) -> jax.Array:
@@ -130,16 +174,19 @@ def bounded_ascent(loss_B: jax.Array, bound: str, cap: float) -> jax.Array:
     raise ValueError(f"bound={bound!r} must be one of {', '.join(BOUNDS)}")
 
 
-def noise_target(key: jax.Array, h_BND: jax.Array, kind: str) -> jax.Array:
+def noise_target(
+    key: jax.Array, h_BND: jax.Array, kind: str, index_B: jax.Array | None = None
+) -> jax.Array:
     """Returns the noise that a layer's hidden states are to resemble, "B N D".
 
     Args: h_BND: a layer's output: N tokens of width D. kind: standard: N(0, I), as
       RepNoise's code; matched: the layer's own mean and standard deviation over tokens
-      and examples, for each channel, no gradient through them.
+      and examples, for each channel, no gradient through them. index_B: see
+      `normal_like`.
     Raises: ValueError for an unknown kind.
     Source: GIFT (arXiv:2507.13598) leaves the choice open; RepNoise, arXiv:2405.14577.
     """
-    noise = normal_like(key, at_least_float32(h_BND))
+    noise = normal_like(key, at_least_float32(h_BND), index_B)
     if kind == "standard":
         return noise
     if kind == "matched":
@@ -173,12 +220,18 @@ def mmd(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
 
 
 def representation_noising(
-    key: jax.Array, hiddens: dict, target: str, distance: str, tokens: int = 256
+    key: jax.Array,
+    hiddens: dict,
+    target: str,
+    distance: str,
+    tokens: int = 256,
+    index_B: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the mean over layers of the distance between states and noise, a scalar.
 
     Args: hiddens: layer name -> "B N D" (or "B H W D"). target: of NOISE_TARGETS.
-      distance: mse; or mmd, over at most `tokens` tokens of each example.
+      distance: mse; or mmd, over at most `tokens` tokens of each example. index_B: see
+      `normal_like`.
     Raises: ValueError for an unknown name or no layer.
     Source: GIFT's upper level (arXiv:2507.13598), after RepNoise (arXiv:2405.14577).
     """
@@ -189,7 +242,7 @@ def representation_noising(
     for k, name in zip(keys, sorted(hiddens), strict=True):
         h = hiddens[name]
         h_BND = h.reshape(h.shape[0], -1, h.shape[-1])
-        n_BND = noise_target(k, h_BND, target)
+        n_BND = noise_target(k, h_BND, target, index_B)
         if distance == "mse":
             total += jnp.mean(squared_error(h_BND, n_BND))
         elif distance == "mmd":

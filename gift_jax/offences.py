@@ -81,7 +81,7 @@ def plan_lora(cfg, model, tx) -> Plan:
 
     return Plan(
         model=model,
-        step=lora.make_step(job.denoiser(model), tx, scale),
+        step=lora.make_step(job.denoiser(model), tx, scale, cfg.accumulate),
         params=factors,
         frozen={"unet": unet | kernels, "abar": _abar(model)},
         changed=lambda factors: lora.apply(kernels, factors, scale),
@@ -112,7 +112,9 @@ def plan_dreambooth(cfg, model, tx) -> Plan:
     weight = cfg.dreambooth.prior_weight
     return Plan(
         model=model,
-        step=dreambooth.make_step(job.denoiser(model), tx, weight, encode),
+        step=dreambooth.make_step(
+            job.denoiser(model), tx, weight, encode, cfg.accumulate
+        ),
         params=params,
         frozen={"abar": _abar(model)},
         changed=dict,
@@ -160,7 +162,7 @@ def plan_inversion(cfg, model, tx) -> Plan:
     return Plan(
         model=grown,
         step=textual_inversion.make_step(
-            job.denoiser(model), job.text_encoder(grown), tx
+            job.denoiser(model), job.text_encoder(grown), tx, cfg.accumulate
         ),
         params={"embeddings": textual_inversion.start(table_VD, word, i.vectors)},
         frozen={"unet": unet, "text": text, "abar": _abar(model)},

@@ -35,7 +35,7 @@ def run(cfg, workdir: pathlib.Path) -> None:
     """Runs every stage that is not finished and writes the model folders."""
     mesh = sharding.start(cfg.cpu_devices)
     for name in STAGES:
-        sharding.check_batch(f"{name}.batch", cfg[name].batch, mesh.size)
+        sharding.check_batch(f"{name}.batch", cfg[name].batch, mesh)
     config.prepare_workdir(cfg, workdir)
     pictures = emoji.load()
     words = _tokenizer(cfg, workdir, pictures)

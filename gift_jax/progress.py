@@ -19,7 +19,8 @@ class Bar:
         self._last = time.monotonic()
         self._first: tuple[int, float] | None = None  # its time is mostly compilation
         self._live = None
-        if sys.stderr.isatty():
+        quiet = logging.get_verbosity() < logging.INFO  # of several, not the first
+        if sys.stderr.isatty() and not quiet:
             self._live = _rich_bar()
             self._live.start()
             self._task = self._live.add_task(

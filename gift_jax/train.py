@@ -10,10 +10,9 @@ StableDiffusionPipeline.from_pretrained loads.
 
 import pathlib
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax import config, defences, job, loop, samples, sharding
+from gift_jax import config, defences, hosts, job, loop, samples, sharding
 from gift_jax.models import partition, stable_diffusion, weights
 
 
@@ -44,9 +43,7 @@ def _groups(cfg) -> tuple[str, ...]:
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Immunizes cfg.model; returns the folder of the exported model."""
     settings = check(cfg)
-    mesh = sharding.start(cfg.cpu_devices)
-    for group in _groups(cfg):
-        sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh.size)
+    mesh = job.start(cfg, _groups(cfg))
     model = job.load_configured(cfg)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
@@ -74,7 +71,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         trained = _train(cfg, workdir, mesh, model, plan, sources)
     if cfg.post_finetune.steps:
         trained = _finetune(cfg, workdir, mesh, model, sources["safe"], trained)
-    trained = jax.device_get(trained)
+    trained = hosts.fetch(trained)
     job.export(model, trained, workdir / "export")
     if cfg.samples.num:
         flat = flatten_dict(model.params["unet"], sep="/")
@@ -93,7 +90,7 @@ def _train(cfg, workdir, mesh, model, plan, sources):
         loop.init_state(plan.params, plan.opt),
         plan.step,
         {"unet": plan.frozen, "abar": abar, **plan.also_frozen},
-        job.batches(sources, plan.sizes, cfg, "defence"),
+        job.batches(sources, plan.sizes, cfg, "defence", sharding.share(mesh)),
         cfg,
         workdir,
         "defence",
@@ -113,7 +110,13 @@ def _finetune(cfg, workdir, mesh, model, source, trained):
         loop.init_state(trained, opt),
         step,
         {"unet": rest, "abar": stable_diffusion.noise_schedule(model)},
-        job.batches({"safe": source}, {"safe": cfg.safe.batch}, cfg, "post_finetune"),
+        job.batches(
+            {"safe": source},
+            {"safe": cfg.safe.batch},
+            cfg,
+            "post_finetune",
+            sharding.share(mesh),
+        ),
         cfg,
         workdir / "post_finetune",
         "post_finetune",
@@ -122,7 +125,8 @@ def _finetune(cfg, workdir, mesh, model, source, trained):
 
 
 def _draw(cfg, model, unet, path: pathlib.Path) -> None:
-    samples.save_grid(model, unet, cfg.samples.prompts, cfg.samples, path)
+    if hosts.is_first():
+        samples.save_grid(model, unet, cfg.samples.prompts, cfg.samples, path)
 
 
 def main(argv: list[str] | None = None) -> int:

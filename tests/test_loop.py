@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import pytest
 from absl import logging
-from jax.sharding import Mesh
 
 from gift_jax import checkpoint, loop, progress, sharding
 from gift_jax.config import UserError
@@ -79,7 +78,7 @@ def broken_after(steps):
 def run(
     workdir, steps, *, at=None, step=quadratic, devices=1, key=KEY, calls=(), **options
 ):
-    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    mesh = sharding.lay_out(jax.devices()[:devices])
     params = {"w": jnp.zeros((3,))}
     state = loop.init_state(params, {"train": TX.init(params)})
     workdir.mkdir(exist_ok=True)

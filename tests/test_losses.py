@@ -273,3 +273,26 @@ def test_loss_of_each_concept_is_the_mean_of_its_pairs():
     assert [float(x) for x in found.values()][::2] == [2.5, 5.5]
     assert np.isnan(found["concept/pill"])  # no pair of it
     assert not losses.by_concept(loss, jnp.zeros(4, int), ("bomb",))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_gradient_in_parts_is_that_of_the_whole(rng, parts):
+    x_BD = rng.normal(size=(6, 4)).astype(np.float32)
+    batch = {"mean": jnp.asarray(x_BD), "index": jnp.arange(6, dtype=jnp.int32)}
+    params, key = {"w": jnp.arange(4.0)}, jax.random.key(1)
+
+    def loss(params, frozen, batch, key):
+        noise = losses.normal_like(key, batch["mean"], batch["index"])
+        t = losses.timesteps(key, len(noise), 9, batch["index"])
+        out = (batch["mean"] + noise) * params["w"][None, :] * (1 + t)[:, None]
+        total = jnp.mean(jnp.square(out - frozen))
+        return total, {"loss": total}
+
+    grad_fn = jax.grad(loss, has_aux=True)
+    whole, said = grad_fn(params, 0.5, batch, key)
+    grads, metrics = losses.in_parts(grad_fn, parts)(params, 0.5, batch, key)
+    np.testing.assert_allclose(grads["w"], whole["w"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], said["loss"], rtol=1e-5)
+    without = batch | {"index": jnp.zeros(6, jnp.int32)}  # other noise
+    other, _ = grad_fn(params, 0.5, without, key)
+    assert np.abs(other["w"] - whole["w"]).max() > 1e-2

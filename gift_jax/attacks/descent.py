@@ -14,20 +14,26 @@ from gift_jax.loop import Step
 Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def make_step(loss_fn: Loss, tx: optax.GradientTransformation) -> Step:
+def make_step(loss_fn: Loss, tx: optax.GradientTransformation, parts: int = 1) -> Step:
     """Returns the step: state.params go down `loss_fn`; state.opt is {"attack"}.
 
     Logs attack/loss, attack/grad_norm (before clipping) and what `loss_fn` adds.
+    parts: see `losses.in_parts`.
     """
+
+    def with_loss(*args):
+        loss, others = loss_fn(*args)
+        return loss, {"attack/loss": loss, **others}
+
+    grad_fn = losses.in_parts(jax.grad(with_loss, has_aux=True), parts)
 
     def attack_step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, others), grads = grad_fn(state.params, frozen, batch, key)
+        grads, metrics = grad_fn(state.params, frozen, batch, key)
         updates, opt = tx.update(grads, state.opt["attack"], state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"attack/loss": loss, "attack/grad_norm": losses.global_norm(grads)}
+        metrics = metrics | {"attack/grad_norm": losses.global_norm(grads)}
         state = state.replace(step=state.step + 1, params=params, opt={"attack": opt})
-        return state, metrics | others
+        return state, metrics
 
     return attack_step

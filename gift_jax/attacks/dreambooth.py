@@ -28,6 +28,7 @@ def make_step(
     tx: optax.GradientTransformation,
     prior_weight: float = 0.0,
     encode: Encode | None = None,
+    parts: int = 1,
 ) -> Step:
     """Returns the attack's step.
 
@@ -36,7 +37,7 @@ def make_step(
     state.params: every parameter of the UNet, flat, float32; with `encode` the text
     encoder's too. state.opt: {"attack"}. frozen: {"abar": float32 "T"}.
     batch: {"attack": pairs, and with a prior_weight "prior": pairs}; with `encode`,
-    pairs hold ids, int32 "B L", in place of text.
+    pairs hold ids, int32 "B L", in place of text. parts: see `losses.in_parts`.
     """
 
     def loss_of(params, abar, pairs, key):
@@ -56,4 +57,4 @@ def make_step(
         others = {"attack/instance_loss": loss, "attack/prior_loss": prior}
         return loss + prior_weight * prior, others
 
-    return descent.make_step(loss_fn, tx)
+    return descent.make_step(loss_fn, tx, parts)

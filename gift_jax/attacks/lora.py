@@ -74,12 +74,16 @@ def apply(
 
 
 def make_step(
-    denoiser: Denoiser, tx: optax.GradientTransformation, scale: float
+    denoiser: Denoiser,
+    tx: optax.GradientTransformation,
+    scale: float,
+    parts: int = 1,
 ) -> Step:
     """Returns the attack's step: the ordinary diffusion loss, trained through A and B.
 
     state.params: the factors; state.opt: {"attack"}. frozen: {"unet": every parameter,
-    flat; "abar": float32 "T"}. batch: {"attack": pairs}.
+    flat; "abar": float32 "T"}. batch: {"attack": pairs}. parts: see
+    `losses.in_parts`.
     """
 
     def loss_fn(factors, frozen, batch, key):
@@ -87,7 +91,7 @@ def make_step(
         pairs = batch["attack"]
         return jnp.mean(denoiser.losses(unet, frozen["abar"], pairs, key)[0]), {}
 
-    return descent.make_step(loss_fn, tx)
+    return descent.make_step(loss_fn, tx, parts)
 
 
 def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:

@@ -75,13 +75,17 @@ def start(table_VD: np.ndarray, word: int, vectors: int) -> jax.Array:
 
 
 def make_step(
-    denoiser: Denoiser, encode: Encode, tx: optax.GradientTransformation
+    denoiser: Denoiser,
+    encode: Encode,
+    tx: optax.GradientTransformation,
+    parts: int = 1,
 ) -> Step:
     """Returns the attack's step: the diffusion loss, trained through new rows alone.
 
     state.params: {"embeddings": float32 "vectors D"}; state.opt: {"attack"}. frozen:
     {"unet", "text": every parameter, flat, the token table as it was before; "abar":
     float32 "T"}. batch: {"attack": pairs with ids, int32 "B L", in place of text}.
+    parts: see `losses.in_parts`.
     """
 
     def loss_fn(params, frozen, batch, key):
@@ -94,4 +98,4 @@ def make_step(
         unet = unflatten_dict(frozen["unet"], sep="/")
         return jnp.mean(denoiser.losses(unet, frozen["abar"], pairs, key)[0]), {}
 
-    return descent.make_step(loss_fn, tx)
+    return descent.make_step(loss_fn, tx, parts)

@@ -36,15 +36,17 @@ class Denoiser:
         """Returns (each example's diffusion loss, float32 "B"; captured hidden states).
 
         Args: unet_params: nested. abar_T: float32 "T". batch: mean, std: float32
-          "B C H W", the scaled latents' posterior; text: float32 "B L D". key: draws
-          posterior, noise and timestep, each example by its place in the batch.
+          "B C H W", the scaled latents' posterior; text: float32 "B L D"; index, if it
+          is a part of a batch: int32 "B". key: draws posterior, noise and timestep,
+          each example by its place in the batch.
         Source: Ho et al. 2020, eq. 14, on latents (Rombach et al. 2022, eq. 2).
         """
         k_z, k_eps, k_t = jax.random.split(key, 3)
         mean = batch["mean"]
-        z = mean + batch["std"] * losses.normal_like(k_z, mean)
-        eps = losses.normal_like(k_eps, z)
-        t = losses.timesteps(k_t, z.shape[0], self.train_timesteps)
+        index_B = batch.get("index")
+        z = mean + batch["std"] * losses.normal_like(k_z, mean, index_B)
+        eps = losses.normal_like(k_eps, z, index_B)
+        t = losses.timesteps(k_t, z.shape[0], self.train_timesteps, index_B)
         return self.losses_at(unet_params, abar_T, z, t, eps, batch["text"], capture)
 
     def losses_at(self, unet_params, abar_T, z, t, eps, text, capture=()):

@@ -43,6 +43,7 @@ class Settings:
       bound, cap: of the ascent, see `losses.bounded_ascent`. noise_target, distance:
       see `losses.representation_noising`. layers: kinds of layers to noise, see
       `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`. attack: the adversary's.
+      accumulate: parts of a level's batch, see `losses.in_parts`; first_order only.
       concepts: names of the malicious ones, to log the loss of each of several.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     layers: tuple[str, ...] = ("transformer",)
     joint_weight: float = 1.0
     attack: adversary.Settings = adversary.Settings()
+    accumulate: int = 1
     concepts: tuple[str, ...] = ()
 
 
@@ -121,7 +123,11 @@ def make_upper_loss(denoiser: Denoiser, s: Settings) -> Loss:
             metrics |= losses.by_concept(loss_B, batch["concept"], s.concepts)
         if s.beta:
             noising = losses.representation_noising(
-                k_noise, hiddens, s.noise_target, s.distance
+                k_noise,
+                hiddens,
+                s.noise_target,
+                s.distance,
+                index_B=batch.get("index"),
             )
             total += s.beta * noising
             metrics["upper/noising"] = noising
@@ -153,14 +159,15 @@ def gradient(loss: Loss) -> Callable:
     return grad_fn
 
 
-def make_level(name: str, loss: Loss, tx: optax.GradientTransformation) -> Callable:
+def make_level(
+    name: str, loss: Loss, tx: optax.GradientTransformation, parts: int = 1
+) -> Callable:
     """Returns one update of one level: (params, opt, frozen, batch, key) -> the same.
 
     Returns (params, opt state, metrics); differentiable, so that the upper level can be
-    taken through it.
+    taken through it. parts: see `losses.in_parts`.
     """
-
-    grad_fn = gradient(loss)
+    grad_fn = losses.in_parts(gradient(loss), parts)
 
     def update(params, opt, frozen, batch, key):
         grads, metrics = grad_fn(params, frozen, batch, key)
@@ -219,10 +226,14 @@ def make_step(
     upper_loss = make_upper_loss(denoiser, s)
     if s.gradient == "joint":
         return _joint_step(lower_loss, upper_loss, s, tx_upper)
-    lower = make_levels(make_level("lower", lower_loss, tx_lower), s.inner_steps)
+    lower = make_levels(
+        make_level("lower", lower_loss, tx_lower, s.accumulate), s.inner_steps
+    )
     if s.gradient == "unrolled":
         return _unrolled_step(lower, upper_loss, tx_upper)
-    upper = make_levels(make_level("upper", upper_loss, tx_upper), s.outer_steps)
+    upper = make_levels(
+        make_level("upper", upper_loss, tx_upper, s.accumulate), s.outer_steps
+    )
     pursued = bool(s.attack.kinds and s.attack.horizon)
     pursue = adversary.make_pursue(denoiser, s.attack)
 

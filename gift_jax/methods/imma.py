@@ -31,8 +31,8 @@ _LORA = "lora:"  # marks a LoRA factor among the trained parameters
 class Settings:
     """Attributes: lower: of LOWER. inner_steps, outer_steps: updates of each level in a
     step. bound, cap: of the ascent, see `losses.bounded_ascent`; the code's is raw.
-    rank, alpha: of LOWER's lora. concepts: names of the malicious ones, to log the loss
-    of each of several.
+    rank, alpha: of LOWER's lora. accumulate: see `losses.in_parts`. concepts: names of
+    the malicious ones, to log the loss of each of several.
     """
 
     lower: str = "dreambooth"
@@ -42,6 +42,7 @@ class Settings:
     cap: float = 0.0
     rank: int = 4
     alpha: float = 4.0
+    accumulate: int = 1
     concepts: tuple[str, ...] = ()
 
 
@@ -109,7 +110,7 @@ def make_step(
         return total, metrics
 
     def level(name, loss, tx, steps):
-        return gift.make_levels(gift.make_level(name, loss, tx), steps)
+        return gift.make_levels(gift.make_level(name, loss, tx, s.accumulate), steps)
 
     lower = level("lower", lower_loss, tx_lower, s.inner_steps)
     upper = level("upper", upper_loss, tx_upper, s.outer_steps)

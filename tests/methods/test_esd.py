@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import toy_denoiser
-from jax.sharding import Mesh
 from tiny_model import relative_error
 
 from gift_jax import job, loop, sampling, sharding
@@ -270,7 +269,7 @@ def test_one_and_two_devices_take_the_same_step(source):
     state, frozen, batch, step = toy_step(source)
     results = []
     for devices in (1, 2):
-        mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+        mesh = sharding.lay_out(jax.devices()[:devices])
         args = sharding.replicate(mesh, (state, frozen))
         new, metrics = step(*args, sharding.split(mesh, batch), KEY)
         assert len(jax.tree.leaves(new.params)[0].sharding.device_set) == devices

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax_names import flax_name
-from jax.sharding import Mesh
 
 from gift_jax import losses, sharding
 from gift_jax.methods import gift
@@ -161,18 +160,23 @@ def optimiser():
 
 @pytest.fixture(scope="module")
 def stepper(tiny_setup):
-    """(lower rate, upper rate, devices) -> (new state, metrics) of one step."""
+    """(lower rate, upper rate, mesh axis) -> (new state, metrics) of one step.
+
+    With an axis, on two devices along it.
+    """
     settings = gift.Settings(cap=100.0)
     step = jax.jit(
         gift.make_step(tiny_setup.denoiser, settings, optimiser(), optimiser())
     )
 
-    def take(lower, upper, devices=1):
-        mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    def take(lower, upper, axis=""):
+        shape = dict.fromkeys(sharding.AXES, 1) | ({axis: 2} if axis else {})
+        mesh = sharding.lay_out(jax.devices()[: 2 if axis else 1], shape)
         state = tiny_setup.state(optimiser(), optimiser())
         for level, rate in (("lower", lower), ("upper", upper)):
             state.opt[level].hyperparams["learning_rate"] = jnp.float32(rate)
-        args = sharding.replicate(mesh, (state, tiny_setup.frozen))
+        args = state, tiny_setup.frozen
+        args = sharding.place(args, sharding.layout(mesh, args))
         return step(*args, sharding.split(mesh, tiny_setup.batch), KEY)
 
     return take
@@ -216,10 +220,16 @@ def test_step_leaves_the_frozen_parameters_alone(tiny_setup, stepper):
     jax.tree.map(np.testing.assert_array_equal, before, tiny_setup.frozen)
 
 
-def test_one_and_two_devices_take_the_same_step(tiny_setup, stepper):
+@pytest.mark.parametrize("axis", sharding.AXES)
+def test_one_and_two_devices_take_the_same_step(tiny_setup, stepper, axis):
     one, m_one = stepper(1e-2, 1e-2)
-    two, m_two = stepper(1e-2, 1e-2, devices=2)
-    assert len(jax.tree.leaves(two.params)[0].sharding.device_set) == 2
+    two, m_two = stepper(1e-2, 1e-2, axis)
+    kernels = [a for path, a in two.params.items() if path.endswith("to_q/kernel")]
+    for a in kernels:
+        assert len(a.sharding.device_set) == 2
+        parts = a.size // a.addressable_shards[0].data.size
+        assert parts == (1 if axis == "data" else 2)
+    assert kernels
     for path in one.params:
         change = np.asarray(one.params[path] - tiny_setup.params[path])
         other = np.asarray(two.params[path]) - np.asarray(tiny_setup.params[path])

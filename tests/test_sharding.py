@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, the rules by parameter path, and what does not fit."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
+
+from gift_jax import sharding
+from gift_jax.config import UserError
+
+SIZES = {"data": 1, "fsdp": 2, "tensor": 4}
+BLOCK = "down_blocks_0/attentions_0/transformer_blocks_0"
+
+
+@pytest.mark.parametrize(
+    "path, shape, wanted",
+    [
+        (f"{BLOCK}/attn2/to_k/kernel", (768, 320), ("fsdp", "tensor")),
+        (f"{BLOCK}/attn2/to_out_0/kernel", (320, 320), ("tensor", "fsdp")),
+        (f"{BLOCK}/attn2/to_out_0/bias", (320,), ()),
+        (f"{BLOCK}/ff/net_0/proj/kernel", (320, 2560), ("fsdp", "tensor")),
+        (f"{BLOCK}/ff/net_2/kernel", (1280, 320), ("tensor", "fsdp")),
+        ("down_blocks_0/resnets_0/conv1/kernel", (3, 3, 4, 8), (None,) * 3 + ("fsdp",)),
+        ("conv_out/kernel", (3, 3, 4, 3), (None,) * 4),  # 3 does not divide
+        (f"{BLOCK}/attn2/to_k/kernel", (768, 322), ("fsdp", None)),
+        ("text_model/embeddings/token_embedding/embedding", (512, 32), (None, "fsdp")),
+        ("count", (), ()),
+    ],
+)
+def test_rule_says_where_a_parameter_lies(path, shape, wanted):
+    assert sharding.spec(path, shape, SIZES) == PartitionSpec(*wanted)
+    whole = sharding.spec(path, shape, {"data": 8, "fsdp": 1, "tensor": 1})
+    assert not any(whole)
+
+
+def test_optimiser_states_lie_as_their_parameters(tiny):
+    import optax
+
+    mesh = sharding.lay_out(jax.devices()[:2], {"data": 1, "fsdp": 2, "tensor": 1})
+    params = flatten_dict(tiny.params["unet"], sep="/")
+    tree = {"params": params, "opt": optax.adam(1e-3).init(params)}
+    found = sharding.layout(mesh, tree)
+    assert found["opt"][0].mu == found["params"] == found["opt"][0].nu
+    assert found["opt"][0].count.spec == PartitionSpec()
+    divided = [path for path, where in found["params"].items() if any(where.spec)]
+    assert sum(params[p].size for p in divided) > 0.9 * sum(
+        a.size for a in params.values()
+    )
+    whole = sharding.layout(mesh, tree, repeat=("fsdp",))
+    assert not any(any(where.spec) for where in jax.tree.leaves(whole))
+
+
+def test_rows_of_a_batch_are_read_once():
+    for sizes in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        shape = dict(zip(sharding.AXES, sizes, strict=True))
+        mesh = sharding.lay_out(jax.devices()[:2], shape)
+        assert sharding.share(mesh) == (0, 1)  # one process has all devices
+        placed = sharding.split(mesh, {"x": np.arange(8.0)})["x"]
+        np.testing.assert_array_equal(placed, np.arange(8.0))
+        rows = 8 if sizes[2] > 1 else 4
+        assert placed.addressable_shards[0].data.size == rows
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, 1, 1), "data=3, fsdp=1, tensor=1, but there are 2 devices"),
+        ((0, 4, 1), "fsdp=4, tensor=1, but there are 2 devices"),
+        ((0, 0, 1), "more than one axis of 0"),
+        ((1, -1, 1), "config.mesh.fsdp=-1 must be at least 0"),
+    ],
+)
+def test_mesh_that_does_not_fit_is_refused(shape, message):
+    shape = dict(zip(sharding.AXES, shape, strict=True))
+    with pytest.raises(UserError, match=message):
+        sharding.lay_out(jax.devices()[:2], shape)
+
+
+def test_batch_that_does_not_divide_is_refused():
+    mesh = sharding.lay_out(jax.devices()[:2])
+    sharding.check_batch("safe.batch", 12, mesh, accumulate=3)
+    with pytest.raises(UserError, match="batch=7 must divide by 2 devices; try .*=6"):
+        sharding.check_batch("safe.batch", 7, mesh)
+    with pytest.raises(UserError, match="by 2 devices in 3 parts; try .*safe.batch=6"):
+        sharding.check_batch("safe.batch", 8, mesh, accumulate=3)
