@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch scripts: what they would run and refuse; the local one for real."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -30,9 +31,9 @@ sys.exit(int(code) if told["index"] == "1" else 0)
 
 def run(script, *argv):
     """Returns (exit code, stdout, stderr) of a launch script."""
-    done = subprocess.run(
-        [LAUNCH / script, *argv], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable] if script.endswith(".py") else []
+    command += [LAUNCH / script, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -147,3 +148,48 @@ def test_tpu_dry_run_prints_the_exact_commands():
     done = [verb[1] or verb[2] for verb in verbs]
     assert done == ["delete", "create", "git", "scp", "ssh", "ssh"]
     assert "--spot" in resumed
+
+
+GKE = ["--name", "gift", "--image", "image", "--accelerator", "tpu-v5-lite-podslice"]
+GKE += ["--claim", "runs", "--topology"]
+
+
+@pytest.mark.parametrize(
+    "topology, hosts, chips",
+    [("1x1", 1, 1), ("2x2", 1, 4), ("4x4", 4, 4), ("2x2x4", 4, 4)],
+)
+def test_gke_writes_a_job_of_one_process_a_host(topology, hosts, chips):
+    import kubernetes_validate
+
+    argv = ["--dry-run", "--spot", *GKE, topology, "python", "-m", "x", "--a=b c"]
+    code, out, _ = run("gke.py", *argv)
+    manifest = json.loads(out)
+    assert code == 0 and manifest["kind"] == "JobSet"
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == hosts
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["google.com/tpu"] == chips
+    assert container["command"] == ["python", "-m", "x", "--a=b c"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}}
+    kubernetes_validate.validate(job | {"spec": spec}, "1.30", strict=True)
+    container["imagee"] = container.pop("image")  # the schema does look
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job | {"spec": spec}, "1.30", strict=True)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([*GKE, "4by4", "true"], "--topology=4by4 must be like 4x4"),
+        ([*GKE, "4x4"], "COMMAND is missing"),
+        (["--name", "Gift", *GKE[2:], "4x4", "true"], "--name=Gift must be of a-z"),
+        (["--nam", "gift"], "the following arguments are required"),
+    ],
+)
+def test_gke_names_a_mistake(argv, message):
+    code, out, err = run("gke.py", *argv)
+    assert code == 2 and not out
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
