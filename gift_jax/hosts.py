@@ -61,7 +61,7 @@ def connect(processes: Any) -> None:
     Raises: UserError if the others do not answer.
     """
     check(processes)
-    known = {}
+    initialize, known = jax.distributed.initialize, {}
     if processes.coordinator:
         known = {
             "coordinator_address": processes.coordinator,
@@ -73,10 +73,10 @@ def connect(processes: Any) -> None:
     if _WATCHED not in os.environ:
         sys.exit(_watch())
     threading.Thread(target=_end_with_watcher, daemon=True).start()
-    if "heartbeat_timeout_seconds" in inspect.signature(_initialize).parameters:
+    if "heartbeat_timeout_seconds" in inspect.signature(initialize).parameters:
         known["heartbeat_timeout_seconds"] = LOST_AFTER_S
     try:
-        _initialize(**known, initialization_timeout=_WAIT_S)
+        initialize(**known, initialization_timeout=_WAIT_S)
     except (RuntimeError, ValueError) as error:
         where = processes.coordinator or "the coordinator that the environment names"
         what = " ".join(str(error).split())
@@ -120,13 +120,6 @@ def _end_with_watcher() -> None:
         os._exit(128 + signal.SIGKILL)  # as the watcher was, most likely
 
 
-def _initialize(**known) -> None:
-    jax.distributed.initialize(**known)
-
-
-_initialize.__signature__ = inspect.signature(jax.distributed.initialize)
-
-
 def _told_of_several() -> bool:
     for name, count in _SEVERAL.items():
         if name in os.environ and count(os.environ[name]) > 1:
@@ -152,14 +145,6 @@ def fetch(tree: Any) -> Any:
         return multihost_utils.process_allgather(a, tiled=True)
 
     return jax.tree.map(whole, tree)
-
-
-def wait(name: str) -> None:
-    """Returns when every process has come to the same place."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def asked_to_stop(step: int) -> bool:

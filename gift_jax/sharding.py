@@ -35,15 +35,10 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(named).expanduser()
 
 
-def start(cpu_devices: int = 1, shape: Mapping[str, int] | None = None) -> Mesh:
-    """Returns the mesh over all devices; call before anything else touches JAX.
-
-    Args: cpu_devices: see `prepare`. shape: devices along each of `AXES`; one of them
-      may be 0: all that the others leave. By default all are along data.
-    Raises: UserError if the devices cannot be laid out so.
-    """
+def start(cpu_devices: int = 1) -> Mesh:
+    """Returns the mesh of all devices along data; see `prepare`."""
     prepare(cpu_devices)
-    return lay_out(jax.devices(), shape)
+    return lay_out(jax.devices())
 
 
 def prepare(cpu_devices: int = 1) -> None:
@@ -67,7 +62,12 @@ def prepare(cpu_devices: int = 1) -> None:
 
 
 def lay_out(devices, shape: Mapping[str, int] | None = None) -> Mesh:
-    """Returns the mesh of some devices; shape: see `start`."""
+    """Returns the mesh of some devices.
+
+    Args: shape: devices along each of `AXES`; one of them may be 0: all that the others
+      leave. By default all are along data.
+    Raises: UserError if the devices cannot be laid out so.
+    """
     shape = dict(shape or {"data": 0, "fsdp": 1, "tensor": 1})
     # In their order: a process's devices are neighbours, so its rows of a batch are.
     return Mesh(np.asarray(devices).reshape(_sizes(shape, len(devices))), AXES)

@@ -64,7 +64,7 @@ create() {
   tpu create "$name" "${flags[@]}"
 }
 copy() {
-  local archive=/tmp/gift_jax.tar.gz
+  local archive=gift_jax.tar.gz
   run git archive --format=tar.gz --output="$archive" HEAD
   tpu scp "$archive" "$name:gift_jax.tar.gz" --worker=all
   on_all 'mkdir -p gift_jax && tar -xzf gift_jax.tar.gz -C gift_jax && cd gift_jax &&

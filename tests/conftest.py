@@ -49,6 +49,20 @@ def tiny(tiny_folder):
 
 
 @pytest.fixture
+def asked_of_hub(monkeypatch, tmp_path):
+    """What the hub is asked for, filled in by a download that gives an empty folder."""
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: asked.update(how) or tmp_path,
+    )
+    return asked
+
+
+@pytest.fixture
 def rng():
     """NumPy's generator, seeded alike in every test."""
     return np.random.default_rng(0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
+from tiny_model import write_pictures
 
 from gift_jax import attack, samples, sampling
 from gift_jax.config import UserError
@@ -30,12 +31,7 @@ TOGETHER = (DREAMBOOTH, "--config.dreambooth.train_text_encoder=true")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder of two pictures of the tiny model's size."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(4)
-    for i in range(2):
-        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 2, 4)
 
 
 @pytest.fixture(scope="module")

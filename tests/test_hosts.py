@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
+from tiny_model import write_pictures
 
 from gift_jax import config, hosts
 from gift_jax.config import UserError
@@ -24,12 +24,7 @@ TOGETHER_S = 240  # for two processes to start and compile on a busy machine
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(3)
-    for i in range(8):
-        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 8, 3)
 
 
 @pytest.fixture

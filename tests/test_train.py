@@ -11,6 +11,7 @@ import pytest
 import random_sd
 import safetensors.numpy
 from PIL import Image
+from tiny_model import write_pictures
 
 from gift_jax import convert, train
 from gift_jax.config import UserError
@@ -23,12 +24,7 @@ GIFT = pathlib.Path(train.__file__).parents[1] / "configs" / "emoji_gift.py"
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of four pictures of the tiny model's size."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(3)
-    for i in range(4):
-        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 4, 3)
 
 
 @pytest.fixture(autouse=True)

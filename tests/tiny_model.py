@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import random_sd
+from PIL import Image
 
 from gift_jax.models import hooks, weights
 
@@ -104,6 +105,15 @@ def write_tiny(directory, scheduler=None, unet=None):
     )
     _write_json(directory / "model_index.json", TINY_INDEX)
     return directory
+
+
+def write_pictures(folder, count, seed):
+    """Writes random pictures of the tiny model's size; returns the folder."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
 
 
 def relative_error(ours, theirs):

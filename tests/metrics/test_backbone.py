@@ -371,21 +371,15 @@ def test_a_cached_hub_id_is_loaded(cache, dino, pictures):
     assert backbone.load(f"someone/dino@{COMMIT}").name == f"someone/dino@{COMMIT}"
 
 
-def test_the_hub_is_asked_for_no_pickle(monkeypatch, tmp_path):
+def test_the_hub_is_asked_for_no_pickle(asked_of_hub):
     import huggingface_hub
 
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **how: asked.update(how) or tmp_path,
-    )
     with pytest.raises(MissingWeights, match="config.json is missing"):
         backbone.load("someone/clip@v2")
     names = ["config.json", "model.safetensors", "merges.txt", "pytorch_model.bin"]
     names += ["flax_model.msgpack", "onnx/model.safetensors", "model.fp16.safetensors"]
     wanted = huggingface_hub.utils.filter_repo_objects(
-        names, allow_patterns=asked["allow_patterns"]
+        names, allow_patterns=asked_of_hub["allow_patterns"]
     )
     assert list(wanted) == names[:3]
-    assert asked["revision"] == "v2"
+    assert asked_of_hub["revision"] == "v2"

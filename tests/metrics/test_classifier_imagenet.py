@@ -460,21 +460,15 @@ def test_a_hub_id_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
         classifier.load("someone/resnet")
 
 
-def test_the_hub_is_asked_for_no_pickle(monkeypatch, tmp_path):
+def test_the_hub_is_asked_for_no_pickle(asked_of_hub):
     import huggingface_hub
 
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **how: asked.update(how) or tmp_path,
-    )
     with pytest.raises(MissingWeights, match="config.json is missing"):
         classifier.load("someone/resnet@v2")
     names = ["config.json", "preprocessor_config.json", "model.safetensors"]
     others = ["pytorch_model.bin", "flax_model.msgpack", "vocab.json", "tf_model.h5"]
     wanted = huggingface_hub.utils.filter_repo_objects(
-        names + others, allow_patterns=asked["allow_patterns"]
+        names + others, allow_patterns=asked_of_hub["allow_patterns"]
     )
     assert list(wanted) == names
-    assert asked["revision"] == "v2"
+    assert asked_of_hub["revision"] == "v2"

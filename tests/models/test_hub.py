@@ -53,13 +53,7 @@ def test_a_local_folder_comes_before_a_hub_id(tiny_folder, tmp_path, monkeypatch
     assert str(job.load_model("someone/tiny").path) == "someone/tiny"
 
 
-def test_only_safe_and_needed_files_are_asked_for(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **k: asked.update(k) or tmp_path,
-    )
+def test_only_safe_and_needed_files_are_asked_for(asked_of_hub):
     names = [
         "unet/diffusion_pytorch_model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -78,15 +72,15 @@ def test_only_safe_and_needed_files_are_asked_for(monkeypatch, tmp_path):
         return list(
             huggingface_hub.utils.filter_repo_objects(
                 names,
-                allow_patterns=asked["allow_patterns"],
-                ignore_patterns=asked["ignore_patterns"],
+                allow_patterns=asked_of_hub["allow_patterns"],
+                ignore_patterns=asked_of_hub["ignore_patterns"],
             )
         )
 
     assert wanted() == [names[0], names[5], names[6]]
     assert wanted(variant="fp16") == [*names[:4], names[5], names[6]]
     hub.fetch("someone/tiny", "v2")
-    assert asked["revision"] == "v2"
+    assert asked_of_hub["revision"] == "v2"
 
 
 @pytest.mark.parametrize(
