@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, the rules by parameter path, and what does not fit."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -85,3 +89,30 @@ def test_batch_that_does_not_divide_is_refused():
         sharding.check_batch("safe.batch", 7, mesh)
     with pytest.raises(UserError, match="by 2 devices in 3 parts; try .*safe.batch=6"):
         sharding.check_batch("safe.batch", 8, mesh, accumulate=3)
+
+
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from gift_jax import sharding
+if sys.argv[1] == "kept":
+    sharding.prepare()
+x = jnp.ones((2048, 2048))  # 16 MB
+step = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))
+for count in range(24):
+    jax.block_until_ready(step(x))
+    if count == 11:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_of_a_step_is_kept_for_the_next():
+    faults = {}
+    for how in ("as it comes", "kept"):
+        command = [sys.executable, "-c", FAULTS, how]
+        told = subprocess.run(command, capture_output=True, check=True, text=True)
+        faults[how] = int(told.stdout)
+    assert faults["as it comes"] > 10_000  # 4 kB each
+    assert faults["kept"] < 0.1 * faults["as it comes"]
