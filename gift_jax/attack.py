@@ -89,7 +89,7 @@ def train(
     """
     check(cfg)
     mesh = job.start(cfg, _groups(cfg))
-    model = job.load_configured(cfg)
+    model = job.load_configured(cfg, mesh)
     plan = offences.plan(cfg, model)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)

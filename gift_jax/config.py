@@ -312,6 +312,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 # Fields that a resumed run may change without becoming another run.
 _PACE = ("steps", "log_every", "checkpoint_every", "keep", "name")
 _MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
+_MACHINE += ("attention", "remat")
 
 
 def _is_pace(name: str, finished: bool) -> bool:

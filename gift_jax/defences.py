@@ -84,6 +84,11 @@ def check_gift(cfg) -> gift.Settings:
             f"config.adversary.horizon={attack.horizon} is for gift.gradient="
             f"first_order, not {g.gradient}; set --config.adversary.horizon=0"
         )
+    if _is_unrolled(g, attack) and cfg.attention in ("flash", "cudnn"):
+        raise config.UserError(
+            f"config.attention={cfg.attention} has no second derivative, which an "
+            "unrolled gradient needs; set --config.attention=auto"
+        )
     if cfg.accumulate > 1 and (g.gradient != "first_order" or attack.kinds):
         raise config.UserError(
             f"config.accumulate={cfg.accumulate} is for gift.gradient=first_order and "
@@ -134,6 +139,8 @@ def check_adversary(a) -> adversary.Settings:
 def plan_gift(cfg, s: gift.Settings, model, data, _) -> Plan:
     """Returns the plan of GIFT, `maximize_prior` or `maximize`."""
     s = dataclasses.replace(s, concepts=_listed(data["harmful"]))
+    if _is_unrolled(s, s.attack):
+        model = model.replace(kernels=model.kernels.twice_differentiable())
     parts = job.split_unet(model, cfg.trainable)
     tx = _optimizers(cfg, s)
     step = gift.make_step(job.denoiser(model), s, tx["lower"], tx["upper"])
@@ -145,6 +152,10 @@ def plan_gift(cfg, s: gift.Settings, model, data, _) -> Plan:
         "safe": cfg.safe.batch * max(1, s.inner_steps),
     }
     return Plan(step, parts.trainable, parts.frozen, opt, sizes, tuple(parts.trainable))
+
+
+def _is_unrolled(g, attack: adversary.Settings) -> bool:
+    return g.gradient == "unrolled" or bool(attack.kinds and attack.unrolled)
 
 
 # --- IMMA -----------------------------------------------------------------------------

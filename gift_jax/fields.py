@@ -154,7 +154,7 @@ def evaluate() -> ConfigDict:
     c = _job("evaluate", seed=0)
     for field in (
         *("steps", "log_every", "checkpoint_every", "keep"),
-        *("mesh", "shard_frozen", "accumulate", "processes"),
+        *("mesh", "shard_frozen", "accumulate", "processes", "remat"),
     ):
         del c[field]
     c.samples.num = 25  # uncurated, of each prompt
@@ -196,6 +196,8 @@ def _job(name: str, seed: int) -> ConfigDict:
     c.cpu_devices = 1  # devices to make of a machine without accelerator
     c.mesh = ConfigDict()  # devices along each axis; 0: all that the others leave
     c.mesh.update(data=0, fsdp=1, tensor=1)
+    c.attention = "auto"  # or plain, chunked, flash (TPU), cudnn (GPU)
+    c.remat = "none"  # what is computed again for the gradient: none, block, full
     c.shard_frozen = False  # divide over fsdp what does not train, too
     c.accumulate = 1  # parts of a batch, computed one after the other
     c.processes = ConfigDict()  # of several, where the environment does not say it

@@ -19,7 +19,8 @@ from gift_jax import config, hosts, loop, samples, sharding
 from gift_jax.config import UserError
 from gift_jax.data import concepts, latents, pipeline
 from gift_jax.methods.denoise import Denoiser
-from gift_jax.models import hooks, hub, partition, stable_diffusion, weights
+from gift_jax.models import hooks, hub, kernels, partition, stable_diffusion, weights
+from gift_jax.models.kernels import Kernels
 
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji-sd"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -87,6 +88,8 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
         hosts.check(cfg.processes)
         sharding.check_shape(cfg.mesh)
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
+    for field in ("attention", "remat") if optimizers else ("attention",):
+        config.choice(f"config.{field}", cfg[field], kernels.CHOICES[field])
 
 
 def _check_seed(field: str, seed: int) -> None:
@@ -128,8 +131,11 @@ def load_model(
     return model
 
 
-def load_configured(cfg: Any) -> stable_diffusion.StableDiffusion:
-    """Returns the model that a job's config names, able to draw its samples."""
+def load_configured(cfg: Any, mesh: Mesh | None = None):
+    """Returns the model that a job's config names, able to draw its samples.
+
+    Args: mesh: that it is to be trained on; None: it only draws.
+    """
     model = load_model(
         cfg.model,
         cfg.compute_dtype,
@@ -138,16 +144,20 @@ def load_configured(cfg: Any) -> stable_diffusion.StableDiffusion:
         resolution=cfg.resolution,
     )
     samples.check(model, cfg.samples)
-    return model
+    kernels = Kernels(cfg.attention)
+    if mesh:
+        kernels = dataclasses.replace(kernels, remat=cfg.remat).on(mesh)
+    return model.replace(kernels=kernels)
 
 
 def denoiser(model: stable_diffusion.StableDiffusion) -> Denoiser:
     """Returns the model's UNet and noise schedule as the methods see them."""
-    unet = model.unet  # not the model: a compiled step would keep its weights alive
+    # not the model: a compiled step would keep its weights alive
+    unet, kernels = model.unet, model.kernels
 
     def predict(unet_params, z_t, t, text, capture):
         z_t, text = z_t.astype(unet.dtype), text.astype(unet.dtype)
-        return hooks.apply_unet(unet, unet_params, z_t, t, text, capture)
+        return hooks.apply_unet(unet, unet_params, z_t, t, text, capture, kernels)
 
     steps = stable_diffusion.noise_schedule(model).shape[0]
     return Denoiser(predict, model.prediction_type, steps)

@@ -18,6 +18,7 @@ import numpy as np
 
 from gift_jax.config import UserError
 from gift_jax.models import hooks
+from gift_jax.models.kernels import Kernels
 from gift_jax.models.stable_diffusion import alphas_cumprod
 
 SCHEDULERS = ("ddim", "pndm", "dpmsolver++")
@@ -282,14 +283,24 @@ def advance(row, clip, x, x_before, h, m):
 
 
 def sample_latents(
-    unet, params, table, clip, guidance, z_BCHW, cond_BLD, uncond_BLD, trace=False
+    unet,
+    params,
+    table,
+    clip,
+    guidance,
+    z_BCHW,
+    cond_BLD,
+    uncond_BLD,
+    trace=False,
+    kernels=Kernels(),  # noqa: B008
 ):
     """Returns the latents, float32 "B C H W", that a scan over the table ends with.
 
     Args: table: a `Schedule`. clip: x0's range, or None. guidance: a traced scalar; see
       `make_sampler`. z_BCHW: initial noise. cond_BLD, uncond_BLD: text states; the
       unconditional ones None for no guidance. trace: return (the same, the latents that
-      each row of the table starts from, float32 "N B C H W") instead.
+      each row of the table starts from, float32 "N B C H W") instead. kernels: how the
+      UNet's layers are computed.
     """
     B = z_BCHW.shape[0]
     c_BLD = cond_BLD
@@ -297,11 +308,13 @@ def sample_latents(
         uncond_BLD = jnp.broadcast_to(uncond_BLD, cond_BLD.shape)
         c_BLD = jnp.concatenate([uncond_BLD, cond_BLD])
     c_BLD = c_BLD.astype(unet.dtype)
+    text = hooks.project_text(unet, params, c_BLD)  # once, not at every step
 
     def predict(x_BCHW, t):
         z = x_BCHW if uncond_BLD is None else jnp.concatenate([x_BCHW, x_BCHW])
         t_B = jnp.full((z.shape[0],), t)
-        m, _ = hooks.apply_unet(unet, params, z.astype(unet.dtype), t_B, c_BLD)
+        z = z.astype(unet.dtype)
+        m, _ = hooks.apply_unet(unet, params, z, t_B, c_BLD, kernels=kernels, text=text)
         m = m.astype(jnp.float32)
         return m if uncond_BLD is None else m[:B] + guidance * (m[B:] - m[:B])
 
@@ -342,7 +355,8 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True):
     clip = clip_range(model.scheduler_config, scheduler)
     if not guidance >= 1 or not np.isfinite(guidance):
         raise UserError(f"guidance={guidance} must be at least 1 (1: no guidance)")
-    run = _compiled(model.unet, model.vae, clip, decode)
+    kernels = model.kernels.for_drawing()
+    run = _compiled(model.unet, model.vae, clip, decode, kernels)
 
     def sampler(unet_params, vae_params, cond_BLD, uncond_BLD, key_or_latents):
         z_BCHW = key_or_latents
@@ -363,12 +377,12 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(unet, vae, clip, decode):
+def _compiled(unet, vae, clip, decode, kernels):
     """One program for every guidance scale and every scheduler of equal length."""
 
     def run(unet_params, vae_params, table, scale, vae_scale, z_BCHW, cond, uncond):
         z_BCHW = sample_latents(
-            unet, unet_params, table, clip, scale, z_BCHW, cond, uncond
+            unet, unet_params, table, clip, scale, z_BCHW, cond, uncond, kernels=kernels
         )
         if not decode:
             return z_BCHW

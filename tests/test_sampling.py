@@ -12,6 +12,7 @@ from tiny_model import relative_error
 from gift_jax import sampling
 from gift_jax.config import UserError
 from gift_jax.models import partition, stable_diffusion, weights
+from gift_jax.models.kernels import Kernels
 
 PROMPTS = ["a red dog", "two birds"]
 SD15 = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -238,7 +239,7 @@ def test_guidance_one_ignores_the_unconditional_states(tiny):
 def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, drawn):
     z = jax.random.key(0)
     drawn(z)
-    run = sampling._compiled(tiny.unet, tiny.vae, None, True)
+    run = sampling._compiled(tiny.unet, tiny.vae, None, True, Kernels())
     before = run._cache_size()
     other = jax.tree.map(lambda a: a * 0.9, tiny.params["unet"])
     cond = stable_diffusion.encode_prompts(tiny, PROMPTS)

@@ -87,7 +87,8 @@ def trajectories(
     Source: Song et al. 2021, arXiv:2010.02502; Gandikota et al. 2023, section 4.1.
     """
     table, clip = _table(model.scheduler_config, s)
-    walk, count = _compiled(model.unet, clip), len(text_NLD)
+    walk = _compiled(model.unet, clip, model.kernels.for_drawing())
+    count = len(text_NLD)
     batch = min(batch, count)
     z_NSCHW = np.empty((count, len(table.t), *model.latent_shape), np.float32)
     end_NCHW = np.empty((count, *model.latent_shape), np.float32)
@@ -129,10 +130,19 @@ def _table(scheduler_config: Mapping, s: Settings):
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(unet, clip):
+def _compiled(unet, clip, kernels):
     def walk(params, table, guidance, z_BCHW, cond_BLD, uncond_1LD):
         return sampling.sample_latents(
-            unet, params, table, clip, guidance, z_BCHW, cond_BLD, uncond_1LD, True
+            unet,
+            params,
+            table,
+            clip,
+            guidance,
+            z_BCHW,
+            cond_BLD,
+            uncond_1LD,
+            trace=True,
+            kernels=kernels,
         )
 
     return jax.jit(walk)

@@ -53,6 +53,7 @@ from diffusers.models import (  # noqa: E402
     resnet_flax,
     vae_flax,  # noqa: E402
 )
+from diffusers.models.unets import unet_2d_blocks_flax  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import (  # noqa: E402
     FlaxUNet2DConditionModel,
 )
@@ -77,16 +78,13 @@ from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
 )
 
 from gift_jax.models import conv_clip  # noqa: E402
+from gift_jax.models.kernels import Kernels, conv_as_matmul, kept  # noqa: E402
 
 CAPTURE_KINDS = {
     "transformer": (attention_flax.FlaxBasicTransformerBlock,),
     "resnet": (resnet_flax.FlaxResnetBlock2D,),
     "attention": (attention_flax.FlaxAttention,),
 }
-CONVOLUTIONS = ("auto", "xla", "matmul")
-_MAX_COLUMNS_BYTES = (
-    256 * 2**20
-)  # above this the unfolded image costs more than it saves
 
 
 # --- building -------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def init_params(module, key):
         | modeling_flax_dinov2.FlaxDinov2Module,
     ):
         size = module.config.image_size
-        with exact("xla"):  # the layer scale as shipped promotes ranks
+        with exact(Kernels(conv="xla")):  # the layer scale as shipped promotes ranks
             pixels = jnp.zeros((1, size, size, module.config.num_channels))
             return module.init(rngs, pixels)["params"]
     else:
@@ -294,49 +292,41 @@ def _padding(module):
     return tuple(_pair(p) for p in module.padding)
 
 
-def _conv_plan(module, x, mode):
-    """Returns the padding if this convolution is to be a matrix product, else None."""
-    if mode == "xla" or (mode == "auto" and jax.default_backend() != "cpu"):
-        return None
+def _attention(module, x_BNC, context=None, deterministic=True, *, kernels, text):
+    """Self-attention; or, with a context "B M C", attention to it.
+
+    Args: text: (keys, values) of the context, "B M HD", or None: they are projected.
+    """
+
+    def heads(a):
+        return a.reshape(*a.shape[:2], module.heads, module.dim_head)
+
+    if text is None:
+        source = x_BNC if context is None else context
+        text = module.key(source), module.value(source)
+    out = kernels.attend(heads(module.query(x_BNC)), *map(heads, text))
+    out = module.proj_attn(out.reshape(x_BNC.shape[0], x_BNC.shape[1], -1))
+    return module.dropout_layer(out, deterministic=deterministic)
+
+
+def _conv(module, x_BHWC, kernels):
+    """Returns a convolution as one matrix product, or None if XLA is to compute it."""
+    padding, stride = _padding(module), _pair(module.strides)
     plain = (
         len(module.kernel_size) == 2
-        and x.ndim == 4
+        and x_BHWC.ndim == 4
         and module.feature_group_count == 1
         and _pair(module.input_dilation) == (1, 1)
         and _pair(module.kernel_dilation) == (1, 1)
+        and padding is not None
     )
-    padding = _padding(module)
-    if not plain or padding is None:
+    shape = x_BHWC.shape, module.kernel_size, stride
+    if not plain or not kernels.takes_matmul(*shape):
         return None
-    stride = _pair(module.strides)
-    unfolded = x.size * math.prod(module.kernel_size) // math.prod(stride) * 4
-    if mode == "auto" and unfolded > _MAX_COLUMNS_BYTES:
-        return None
-    return padding
-
-
-def _conv_as_matmul(module, x, padding):
-    """Returns the convolution of x, "B H W C", as shifted slices times one matrix."""
-    kernel = module.get_variable("params", "kernel")
+    weight = module.get_variable("params", "kernel")
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
-    kh, kw, c_in, c_out = kernel.shape
-    sh, sw = _pair(module.strides)
-    if padding != ((0, 0), (0, 0)):
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    B, H, W, _ = x.shape
-    oh, ow = (H - kh) // sh + 1, (W - kw) // sw + 1
-    if (kh, kw) == (sh, sw) and (kh, kw) != (1, 1):  # patches that do not overlap
-        x = x[:, : oh * kh, : ow * kw].reshape(B, oh, kh, ow, kw, c_in)
-        columns = jnp.transpose(x, (0, 1, 3, 2, 4, 5))
-    else:
-        rows = [slice(i, i + sh * (oh - 1) + 1, sh) for i in range(kh)]
-        cols = [slice(j, j + sw * (ow - 1) + 1, sw) for j in range(kw)]
-        columns = jnp.concatenate([x[:, r, c] for r in rows for c in cols], axis=-1)
-    y = columns.reshape(B * oh * ow, kh * kw * c_in) @ kernel.reshape(-1, c_out)
-    if bias is not None:
-        y = y + bias.reshape(1, c_out)
-    return y.reshape(B, oh, ow, c_out)
+    arrays = module.promote_dtype(x_BHWC, weight, bias, dtype=module.dtype)
+    return conv_as_matmul(*arrays, stride, padding)
 
 
 _CORRECTED = {
@@ -349,40 +339,58 @@ _CORRECTED = {
 _CORRECTED_NORMS = {nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm}
 
 
+_BLOCKS = (resnet_flax.FlaxResnetBlock2D, attention_flax.FlaxBasicTransformerBlock)
+_STAGES = (
+    unet_2d_blocks_flax.FlaxCrossAttnDownBlock2D,
+    unet_2d_blocks_flax.FlaxDownBlock2D,
+    unet_2d_blocks_flax.FlaxUNetMidBlock2DCrossAttn,
+    unet_2d_blocks_flax.FlaxCrossAttnUpBlock2D,
+    unet_2d_blocks_flax.FlaxUpBlock2D,
+)
+
+
 @contextlib.contextmanager
-def exact(conv="auto", capture=(), hiddens=None):
+def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
     """Within this context Flax modules compute what their PyTorch namesakes compute.
 
     Args:
-      conv: "xla", "matmul" (unfold and one matrix product) or "auto": matmul if the
-        default backend is a CPU and the unfolded image is small, else xla. Say "xla"
-        where a program is compiled on a CPU for another device.
+      kernels: how; say its platform where a program is compiled for another device.
       capture: kinds of layers whose outputs to collect, of `CAPTURE_KINDS`.
       hiddens: dict that receives them, "path/of/the/module" -> array.
-    Raises: ValueError for an unknown conv or capture.
+      text: "path/of/the/attention" -> (keys, values), see `project_text`.
+    Raises: ValueError for an unknown capture.
     Source: diffusers `models/attention.py`, `resnet.py`, `embeddings.py`.
     """
-    if conv not in CONVOLUTIONS:
-        raise ValueError(f"conv={conv!r} must be one of {', '.join(CONVOLUTIONS)}")
     unknown = [kind for kind in capture if kind not in CAPTURE_KINDS]
     if unknown:
         choices = ", ".join(CAPTURE_KINDS)
         raise ValueError(f"capture={unknown[0]!r} must be one of {choices}")
     wanted = tuple(cls for kind in capture for cls in CAPTURE_KINDS[kind])
 
-    def call(next_fun, args, kwargs, context):
-        module, cls = context.module, type(context.module)
-        if context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
+    def compute(next_fun, args, kwargs, module):
+        cls = type(module)
+        if cls is attention_flax.FlaxAttention:
+            known = (text or {}).get("/".join(module.path))
+            return _attention(module, *args, **kwargs, kernels=kernels, text=known)
         if cls in _CORRECTED:
             return _CORRECTED[cls](module, *args, **kwargs)
         if cls in _CORRECTED_NORMS and module.has_variable("params", "scale"):
             return _CORRECTED_NORMS[cls](module, *args, **kwargs)
         if cls is nn.Conv and module.has_variable("params", "kernel"):
-            padding = _conv_plan(module, args[0], conv)
-            if padding is not None:
-                return _conv_as_matmul(module, args[0], padding)
-        out = next_fun(*args, **kwargs)
+            out = _conv(module, args[0], kernels)
+            if out is not None:
+                return out
+        return next_fun(*args, **kwargs)
+
+    def call(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        out = compute(next_fun, args, kwargs, module)
+        if isinstance(module, _BLOCKS):
+            out = kept("block", out)
+        if isinstance(module, _STAGES):
+            out = kept("stage", out)
         if wanted and isinstance(module, wanted):
             hiddens["/".join(module.path)] = out
         return out
@@ -394,7 +402,35 @@ def exact(conv="auto", capture=(), hiddens=None):
 # --- applying -------------------------------------------------------------------------
 
 
-def apply_unet(unet, params, z_BCHW, t_B, c_BLD, capture=(), conv="auto"):
+def project_text(unet, params, c_BLD):
+    """Returns the keys and values of the text states, for `apply_unet`'s `text`.
+
+    For many calls on the same prompts with the same weights: each call then leaves out
+    the projections. Args: see `apply_unet`. Returns: "path/of/the/attention" -> (keys,
+    values), "B L HD" each.
+    """
+    flat = flatten_dict(params, sep="/")
+    c_BLD = c_BLD.astype(unet.dtype)
+    suffix = "/attn2/to_k/kernel"
+    found = {}
+    for path in flat:
+        if path.endswith(suffix):
+            layer = path.removesuffix("/to_k/kernel")
+            weights = (flat[f"{layer}/to_{kind}/kernel"] for kind in "kv")
+            found[layer] = tuple(c_BLD @ w.astype(unet.dtype) for w in weights)
+    return found
+
+
+def apply_unet(
+    unet,
+    params,
+    z_BCHW,
+    t_B,
+    c_BLD,
+    capture=(),
+    kernels=Kernels(),  # noqa: B008
+    text=None,
+):
     """Returns (the UNet's output, captured hidden states). Pure and jittable.
 
     Args:
@@ -402,32 +438,38 @@ def apply_unet(unet, params, z_BCHW, t_B, c_BLD, capture=(), conv="auto"):
       z_BCHW: "B C H W", noised latents. t_B: int or float "B", timesteps.
       c_BLD: "B L D", text states.
       capture: kinds of `CAPTURE_KINDS` to collect: "transformer" gives "B HW D".
+      kernels: how the layers are computed. text: from `project_text`, or None.
     Returns: (output "B C H W" in the module's dtype, dict path -> array; the paths are
       those of the parameters, e.g. "mid_block/attentions_0/transformer_blocks_0").
     """
-    hiddens = {}
+
+    def apply(params, z_BCHW, t_B, c_BLD, text):
+        hiddens = {}
+        with exact(kernels, capture, hiddens, text):
+            args = z_BCHW, t_B, c_BLD
+            out = unet.apply({"params": params}, *args, return_dict=False)[0]
+        return out, hiddens
+
     t_B = jnp.asarray(t_B)  # the module takes a NumPy array for a scalar
-    with exact(conv, capture, hiddens):
-        out = unet.apply({"params": params}, z_BCHW, t_B, c_BLD, return_dict=False)[0]
-    return out, hiddens
+    return kernels.remember(apply)(params, z_BCHW, t_B, c_BLD, text)
 
 
-def apply_vae_encode(vae, params, x_BCHW, conv="auto"):
+def apply_vae_encode(vae, params, x_BCHW, kernels=Kernels()):  # noqa: B008
     """Returns (mean, logvar) of the posterior, "B C h w" each, not yet scaled.
 
     Args: x_BCHW: "B 3 H W" in [-1, 1]. The caller multiplies by `scaling_factor`.
     """
-    with exact(conv):
+    with exact(kernels):
         posterior = vae.apply({"params": params}, x_BCHW, method=vae.encode).latent_dist
     mean = jnp.transpose(posterior.mean, (0, 3, 1, 2))
     logvar = jnp.transpose(posterior.logvar, (0, 3, 1, 2))
     return mean, logvar
 
 
-def apply_vae_decode(vae, params, z_BCHW, conv="auto"):
+def apply_vae_decode(vae, params, z_BCHW, kernels=Kernels()):  # noqa: B008
     """Returns images "B 3 H W", about [-1, 1], of latents already unscaled."""
     z_BHWC = jnp.transpose(z_BCHW, (0, 2, 3, 1))
-    with exact(conv):
+    with exact(kernels):
         return vae.apply({"params": params}, z_BHWC, method=_decode_channels_last)
 
 
@@ -463,7 +505,7 @@ def apply_clip_text(clip, params, ids_BL, mask_BL=None):
         )
 
 
-def apply_clip_image(clip, params, x_BCHW, conv="auto"):
+def apply_clip_image(clip, params, x_BCHW, kernels=Kernels()):  # noqa: B008
     """Returns the projected image embeddings, "B D", not normalised.
 
     Args: x_BCHW: "B 3 H W", normalised as the model's preprocessor says.
@@ -473,26 +515,26 @@ def apply_clip_image(clip, params, x_BCHW, conv="auto"):
         return module.visual_projection(module.vision_model(x_BHWC).pooler_output)
 
     x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
-    with exact(conv):
+    with exact(kernels):
         return clip.apply({"params": params}, x_BHWC, method=project)
 
 
-def apply_vision(vision, params, x_BCHW, conv="auto"):
+def apply_vision(vision, params, x_BCHW, kernels=Kernels()):  # noqa: B008
     """Returns a ViT's or DINOv2's class token after the final norm, "B D".
 
     Args: x_BCHW: "B 3 H W", normalised, H and W the config's image_size.
     """
     x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
-    with exact(conv):
+    with exact(kernels):
         return vision.apply({"params": params}, x_BHWC).last_hidden_state[:, 0]
 
 
-def apply_classifier(classifier, params, x_BCHW, conv="auto"):
+def apply_classifier(classifier, params, x_BCHW, kernels=Kernels()):  # noqa: B008
     """Returns an image classifier's logits, "B N" of N labels.
 
     Args: params: as `init_params` has them, the running statistics of batch norms
       among them, which are used as they are. x_BCHW: "B 3 H W", normalised.
     """
     x_BHWC = jnp.transpose(x_BCHW, (0, 2, 3, 1))
-    with exact(conv):
+    with exact(kernels):
         return classifier.apply(_split_statistics(params), x_BHWC).logits

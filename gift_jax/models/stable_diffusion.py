@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from gift_jax.config import UserError
 from gift_jax.models import hooks, tensors, weights
+from gift_jax.models.kernels import Kernels
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _CLASSES = {
@@ -28,7 +29,8 @@ class StableDiffusion:
     """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
 
     latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
-    of the files it was read from, "" for the plain ones.
+    of the files it was read from, "" for the plain ones. kernels: how its layers are
+    computed.
     scheduler_config: the folder's scheduler/scheduler_config.json, as it is.
     """
 
@@ -44,6 +46,7 @@ class StableDiffusion:
     scaling_factor: float
     max_length: int
     variant: str = ""
+    kernels: Kernels = Kernels()
 
     @property
     def prediction_type(self):

@@ -11,6 +11,7 @@ import pytest
 from tiny_model import TINY_TEXT, random_params, relative_error
 
 from gift_jax.models import hooks, weights
+from gift_jax.models.kernels import Kernels
 
 TOLERANCE = 1e-5
 
@@ -93,7 +94,7 @@ def test_clip_equals_pytorch(tmp_path, rng):
     ours = hooks.apply_clip_text(clip, params, ids)
     assert relative_error(ours, text.numpy()) < TOLERANCE
     for conv in ("matmul", "xla"):
-        ours = hooks.apply_clip_image(clip, params, x, conv=conv)
+        ours = hooks.apply_clip_image(clip, params, x, Kernels(conv=conv))
         assert relative_error(ours, image.numpy()) < TOLERANCE
     _, loaded, _ = weights.load_component(tmp_path / "clip", "clip")
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -110,7 +111,7 @@ def test_matmul_convolution_equals_xla(rng, kernel, stride, padding):
     params = conv.init(jax.random.key(0), x)
 
     def apply(params, x, how):
-        with hooks.exact(conv=how):
+        with hooks.exact(Kernels(conv=how)):
             return conv.apply(params, x)
 
     def program(how):
@@ -193,9 +194,6 @@ def test_capture_is_differentiable_and_leaks_nothing(tiny, rng):
 
 
 def test_exact_refuses_unknown_options():
-    with pytest.raises(ValueError, match="conv='winograd' must be one of auto"):
-        with hooks.exact(conv="winograd"):
-            pass
     with pytest.raises(ValueError, match="capture='norm' must be one of transformer"):
         with hooks.exact(capture=("norm",)):
             pass

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the heavy layers are computed: the same numbers, for each kind of device.
+
+Axes: B batch, N queries, M keys, H heads, D a head's size, C channels.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+
+CHOICES = {
+    "attention": ("auto", "plain", "chunked", "flash", "cudnn"),
+    "conv": ("auto", "xla", "matmul"),
+    "remat": ("none", "block", "full"),
+}
+_MAX_COLUMNS_BYTES = 256 * 2**20  # above, an unfolded image costs more than it saves
+_MAX_SCORES_BYTES = 32 * 2**20  # above, on CPUs, attention goes in chunks of queries
+_FLASH_TOKENS = 1024  # from so many on; below, XLA's own attention moves fewer bytes
+_FLASH_BLOCK = 512
+_LANES = 128  # of a TPU: what a head's size is padded to
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Which of several ways to compute a model's layers; hashable.
+
+    Attributes:
+      attention: plain; chunked, over queries; flash (TPU); cudnn (GPU, 16 bits); or
+        auto: the one for the platform, the shape and the type.
+      conv: xla; matmul, unfold and one matrix product; or auto: matmul on CPUs where
+        the unfolded image is small.
+      remat: what the backward pass finds: none of it computed again; block: the outputs
+        of resnet and transformer blocks are kept; full: only what the UNet's stages
+        hand to each other.
+      platform: cpu, gpu or tpu, for auto; "": JAX's default backend.
+      mesh: where a batch lies that XLA cannot divide by itself (flash); or None.
+    """
+
+    attention: str = "auto"
+    conv: str = "auto"
+    remat: str = "none"
+    platform: str = ""
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                value, listed = getattr(self, field), ", ".join(choices)
+                raise ValueError(f"{field}={value!r} must be one of {listed}")
+
+    @property
+    def device(self) -> str:
+        """The platform that is computed for."""
+        return self.platform or jax.default_backend()
+
+    def on(self, mesh: Mesh) -> "Kernels":
+        """Returns the same for the devices of a mesh."""
+        platform = mesh.devices.flat[0].platform
+        return dataclasses.replace(self, mesh=mesh, platform=platform)
+
+    def for_drawing(self) -> "Kernels":
+        """Returns the same for one device and no backward pass."""
+        return dataclasses.replace(self, mesh=None, remat="none")
+
+    def twice_differentiable(self) -> "Kernels":
+        """Returns the same without kernels that have no second derivative."""
+        if self.attention in ("plain", "chunked"):
+            return self
+        attention = "chunked" if self.device == "cpu" else "plain"
+        return dataclasses.replace(self, attention=attention)
+
+    def attend(self, q_BNHD, k_BMHD, v_BMHD):
+        """Returns softmax(q k' / sqrt(D)) v, "B N H D" in v's type; scores in float32.
+
+        Source: Vaswani et al. 2017, eq. 1; as diffusers' `AttnProcessor` computes it.
+        """
+        kind = self._attention_for(q_BNHD, k_BMHD)
+        if kind == "flash":
+            return _flash(q_BNHD, k_BMHD, v_BMHD, self.mesh)
+        if kind == "cudnn":
+            return jax.nn.dot_product_attention(
+                q_BNHD, k_BMHD, v_BMHD, implementation="cudnn"
+            )
+        if kind == "chunked":
+            return _chunked(q_BNHD, k_BMHD, v_BMHD)
+        return _plain(q_BNHD, k_BMHD, v_BMHD)
+
+    def _attention_for(self, q, k) -> str:
+        if self.attention != "auto":
+            return self.attention
+        (_, N, _, D), M = q.shape, k.shape[1]
+        if self.device == "tpu":
+            fits = N == M and N >= _FLASH_TOKENS and N % _FLASH_BLOCK == 0
+            return "flash" if fits else "plain"
+        if self.device in ("gpu", "cuda"):
+            fits = q.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
+            return "cudnn" if fits else "plain"
+        return "chunked" if self.device == "cpu" else "plain"
+
+    def takes_matmul(self, shape, kernel, stride) -> bool:
+        """Says whether a convolution is to be one matrix product.
+
+        Args: shape: of the image, "B H W C". kernel, stride: (height, width).
+        """
+        if self.conv != "auto":
+            return self.conv == "matmul"
+        unfolded = math.prod(shape) * math.prod(kernel) // math.prod(stride) * 4
+        return self.device == "cpu" and unfolded <= _MAX_COLUMNS_BYTES
+
+    def remember(self, fn):
+        """Returns fn, whose backward pass computes anew what `remat` does not keep.
+
+        What it keeps is what fn gave a name with `kept`.
+        """
+        if self.remat == "none":
+            return fn
+        names = {"block": ("block", "stage"), "full": ("stage",)}[self.remat]
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        return jax.checkpoint(fn, policy=policy)
+
+
+def kept(name: str, out):
+    """Returns out, to be kept by `Kernels.remember`: of a block or a stage."""
+    return jax.tree.map(lambda a: checkpoint_name(a, name), out)
+
+
+# --- attention ------------------------------------------------------------------------
+
+
+def _plain(q_BNHD, k_BMHD, v_BMHD):
+    scores = jnp.einsum(
+        "bnhd,bmhd->bhnm", q_BNHD, k_BMHD, preferred_element_type=jnp.float32
+    )
+    weights = jax.nn.softmax(scores * q_BNHD.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v_BMHD.dtype), v_BMHD)
+
+
+def _chunked(q_BNHD, k_BMHD, v_BMHD):
+    """The same for a part of the queries at a time, each computed again backwards."""
+    (B, N, H, D), M = q_BNHD.shape, k_BMHD.shape[1]
+    wanted = min(N, max(1, math.ceil(B * H * N * M * 4 / _MAX_SCORES_BYTES)))
+    chunks = next(n for n in range(wanted, N + 1) if N % n == 0)
+    if chunks == 1:
+        return _plain(q_BNHD, k_BMHD, v_BMHD)
+    parts = jnp.moveaxis(q_BNHD.reshape(B, chunks, N // chunks, H, D), 1, 0)
+    # what the parts add to the gradient of keys and values is summed in float32
+    k, v = k_BMHD.astype(jnp.float32), v_BMHD.astype(jnp.float32)
+
+    @jax.checkpoint
+    def part(q):
+        return _plain(q, k.astype(k_BMHD.dtype), v.astype(v_BMHD.dtype))
+
+    out = jax.lax.map(part, parts)
+    return jnp.moveaxis(out, 0, 1).reshape(B, N, H, D)
+
+
+def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    def attend_shard(q, k, v):
+        D = q.shape[-1]
+        room = (0, -D % _LANES)
+
+        def heads_first(a):
+            return jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, 0), room))
+
+        block = math.gcd(_FLASH_BLOCK, q.shape[1])
+        sizes = {
+            field.name: 1 if field.name == "block_b" else block
+            for field in dataclasses.fields(flash.BlockSizes)
+        }
+        out = flash.flash_attention(
+            *(heads_first(a) for a in (q, k, v)),
+            sm_scale=D**-0.5,
+            block_sizes=flash.BlockSizes(**sizes),
+        )
+        return jnp.swapaxes(out[..., :D], 1, 2)
+
+    if mesh is None or mesh.size == 1:
+        return attend_shard(q_BNHD, k_BMHD, v_BMHD)
+    heads = q_BNHD.shape[2]
+    tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(("data", "fsdp"), None, tensor)
+    attend_shard = jax.shard_map(
+        attend_shard, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+    )
+    return attend_shard(q_BNHD, k_BMHD, v_BMHD)
+
+
+# --- convolution ----------------------------------------------------------------------
+
+
+def conv_as_matmul(x_BHWC, kernel, bias, stride, padding):
+    """Returns a convolution as shifted slices times one matrix, "B H W C".
+
+    Args: kernel: "h w C_in C_out". bias: "C_out" or None. padding: ((before, after),
+      (before, after)) of height and width.
+    """
+    x, (kh, kw, c_in, c_out), (sh, sw) = x_BHWC, kernel.shape, stride
+    if padding != ((0, 0), (0, 0)):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    B, H, W, _ = x.shape
+    oh, ow = (H - kh) // sh + 1, (W - kw) // sw + 1
+    if (kh, kw) == (sh, sw) and (kh, kw) != (1, 1):  # patches that do not overlap
+        x = x[:, : oh * kh, : ow * kw].reshape(B, oh, kh, ow, kw, c_in)
+        columns = jnp.transpose(x, (0, 1, 3, 2, 4, 5))
+    else:
+        rows = [slice(i, i + sh * (oh - 1) + 1, sh) for i in range(kh)]
+        cols = [slice(j, j + sw * (ow - 1) + 1, sw) for j in range(kw)]
+        columns = jnp.concatenate([x[:, r, c] for r in rows for c in cols], axis=-1)
+    y = columns.reshape(B * oh * ow, kh * kw * c_in) @ kernel.reshape(-1, c_out)
+    if bias is not None:
+        y = y + bias.reshape(1, c_out)
+    return y.reshape(B, oh, ow, c_out)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each way to compute a layer against the plain one."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import relative_error
+
+from gift_jax import sharding
+from gift_jax.models import hooks, kernels, stable_diffusion
+from gift_jax.models.kernels import Kernels
+
+
+def draw(rng, dtype="float32", tokens=64, keys=64, heads=2, size=8):
+    shapes = [(2, tokens, heads, size)] + [(2, keys, heads, size)] * 2
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def distance(a, b) -> float:
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def value_and_grads(how: Kernels, qkv):
+    def loss(*qkv):
+        out = how.attend(*qkv)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, *grads
+
+
+def reference(q, k, v):
+    """softmax(q k' / sqrt(D)) v in float64."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-3)])
+@pytest.mark.parametrize("keys", [64, 17])
+def test_chunks_of_queries_equal_the_whole(rng, monkeypatch, dtype, tolerance, keys):
+    qkv = draw(rng, dtype, keys=keys)
+    monkeypatch.setattr(kernels, "_MAX_SCORES_BYTES", 2000)
+    program = str(jax.make_jaxpr(Kernels("chunked").attend)(*qkv))
+    assert "scan" in program
+    assert "scan" not in str(jax.make_jaxpr(Kernels("plain").attend)(*qkv))
+    ours = value_and_grads(Kernels("chunked"), qkv)
+    plain = value_and_grads(Kernels("plain"), qkv)
+    assert distance(plain[0], reference(*qkv)) < 2 * tolerance
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == jnp.dtype(dtype)
+        assert distance(a, b) < 2 * tolerance
+    assert distance(ours[0], plain[0]) < tolerance
+
+
+def test_scores_are_summed_in_float32(rng):
+    q, k, v = draw(rng, "bfloat16", size=64)
+    exact = reference(q, k, v)
+    coarse = jnp.einsum("bnhd,bmhd->bhnm", q, k) * 64**-0.5  # rounded to bfloat16
+    coarse = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(coarse), v)
+    ours = relative_error(Kernels("plain").attend(q, k, v), exact)
+    assert ours < 0.8 * relative_error(coarse, exact)
+
+
+def test_flash_equals_plain(rng):
+    from jax.experimental.pallas import tpu
+
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2e-3)):
+        qkv = draw(rng, dtype, tokens=256, keys=256, size=40)
+        with tpu.force_tpu_interpret_mode():
+            ours = value_and_grads(Kernels("flash"), qkv)
+        plain = value_and_grads(Kernels("plain"), qkv)
+        assert distance(ours[0], plain[0]) < tolerance
+        for a, b in zip(ours, plain, strict=True):
+            assert distance(a, b) < 2 * tolerance
+
+
+@pytest.mark.parametrize(
+    "platform, tokens, keys, dtype, wanted",
+    [
+        ("tpu", 4096, 4096, "bfloat16", "flash"),
+        ("tpu", 4096, 77, "bfloat16", "plain"),
+        ("tpu", 256, 256, "bfloat16", "plain"),
+        ("gpu", 256, 77, "bfloat16", "cudnn"),
+        ("gpu", 256, 77, "float32", "plain"),
+        ("cpu", 4096, 4096, "float32", "chunked"),
+    ],
+)
+def test_auto_attention_is_chosen_by_platform(platform, tokens, keys, dtype, wanted):
+    q = jax.ShapeDtypeStruct((2, tokens, 8, 40), dtype)
+    k = jax.ShapeDtypeStruct((2, keys, 8, 40), dtype)
+    how = Kernels(platform=platform)
+    assert how._attention_for(q, k) == wanted
+    twice = how.twice_differentiable()._attention_for(q, k)
+    assert twice == ("chunked" if platform == "cpu" else "plain")
+
+
+def test_unknown_names_are_refused():
+    for field in kernels.CHOICES:
+        with pytest.raises(ValueError, match=f"{field}='winograd' must be one of"):
+            Kernels(**{field: "winograd"})
+
+
+# --- the whole UNet -------------------------------------------------------------------
+
+
+def unet_inputs(rng, batch=2):
+    z = rng.normal(size=(batch, 4, 8, 8)).astype(np.float32)
+    c = rng.normal(size=(batch, 16, 32)).astype(np.float32)
+    return z, np.asarray([3, 987][:batch], np.int32), c
+
+
+def loss_of(model, inputs, how: Kernels, text=None):
+    def loss(params):
+        out, hiddens = hooks.apply_unet(
+            model.unet, params, *inputs, ("transformer",), how, text
+        )
+        noised = sum(jnp.mean(h.astype(jnp.float32) ** 2) for h in hiddens.values())
+        return jnp.mean(out.astype(jnp.float32) ** 2) + 0.1 * noised
+
+    return loss
+
+
+def residuals(loss, params):
+    """Returns the number of floats kept for the backward pass, parameters not."""
+    _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
+    shapes = [a.shape for a in jax.tree.leaves(params)]
+    found = [a for a in jax.tree.leaves(backward) if a.shape not in shapes]
+    return sum(a.size for a in found)
+
+
+@pytest.mark.parametrize("remat", ["block", "full"])
+def test_what_is_computed_again_is_the_same(tiny, rng, remat):
+    inputs = unet_inputs(rng)
+    params = tiny.params["unet"]
+    losses = {how: loss_of(tiny, inputs, Kernels(remat=how)) for how in ("none", remat)}
+    saved = {how: residuals(loss, params) for how, loss in losses.items()}
+    assert saved[remat] < 0.2 * saved["none"]
+    value, grads = {}, {}
+    for how, loss in losses.items():
+        value[how], grads[how] = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value[remat], value["none"], rtol=1e-6)
+    ours, theirs = (jax.tree.leaves(grads[how]) for how in (remat, "none"))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-8)
+
+
+def test_the_unet_in_bfloat16_is_as_exact(tiny_folder, tiny, rng, monkeypatch):
+    half = stable_diffusion.load(tiny_folder, jnp.bfloat16)
+    inputs = unet_inputs(rng)
+    monkeypatch.setattr(kernels, "_MAX_SCORES_BYTES", 2000)
+    outs = {}
+    for name, how in {
+        "plain": Kernels("plain", "xla"),
+        "chunked": Kernels("chunked", "xla"),
+        "matmul": Kernels("plain", "matmul"),
+    }.items():
+        apply = jax.jit(functools.partial(hooks.apply_unet, half.unet, kernels=how))
+        outs[name] = apply(half.params["unet"], *inputs)[0]
+        assert outs[name].dtype == jnp.bfloat16
+    exact, _ = hooks.apply_unet(tiny.unet, tiny.params["unet"], *inputs)
+    errors = {name: distance(out, exact) for name, out in outs.items()}
+    assert 1e-3 < errors["plain"] < 3e-2  # of a random network
+    assert errors["chunked"] < 1.1 * errors["plain"]
+    assert errors["matmul"] < 1.1 * errors["plain"]
+
+
+def test_convolutions_agree_in_bfloat16(rng):
+    conv = nn.Conv(32, (3, 3), padding=((1, 1), (1, 1)), dtype=jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(2, 8, 8, 64)), jnp.bfloat16)
+    params = conv.init(jax.random.key(0), x)
+    outs = {}
+    for how in ("xla", "matmul"):
+        with hooks.exact(Kernels(conv=how)):
+            outs[how] = conv.apply(params, x)
+    assert distance(outs["matmul"], outs["xla"]) < 2e-3
+
+
+def test_text_projected_once_gives_the_same(tiny, rng):
+    z, t, c = unet_inputs(rng)
+    params = tiny.params["unet"]
+    text = hooks.project_text(tiny.unet, params, c)
+    assert len(text) == 4  # transformer blocks
+    out, _ = hooks.apply_unet(tiny.unet, params, z, t, c)
+    ours, _ = hooks.apply_unet(tiny.unet, params, z, t, c, text=text)
+    np.testing.assert_allclose(ours, out, rtol=1e-5, atol=1e-6)
+    ignored, _ = hooks.apply_unet(tiny.unet, params, z, t, 0 * c, text=text)
+    np.testing.assert_array_equal(ignored, ours)
+    assert (
+        relative_error(hooks.apply_unet(tiny.unet, params, z, t, 0 * c)[0], out) > 0.1
+    )
+
+
+def test_flash_is_divided_over_a_mesh(rng, monkeypatch):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    asked = []
+
+    def stand_in(q, k, v, *, sm_scale, block_sizes):  # interpreted, two devices hang
+        asked.append(q.shape)
+        weights = jax.nn.softmax(q @ jnp.swapaxes(k, 2, 3) * sm_scale)
+        return weights @ v
+
+    monkeypatch.setattr(flash, "flash_attention", stand_in)
+    qkv = draw(rng, tokens=128, keys=128, heads=2, size=8)
+    plain = Kernels("plain").attend(*qkv)
+    for sizes, shape in (((2, 1, 1), (1, 2, 128, 128)), ((1, 1, 2), (2, 1, 128, 128))):
+        axes = dict(zip(sharding.AXES, sizes, strict=True))
+        how = Kernels("flash").on(sharding.lay_out(jax.devices()[:2], axes))
+        assert how.device == "cpu"
+        ours = jax.jit(how.attend)(*qkv)
+        assert asked[-1] == shape  # of one device
+        assert ours.sharding.num_devices == 2
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
