@@ -15,6 +15,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 TORCH := torch==2.13.*
 TORCH_INDEX ?=
 
+# The TPU compiler, for the tests of gift_jax.compile; it runs on Linux, x86-64. In a
+# folder of its own: where JAX finds it, it looks for a TPU each time that it starts.
+TPU_COMPILER := $(VENV)/libtpu/libtpu/libtpu.so
+ITS_VERSION := import importlib.metadata as m; print(next( \
+	r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
+
 # Test processes, each of which takes up to 3 GB.
 WORKERS ?= 2
 
@@ -29,7 +35,9 @@ demo: $(VENV)/.installed ## immunize the embedded model, attack it, show the res
 	$(BIN)/python -m gift_jax.demo
 
 test: lint ## lint, then run the tests (the slow ones: pytest -m slow)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	if [ -f $(TPU_COMPILER) ]; then \
+		export TPU_LIBRARY_PATH=$(abspath $(TPU_COMPILER)); fi; \
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-test ## check style and formatting
 	$(BIN)/ruff check .
@@ -58,4 +66,6 @@ $(VENV)/.installed-test: pyproject.toml | python
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) '$(TORCH)')
 	$(INSTALL) --editable '.[test]'
+	-$(INSTALL) --no-deps --upgrade --target $(VENV)/libtpu \
+		"$$($(BIN)/python -c '$(ITS_VERSION)')"
 	@touch $(VENV)/.installed $@

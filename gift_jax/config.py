@@ -51,15 +51,28 @@ def parse(
     config is locked, so an unknown field is an error. With --help, the fields of the
     config given are listed too.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     flags = parser(doc, program)
+    flags.add_argument("--workdir", required=True, help="the run's folder")
+    flags.epilog = "Running the same command again resumes."
+    cfg, args = parse_config(argv, flags, program)
+    return cfg, pathlib.Path(args.workdir)
+
+
+def parse_config(
+    argv: Sequence[str] | None, flags: argparse.ArgumentParser, program: str
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """Returns (the config with its overrides, the other flags) of a command line.
+
+    Args: flags: from `parser`, with what the command has besides. program: whose
+      configs are taken: train, attack, evaluate, benchmark or pretrain.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
     flags.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="a Python config file"
     )
-    flags.add_argument("--workdir", required=True, help="the run's folder")
     flags.epilog = (
         "Any field of the config can be set: --config.steps=200, "
-        "--config.lower.lr=1e-5. Running the same command again resumes."
+        f"--config.lower.lr=1e-5. {flags.epilog or ''}"
     )
     named = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
     named += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
@@ -72,7 +85,7 @@ def parse(
     _check_is_of(program, cfg, args.config)
     for override in overrides:
         _override(cfg, override.removeprefix("--config."))
-    return cfg, pathlib.Path(args.workdir)
+    return cfg, args
 
 
 # What the configs of one command have and those of no other.

@@ -99,12 +99,15 @@ def _check_seed(field: str, seed: int) -> None:
 
 def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
     """Returns the folder of a model: a local one, "emoji-sd", or a hub id's copy."""
-    if name == "emoji-sd":
-        return EMBEDDED
-    folder = pathlib.Path(name).expanduser()
+    folder = local_folder(name)
     if not folder.exists() and hub.is_id(name):
         return hub.fetch(name, revision, variant)
     return folder
+
+
+def local_folder(name: str) -> pathlib.Path:
+    """Returns the folder of "emoji-sd", or the one that is named; it may not exist."""
+    return EMBEDDED if name == "emoji-sd" else pathlib.Path(name).expanduser()
 
 
 def load_model(
@@ -144,10 +147,13 @@ def load_configured(cfg: Any, mesh: Mesh | None = None):
         resolution=cfg.resolution,
     )
     samples.check(model, cfg.samples)
-    kernels = Kernels(cfg.attention)
-    if mesh:
-        kernels = dataclasses.replace(kernels, remat=cfg.remat).on(mesh)
-    return model.replace(kernels=kernels)
+    how = kernels_of(cfg, mesh) if mesh else Kernels(cfg.attention)
+    return model.replace(kernels=how)
+
+
+def kernels_of(cfg: Any, mesh: Mesh) -> Kernels:
+    """Returns how a training job computes its layers on a mesh."""
+    return Kernels(cfg.attention, remat=cfg.remat).on(mesh)
 
 
 def denoiser(model: stable_diffusion.StableDiffusion) -> Denoiser:
@@ -322,9 +328,12 @@ def float32_params(model, component: str, paths: Iterable[str]):
     the exported model.
     """
     paths = set(paths)
-    if jnp.dtype(model.unet.dtype) == jnp.float32:
+    if jnp.dtype(model.unet.dtype) == jnp.float32 or model.path is None:
         flat = flatten_dict(model.params[component], sep="/")
-        return {path: flat[path] for path in flat if path in paths}
+        flat = {path: flat[path] for path in flat if path in paths}
+        if model.path is None:  # an outline, which has no files
+            return jax.tree.map(lambda a: a.astype(jnp.float32), flat)
+        return flat
     _, params, _ = weights.load_component(
         model.path / component, component, variant=model.variant, only=paths
     )
@@ -354,6 +363,12 @@ def start(cfg: Any, groups: Iterable[str]) -> Mesh:
     return mesh
 
 
+def layouts(cfg: Any, mesh: Mesh, state: loop.State, frozen: Any) -> tuple:
+    """Returns where a run's state and its frozen arrays lie on the mesh."""
+    whole = () if cfg.shard_frozen else ("fsdp",)
+    return sharding.layout(mesh, state), sharding.layout(mesh, frozen, repeat=whole)
+
+
 def run_loop(
     mesh: Mesh,
     state: loop.State,
@@ -366,11 +381,11 @@ def run_loop(
     calls: Sequence[loop.Call] = (),
 ) -> loop.State:
     """Places everything on the mesh and takes the run's steps; role: see `key`."""
-    whole = () if cfg.shard_frozen else ("fsdp",)
+    where_state, where_frozen = layouts(cfg, mesh, state, frozen)
     return loop.run(
-        sharding.place(state, sharding.layout(mesh, state)),
+        sharding.place(state, where_state),
         step,
-        sharding.place(frozen, sharding.layout(mesh, frozen, repeat=whole)),
+        sharding.place(frozen, where_frozen),
         data,
         sharding.replicate(mesh, key(cfg, f"{role}/steps")),
         options=loop.Options(

@@ -103,10 +103,18 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
         modules[kind], params[kind], configs[kind] = weights.load_component(
             root / kind, kind, dtype, variant=variant, place=jnp.asarray
         )
-    scheduler = tensors.read_json(root / "scheduler" / "scheduler_config.json")
-    _check_scheduler(scheduler, root / "scheduler" / "scheduler_config.json")
-    _check_widths(configs, root)
+    configs["scheduler"] = read_configs(root)["scheduler"]
     tokenizer = load_tokenizer(root / "tokenizer")
+    longest = modules["text_encoder"].config.max_position_embeddings
+    longest = min(tokenizer.model_max_length, longest)
+    model = _assembled(root, configs, modules, params, tokenizer, longest, resolution)
+    return model.replace(variant=variant)
+
+
+def _assembled(root, configs, modules, params, tokenizer, max_length, resolution):
+    """Returns the StableDiffusion of these parts, which are checked to fit."""
+    _check_scheduler(configs["scheduler"], f"{root}/scheduler/scheduler_config.json")
+    _check_widths(configs, root)
     factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     size = _latent_size(configs["unet"], factor, resolution)
     return StableDiffusion(
@@ -116,16 +124,49 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
         text_encoder=modules["text_encoder"],
         tokenizer=tokenizer,
         params=params,
-        scheduler_config=scheduler,
+        scheduler_config=configs["scheduler"],
         latent_shape=(configs["unet"].get("in_channels", 4), size, size),
         image_size=size * factor,
         scaling_factor=configs["vae"].get("scaling_factor", 0.18215),
-        variant=variant,
-        max_length=min(
-            tokenizer.model_max_length,
-            modules["text_encoder"].config.max_position_embeddings,
-        ),
+        max_length=max_length,
     )
+
+
+def outline(configs, dtype=jnp.float32, resolution=0):
+    """Returns a StableDiffusion without weights or files: its parameters are shapes.
+
+    For programs that are compiled and not run; `path` and `tokenizer` are None.
+
+    Args: configs: the config.json dicts of unet, vae and text_encoder, and scheduler's.
+      dtype, resolution: see `load`.
+    Raises: UserError for configs that `load` would not take.
+    """
+    dtype = jnp.dtype(dtype)
+    modules = {
+        kind: weights.KINDS[kind].build(configs[kind], dtype) for kind in _CLASSES
+    }
+    shapes = {kind: hooks.parameter_shapes(module) for kind, module in modules.items()}
+    shaped = functools.partial(
+        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
+    )
+    text = modules["text_encoder"].config
+    return _assembled(
+        None,
+        configs,
+        modules,
+        shaped(shapes),
+        None,
+        text.max_position_embeddings,
+        resolution,
+    )
+
+
+def read_configs(root):
+    """Returns what `outline` takes, of a diffusers folder that may lack its weights."""
+    root = _local_folder(root)
+    files = {kind: root / kind / "config.json" for kind in _CLASSES}
+    files["scheduler"] = root / "scheduler" / "scheduler_config.json"
+    return {kind: tensors.read_json(file) for kind, file in files.items()}
 
 
 def load_tokenizer(directory):

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling ahead of time: the step is train's own, and the report adds up."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gift_jax import ahead, config, job, loop, sharding, train
+from gift_jax.config import UserError
+
+ROOT = pathlib.Path(train.__file__).parents[1]
+GIFT = ROOT / "configs" / "emoji_gift.py"
+
+
+def gift_config(tiny_folder, variant=""):
+    cfg = config.load(f"{GIFT}{variant}").unlock()
+    cfg.model = str(tiny_folder)
+    return cfg
+
+
+# --- the step -------------------------------------------------------------------------
+
+
+class Taken(Exception):  # noqa: N818 - stops a run where its first step would be
+    pass
+
+
+@pytest.mark.parametrize("method", ["gift", "imma"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_the_step_that_train_takes(
+    tiny_folder, tmp_path, monkeypatch, method, dtype
+):
+    flags = [f"--config.method={method}", f"--config.compute_dtype={dtype}"]
+    if method == "imma":
+        flags.append("--config.imma.bound=raw")
+    given = {}
+
+    def take(state, step, frozen, batches, key, *, place, **_):
+        given["args"] = state, frozen, place(next(batches)), key
+        given["step"] = step
+        raise Taken
+
+    monkeypatch.setattr(loop, "run", take)
+    argv = [f"--config={GIFT}:smoke", f"--workdir={tmp_path}", *flags]
+    argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
+    argv += [f"--config.{group}.folder={_pictures(tmp_path)}" for group in GROUPS]
+    argv += [f"--config.{group}.names=()" for group in GROUPS]
+    argv += [f"--config.{group}.prompt=a thing" for group in GROUPS]
+    with pytest.raises(Taken):
+        train.main(argv)
+    flags = config.parser("", "compile")
+    cfg, _ = config.parse_config(
+        [a for a in argv if not a.startswith("--workdir")], flags, "train"
+    )
+    mesh = sharding.lay_out(jax.devices(), cfg.mesh.to_dict())
+    step, shapes = ahead.shapes_of_step(cfg, mesh)
+
+    def told(a):
+        return a.shape, a.dtype, a.sharding
+
+    assert jax.tree.map(told, shapes) == jax.tree.map(told, given["args"])
+    ours = loop.compile_step(step, shapes).lower(*shapes).as_text()
+    theirs = loop.compile_step(given["step"], given["args"]).lower(*given["args"])
+    assert ours == theirs.as_text()
+    other = loop.compile_step(lambda *a: step(*a)[::-1], None).lower(*shapes)
+    assert other.as_text() != ours  # texts do tell steps apart
+
+
+GROUPS = ("harmful", "safe")
+
+
+def _pictures(tmp_path):
+    from tiny_model import write_pictures
+
+    folder = tmp_path / "pictures"
+    if not folder.exists():
+        folder.mkdir()
+        write_pictures(folder, 4, 3)
+    return folder
+
+
+def test_published_models_need_no_files(monkeypatch):
+    monkeypatch.setattr(ahead.hub, "fetch", None)
+    cfg = config.load(str(ROOT / "configs" / "sd15_object.py")).unlock()
+    model = ahead.outline(cfg)
+    unet = sum(a.size for a in jax.tree.leaves(model.params["unet"]))
+    assert unet == 859_520_964
+    assert model.latent_shape == (4, 64, 64)
+    assert model.path is None
+    assert job.EMBEDDED.name == "emoji-sd"
+    cfg.model, cfg.resolution = "emoji-sd", 0
+    assert ahead.outline(cfg).latent_shape == (8, 8, 8)
+
+
+@pytest.mark.parametrize("method, why", [("uce", "takes no"), ("esd", "draws before")])
+def test_methods_without_such_a_step_are_named(tiny_folder, method, why):
+    cfg = config.load(f"{ROOT / 'configs' / 'emoji_baselines.py'}:{method}").unlock()
+    cfg.model = str(tiny_folder)
+    with pytest.raises(UserError, match=f"config.method={method} {why}"):
+        ahead.shapes_of_step(cfg, sharding.lay_out(jax.devices()))
+
+
+# --- the report -----------------------------------------------------------------------
+
+HLO = """
+  %all-reduce.1 = f32[10,20]{1,0:T(8,128)} all-reduce(%x), replica_groups={}
+  %all-reduce.2 = (f32[5]{0}, bf16[4]{0}) all-reduce(%x, %y), to_apply=%sum
+  %ag = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %agd = f32[8,8]{1,0} all-gather-done(%ag)
+  %fusion = f32[3]{0} fusion(%all-reduce.1), kind=kLoop
+"""
+
+
+def test_collectives_are_counted_once_with_what_they_return():
+    assert ahead.collectives(HLO) == {
+        "all-reduce": {"count": 2, "bytes": 4 * 200 + 4 * 5 + 2 * 4},
+        "all-gather": {"count": 1, "bytes": 4 * 64},
+    }
+
+
+def memory_of(fixed, each, capacity, tried):
+    """A stand-in for compiling: batch -> report, or DoesNotFit."""
+
+    def attempt(batch):
+        tried.append(batch)
+        used = fixed + each * batch + 0.01 * each * batch % 7  # nearly a line
+        if used > capacity:
+            raise ahead.DoesNotFit(used)
+        return {"hbm_bytes": {"used": used, "capacity": capacity}, "batch": batch}
+
+    return attempt
+
+
+@pytest.mark.parametrize("low", [1, 4, 64])
+@pytest.mark.parametrize("largest", [1, 2, 7, 25, 61])
+def test_fit_finds_the_largest_batch_in_few_tries(low, largest):
+    tried = []
+    attempt = memory_of(3e9, 1e9, 3e9 + 1e9 * (largest + 0.5), tried)
+    found = ahead.fit(attempt, low)
+    assert found["batch"] == largest
+    assert found["tried"] == sorted(tried) and len(set(tried)) == len(tried)
+    assert len(tried) <= 8
+
+
+def test_fit_says_so_if_not_even_one_fits():
+    with pytest.raises(ahead.DoesNotFit, match="needs 6.0 GB"):
+        ahead.fit(memory_of(5e9, 1e9, 1e9, []), 4)
+
+
+# --- the command ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:four", "v5e:4"])
+def test_unknown_topologies_are_named(topology):
+    with pytest.raises(UserError, match=f"--topology={topology} must be a chip of v4"):
+        ahead.chip_of(topology)
+
+
+def run(*flags, **environ):
+    argv = [sys.executable, "-m", "gift_jax.compile", f"--config={GIFT}", *flags]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, cwd=ROOT, env=os.environ | environ
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_missing_compiler_or_folder_is_named(tmp_path):
+    code, _, said = run("--topology=v5e:2x2", TPU_LIBRARY_PATH="nowhere.so")
+    assert code == 2  # JAX, too, warns of it
+    assert said.splitlines()[-1] == "error: TPU_LIBRARY_PATH=nowhere.so is no file"
+    library = tmp_path / "libtpu.so"
+    library.touch()
+    out = tmp_path / "no" / "report.json"
+    flags = "--topology=v5e:2x2", f"--out={out}"
+    code, _, said = run(*flags, TPU_LIBRARY_PATH=str(library))
+    assert code == 2 and "no such folder" in said
+
+
+needs_compiler = pytest.mark.skipif(
+    not os.environ.get("TPU_LIBRARY_PATH") and not importlib.util.find_spec("libtpu"),
+    reason="needs libtpu: make test installs it",
+)
+
+
+@needs_compiler
+def test_a_wrong_topology_ends_in_one_line():
+    code, _, said = run("--topology=v5e:3x5")
+    assert code == 2
+    assert said.splitlines()[-1].startswith("error: --topology=v5e:3x5")
+
+
+@needs_compiler
+def test_chips_send_each_other_the_gradients_alone(tiny_folder, tmp_path):
+    found = {}
+    for topology in ("v5e:2x2", "v5e:2x4"):
+        out = tmp_path / f"{topology[4:]}.json"
+        flags = f"--config.model={tiny_folder}", f"--topology={topology}"
+        code, told, said = run(*flags, "--batch-per-chip=2", f"--out={out}")
+        assert code == 0, said
+        assert "all-reduce" in told and "roofline" in told
+        found[topology] = json.loads(out.read_text())
+    few, many = found.values()
+    assert (few["chips"], many["chips"]) == (4, 8)
+    assert few["batch_per_chip"] == {"harmful": 2, "safe": 2}
+    for one in found.values():
+        assert list(one["collectives"]) == ["all-reduce"]
+        sent = one["collectives"]["all-reduce"]["bytes"]
+        assert 1 <= sent / (2 * one["trained_bytes"]) < 1.05  # of two levels
+        assert 0 < one["hbm_bytes"]["used"] < one["hbm_bytes"]["capacity"]
+    assert few["flops"] == pytest.approx(many["flops"], rel=0.01)
+    assert few["bytes_accessed"] == pytest.approx(many["bytes_accessed"], rel=0.02)
+    memory = (one["hbm_bytes"]["temporaries"] for one in found.values())
+    assert next(memory) == pytest.approx(next(memory), rel=0.02)
