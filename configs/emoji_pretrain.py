@@ -12,7 +12,7 @@ from gift_jax.config import ConfigDict, variant
 def get_config(name: str = "") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.cpu_devices = 2  # how many devices to make of a machine without accelerator
+    c.cpu_devices = 2  # to make of a machine without accelerator
     c.log_every = 50  # steps
     c.checkpoint_every = 250  # steps
 

@@ -25,11 +25,11 @@ def check(cfg) -> None:
     """Raises UserError naming the field, before data or compilation."""
     config.choice("config.attack", cfg.attack, tuple(offences.ATTACKS))
     offences.ATTACKS[cfg.attack].check(cfg)
-    job.check(cfg, data=_groups(cfg), optimizers=("optimizer",))
+    job.check(cfg, data=groups(cfg), optimizers=("optimizer",))
     _sample_steps(cfg)
 
 
-def _groups(cfg) -> tuple[str, ...]:
+def groups(cfg) -> tuple[str, ...]:
     """Returns the data groups that the run reads."""
     prior = cfg.attack == "dreambooth" and cfg.dreambooth.prior_weight
     return ("data", "prior") if prior else ("data",)
@@ -88,12 +88,12 @@ def train(
     Returns: the plan and the trained parameters, NumPy arrays.
     """
     check(cfg)
-    mesh = job.start(cfg, _groups(cfg))
+    mesh = job.start(cfg, groups(cfg))
     model = job.load_configured(cfg, mesh)
     plan = offences.plan(cfg, model)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
-        for group in _groups(cfg)
+        for group in groups(cfg)
     }
     offences.check_prompts(cfg, data["data"])
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))

@@ -41,6 +41,7 @@ from gift_jax import (
     matrix,
     progress,
     samples,
+    sharding,
     train,
 )
 from gift_jax.config import ConfigDict, UserError
@@ -61,6 +62,7 @@ def run(cfg, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
     bench = Bench(matrix.load(cfg), workdir)
     every = bench.matrix.cells
     left = [cell for cell in every if bench.result(cell) is None]
+    sharding.prepare(_cpu_devices(bench.matrix, left))  # the same for every job
     bench.log_here()
     logging.info("%d cells, of which %d are done", len(every), len(every) - len(left))
     logging.info("%s", told_size(bench.matrix, left))
@@ -80,6 +82,17 @@ def told_size(jobs: Matrix, cells: list[Cell]) -> str:
     defended = [jobs.defence_config(cell) for cell in made]
     more = sum(c.steps for c in defended if defences.METHODS[c.method].plan)
     return f"{more} steps of defence, {steps} of attack, {pictures} pictures to draw"
+
+
+def _cpu_devices(jobs: Matrix, cells: list[Cell]) -> int:
+    """Returns into how many devices to divide the cores: every batch divides by it."""
+    configs = [jobs.attack_config(cell) for cell in cells if cell.attack != BEFORE]
+    groups = [(cfg, attack.groups(cfg)) for cfg in configs]
+    made = {cell.defence: cell for cell in cells if cell.method != ORIGINAL}.values()
+    configs = [jobs.defence_config(cell) for cell in made]
+    groups += [(cfg, train.groups(cfg)) for cfg in configs]
+    batches = [cfg[group].batch for cfg, names in groups for group in names]
+    return sharding.cpu_devices_for(batches, {"data": 0, "fsdp": 1, "tensor": 1})
 
 
 class Bench:

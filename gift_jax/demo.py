@@ -18,7 +18,7 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from gift_jax import attack, checkpoint, config, job, samples, train
+from gift_jax import attack, checkpoint, config, job, samples, sharding, train
 from gift_jax.data import captions, emoji
 from gift_jax.metrics import judge
 from gift_jax.report import grid
@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         name = getattr(args, flag)
         if name not in emoji.all_concepts():
             config.choice(f"--{flag}", name, emoji.all_concepts())
+    sharding.prepare(job.cpu_devices_to_draw("emoji-sd"))  # the same for every part
     logging.info("results: %s", json.loads(run(args).read_text())["recognised"])
     return 0
 

@@ -48,7 +48,7 @@ def _is_given(spec) -> bool:
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Draws, measures, writes; returns the path of results.json."""
     check(cfg)
-    sharding.start(cfg.cpu_devices)
+    sharding.start(cfg.cpu_devices or job.cpu_devices_to_draw(cfg.model))
     model = job.load_configured(cfg)
     base = weights.content_hash(model.path)
     given = {

@@ -193,7 +193,7 @@ def _job(name: str, seed: int) -> ConfigDict:
     c.checkpoint_every = 100  # 0: only at the end
     c.keep = 2  # checkpoints
     c.compute_dtype = "float32"  # of the frozen part; what trains is float32
-    c.cpu_devices = 1  # devices to make of a machine without accelerator
+    c.cpu_devices = 0  # to make of a machine without accelerator; 0: one a core
     c.mesh = ConfigDict()  # devices along each axis; 0: all that the others leave
     c.mesh.update(data=0, fsdp=1, tensor=1)
     c.attention = "auto"  # or plain, chunked, flash (TPU), cudnn (GPU)

@@ -120,6 +120,11 @@ def _end_with_watcher() -> None:
         os._exit(128 + signal.SIGKILL)  # as the watcher was, most likely
 
 
+def are_several(processes: Any) -> bool:
+    """Whether this process is one of several, as `connect` would find."""
+    return bool(processes.coordinator) or _told_of_several()
+
+
 def _told_of_several() -> bool:
     for name, count in _SEVERAL.items():
         if name in os.environ and count(os.environ[name]) > 1:

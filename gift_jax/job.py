@@ -31,7 +31,7 @@ SCHEDULES = ("constant", "cosine")
 _LEAST_OF_TRAINING = {"steps": 0, "log_every": 1, "checkpoint_every": 0, "keep": 1}
 _LEAST_OF_TRAINING |= {"accumulate": 1}
 _LEAST = {
-    "cpu_devices": 1,
+    "cpu_devices": 0,
     "seed": 0,
     "resolution": 0,
     "samples.num": 0,
@@ -48,6 +48,7 @@ _LEAST_OF_DATA = {
     "generate_guidance": 1,
 }
 _MAX_SEED = 2**31 - 1
+_SMALL_BYTES = 2**30  # of a model's files
 # What a data group of a config says about its pairs.
 _PAIRS = tuple(
     field.name
@@ -108,6 +109,17 @@ def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Pa
 def local_folder(name: str) -> pathlib.Path:
     """Returns the folder of "emoji-sd", or the one that is named; it may not exist."""
     return EMBEDDED if name == "emoji-sd" else pathlib.Path(name).expanduser()
+
+
+def cpu_devices_to_draw(name: str) -> int:
+    """Returns into how many devices to divide the cores to draw with a model.
+
+    Each holds the weights: a large model, which keeps all cores busy anyway, is left
+    on one.
+    """
+    folder = local_folder(name)
+    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    return sharding.cores() if 0 < size < _SMALL_BYTES else 1
 
 
 def load_model(
@@ -355,9 +367,18 @@ def start(cfg: Any, groups: Iterable[str]) -> Mesh:
 
     Raises: UserError naming the field of a batch or mesh that does not fit.
     """
-    sharding.prepare(cfg.cpu_devices)
+    count = cfg.cpu_devices
+    if not count and hosts.are_several(cfg.processes):
+        count = 1
+    elif not count:
+        parts = [cfg[group].batch / cfg.accumulate for group in groups]
+        count = sharding.cpu_devices_for(parts, cfg.mesh.to_dict())
+    sharding.prepare(count)
     hosts.connect(cfg.processes)
-    mesh = sharding.lay_out(jax.devices(), cfg.mesh.to_dict())
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        devices = devices[:count]  # an earlier run of this process may have made more
+    mesh = sharding.lay_out(devices, cfg.mesh.to_dict())
     for group in groups:
         sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh, cfg.accumulate)
     return mesh

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gift_jax import sharding
 from gift_jax.config import UserError
 from gift_jax.models import hooks
 from gift_jax.models.kernels import Kernels
@@ -334,7 +335,16 @@ def to_uint8(images_BHWC):
     return jnp.round(unit * 255).astype(jnp.uint8)
 
 
-def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True):
+def divide(size):
+    """Returns (the mesh of this process's devices, pictures that divide over it).
+
+    Args: size: pictures at once; it is rounded up.
+    """
+    devices = jax.local_devices()
+    return sharding.lay_out(devices), -(-size // len(devices)) * len(devices)
+
+
+def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mesh=None):
     """Returns a jitted f(unet_params, vae_params, cond, uncond, key_or_latents).
 
     Args:
@@ -343,7 +353,7 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True):
       scheduler: of `SCHEDULERS`; None is the folder's own.
       steps: denoising steps. guidance: scale of the classifier-free guidance, >= 1;
         1 is without, at half the cost (uncond is then ignored).
-      decode: return images, else latents.
+      decode: return images, else latents. mesh: what f's arrays lie on, see `divide`.
     Returns: f. cond: float32 "B L D"; uncond: "1 L D" or "B L D"; key_or_latents: a
       key, with which example i draws its own noise by its index, or noise "B C H W".
       f returns uint8 "B H W 3", or latents float32 "B C H W" if not `decode`.
@@ -355,7 +365,7 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True):
     clip = clip_range(model.scheduler_config, scheduler)
     if not guidance >= 1 or not np.isfinite(guidance):
         raise UserError(f"guidance={guidance} must be at least 1 (1: no guidance)")
-    kernels = model.kernels.for_drawing()
+    kernels = model.kernels.for_drawing(mesh)
     run = _compiled(model.unet, model.vae, clip, decode, kernels)
 
     def sampler(unet_params, vae_params, cond_BLD, uncond_BLD, key_or_latents):

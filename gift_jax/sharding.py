@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -54,19 +54,47 @@ def prepare(cpu_devices: int = 1) -> None:
     Turns on the persistent compilation cache, in the `cache_folder`: a second run
     compiles nothing.
 
-    Args: cpu_devices: into how many devices to divide a machine without accelerator.
-      One a core trains faster than one for all: XLA leaves many operations on one
-      thread.
+    Args: cpu_devices: into how many devices to divide a machine without accelerator;
+      see `cpu_devices_for`.
     """
     if cpu_devices < 1:
         raise UserError(f"config.cpu_devices={cpu_devices} must be at least 1; try 1")
     if cpu_devices > 1:
+        # XLA's threads, of which each device would otherwise want all
+        os.environ.setdefault("NPROC", str(max(1, cores() // cpu_devices)))
         try:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError:  # JAX has started already, with what it has
-            logging.warning("cpu_devices=%d comes too late: ignored", cpu_devices)
+            logging.debug("JAX runs with %d devices already", jax.device_count())
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     _keep_memory()
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_devices_for(parts: Sequence[int], shape: Mapping[str, int]) -> int:
+    """Returns into how many devices to divide the cores: one each, if all goes evenly.
+
+    One device a core takes half the time of one for both of two: XLA leaves most of a
+    small model's operations on one thread.
+
+    Args: parts: batches that are to be divided, less what `accumulate` divides them in.
+      shape: of the mesh, see `lay_out`.
+    """
+    given = math.prod(n for n in shape.values() if n)
+    if 0 not in shape.values():
+        return given
+
+    def fits(n: int) -> bool:
+        pieces = n // shape["tensor"] if shape["tensor"] else given
+        return n % given == 0 and all(part % pieces == 0 for part in parts)
+
+    return next((n for n in range(cores(), given, -1) if fits(n)), given)
 
 
 def _keep_memory() -> None:

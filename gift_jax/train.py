@@ -28,11 +28,11 @@ def check(cfg):
     after = cfg.post_finetune
     config.at_least("config.post_finetune.steps", after.steps, 0)
     optimizers = defences.LEVELS + (("post_finetune",) if after.steps else ())
-    job.check(cfg, data=_groups(cfg), optimizers=optimizers)
+    job.check(cfg, data=groups(cfg), optimizers=optimizers)
     return settings
 
 
-def _groups(cfg) -> tuple[str, ...]:
+def groups(cfg) -> tuple[str, ...]:
     """Returns the data groups that the run reads."""
     groups = defences.METHODS[cfg.method].groups
     if cfg.post_finetune.steps and "safe" not in groups:
@@ -43,12 +43,12 @@ def _groups(cfg) -> tuple[str, ...]:
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Immunizes cfg.model; returns the folder of the exported model."""
     settings = check(cfg)
-    mesh = job.start(cfg, _groups(cfg))
+    mesh = job.start(cfg, groups(cfg))
     model = job.load_configured(cfg, mesh)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
         # What is on disk first: mistakes there show before the model draws.
-        for group in sorted(_groups(cfg), key=lambda name: cfg[name].generate)
+        for group in sorted(groups(cfg), key=lambda name: cfg[name].generate)
     }
     config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     before = workdir / "samples" / "before.png"

@@ -116,3 +116,25 @@ def test_memory_of_a_step_is_kept_for_the_next():
         faults[how] = int(told.stdout)
     assert faults["as it comes"] > 10_000  # 4 kB each
     assert faults["kept"] < 0.1 * faults["as it comes"]
+
+
+@pytest.mark.parametrize(
+    "parts, shape, wanted",
+    [
+        ([12, 24], (0, 1, 1), 4),
+        ([4], (0, 1, 1), 4),
+        ([6], (0, 1, 1), 3),
+        ([25, 4], (0, 1, 1), 1),
+        ([1], (0, 1, 1), 1),
+        ([2], (0, 1, 2), 4),
+        ([3], (0, 2, 1), 2),  # does not fit: what is said is said by check_batch
+        ([8], (1, 3, 1), 3),
+        ([2], (2, 1, 0), 4),
+    ],
+)
+def test_cores_become_devices_as_far_as_batches_divide(
+    monkeypatch, parts, shape, wanted
+):
+    monkeypatch.setattr(sharding, "cores", lambda: 4)
+    shape = dict(zip(sharding.AXES, shape, strict=True))
+    assert sharding.cpu_devices_for(parts, shape) == wanted

@@ -304,7 +304,7 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("seed=-1", "config.seed=-1 must be"),
         ("keep=0", "config.keep=0 must be at least 1"),
         ("log_every=0", "config.log_every=0 must be at least 1"),
-        ("cpu_devices=0", "config.cpu_devices=0 must be at least 1"),
+        ("cpu_devices=-1", "config.cpu_devices=-1 must be at least 0"),
         ("gift.gradient=second_order", "config.gift.gradient='second_order' is not"),
         ("gift.bound=clip", "config.gift.bound='clip' is not one of"),
         ("gift.noise_target=own", "config.gift.noise_target='own' is not one of"),

@@ -62,9 +62,9 @@ class Kernels:
         platform = mesh.devices.flat[0].platform
         return dataclasses.replace(self, mesh=mesh, platform=platform)
 
-    def for_drawing(self) -> "Kernels":
-        """Returns the same for one device and no backward pass."""
-        return dataclasses.replace(self, mesh=None, remat="none")
+    def for_drawing(self, mesh: Mesh | None = None) -> "Kernels":
+        """Returns the same for another mesh, or one device, and no backward pass."""
+        return dataclasses.replace(self, mesh=mesh, remat="none")
 
     def twice_differentiable(self) -> "Kernels":
         """Returns the same without kernels that have no second derivative."""
