@@ -20,6 +20,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
+from gift_jax import sharding  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -30,6 +32,7 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.set_verbosity(logging.WARNING)
+    sharding._MALLOPT = ()  # much is compiled here, and few steps are taken
 
 
 @pytest.fixture(scope="session")

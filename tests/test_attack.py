@@ -355,7 +355,7 @@ def test_another_seed_learns_otherwise(main, inverted, tmp_path):
 )
 def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, message):
     with pytest.raises(UserError, match=message) as caught:
-        main(tmp_path / "run", f"--config.{flag}")
+        main(tmp_path / "run", "--config.cpu_devices=2", f"--config.{flag}")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()  # or a corrected run could not use it
 
@@ -376,6 +376,7 @@ def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, messa
                 "attack=dreambooth",
                 "dreambooth.prior_weight=1",
                 "prior.batch=3",
+                "cpu_devices=2",
             ],
             "prior.batch=3 must divide by 2 devices",
         ),

@@ -341,7 +341,8 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
     ],
 )
 def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, message):
-    mistake(main, tmp_path, f"--config.{flag}", match=message)
+    flags = "--config.cpu_devices=2", f"--config.{flag}"
+    mistake(main, tmp_path, *flags, match=message)
 
 
 @pytest.mark.parametrize(
@@ -434,3 +435,9 @@ def test_workdir_of_another_run_is_refused(main, tiny_folder, tmp_path):
         f.write(b"\0\0\0\0")
     with pytest.raises(UserError, match="another config.*base_sha256 was"):
         main(tmp_path, *flags, f"--config.model={model}")
+
+
+def test_a_batch_that_does_not_divide_goes_to_fewer_devices(main, tmp_path):
+    run = main(tmp_path / "run", "--config.harmful.batch=3", "--config.samples.num=0")
+    assert (run / "export" / "model_index.json").is_file()
+    assert json.loads((run / "config.json").read_text())["cpu_devices"] == 0
