@@ -31,13 +31,13 @@ import tempfile
 import time
 
 import numpy as np
+import vs_pytorch
 
 from gift_jax import config
 
 DTYPES = ("float32", "float16", "bfloat16")
 PARTS = ("load", "convert", "step")
 LATENT_SIDE = 32
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def memory(field: str) -> int:
@@ -124,51 +124,26 @@ def measure_convert(folder: pathlib.Path, out: str) -> dict:
     return cost | {"weights_GB": _gb(size), "peak_over_weights": ratio}
 
 
-def random_pairs(model, rng) -> dict[str, np.ndarray]:
-    """Returns one cached pair, as `Denoiser.losses` takes it."""
-    shape = (1, model.latent_shape[0], LATENT_SIDE, LATENT_SIDE)
-    text = model.text_encoder.config
-    text_shape = (1, text.max_position_embeddings, text.hidden_size)
-    return {
-        "mean": rng.normal(size=shape).astype(np.float32),
-        "std": rng.uniform(0.01, 0.1, size=shape).astype(np.float32),
-        "text": rng.normal(size=text_shape).astype(np.float32),
-    }
-
-
 def measure_step(folder: pathlib.Path, repeats: int) -> dict:
     """Returns the cost of loading, compiling, stepping and saving, in turn."""
     import jax
 
-    from gift_jax import checkpoint, job, loop, sharding, train
-    from gift_jax.methods import gift
-    from gift_jax.models import stable_diffusion
+    from gift_jax import checkpoint, job, sharding
 
-    cfg = config.load(str(ROOT / "configs" / "emoji_gift.py"))
-    settings, mesh = train.check(cfg), sharding.start(1)
+    mesh = sharding.start(1)
     jax.config.update("jax_enable_compilation_cache", False)
-    levels = ("lower", "upper")
-    tx = {level: job.optimizer(cfg[level], cfg.steps, level) for level in levels}
-    rng = np.random.default_rng(0)
 
     def start():
         model = job.load_model(str(folder))
-        parts = job.split_unet(model, "cross_attention")
-        opt = {level: tx[level].init(parts.trainable) for level in tx}
-        state = loop.init_state(parts.trainable, opt)
-        abar = stable_diffusion.noise_schedule(model)
-        frozen = {"unet": parts.frozen, "abar": abar}
+        step, state, frozen = vs_pytorch.gift_step(model, vs_pytorch.gift_config())
         placed = sharding.replicate(mesh, (state, frozen))
-        return model, *jax.block_until_ready(placed)
+        return model, step, *jax.block_until_ready(placed)
 
-    (model, state, frozen), cost_load = measured(start)
-    pairs = {group: random_pairs(model, rng) for group in ("safe", "harmful")}
+    (model, step, state, frozen), cost_load = measured(start)
+    pairs = vs_pytorch.gift_pairs(model, {"safe": 1, "harmful": 1}, LATENT_SIDE)
     batch = sharding.split(mesh, pairs)
     key = sharding.replicate(mesh, jax.random.key(0))
-    step = gift.make_step(job.denoiser(model), settings, tx["lower"], tx["upper"])
-    lowered, cost_trace = measured(
-        lambda: loop.compile_step(step).lower(state, frozen, batch, key)
-    )
+    lowered, cost_trace = measured(lambda: step.lower(state, frozen, batch, key))
     compiled, cost_compile = measured(lowered.compile)
     account = compiled.memory_analysis()
     seconds, peaks = [], []

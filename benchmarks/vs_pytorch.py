@@ -87,13 +87,7 @@ def ours(part: str, folder: str):
     side = int(part[-2:]) if part.startswith("sd15") else model.latent_shape[-1]
     step, state, frozen = gift_step(model, cfg)
     state, frozen = sharding.replicate(mesh, (state, frozen))
-    latents = (model.latent_shape[0], side, side)
-    text = (model.max_length, model.text_encoder.config.hidden_size)
-    pairs = {
-        group: random_pairs(count, latents, text)
-        for group, count in sizes(part, cfg).items()
-    }
-    pairs = sharding.split(mesh, pairs)
+    pairs = sharding.split(mesh, gift_pairs(model, sizes(part, cfg), side))
     key = sharding.replicate(mesh, jax.random.key(0))
     del model  # but for what is frozen
 
@@ -103,6 +97,13 @@ def ours(part: str, folder: str):
         jax.block_until_ready((state, metrics))
 
     return run
+
+
+def gift_pairs(model, counts: dict[str, int], side: int):
+    """Returns every group's cached pairs, the latents' sides so many wide."""
+    latents = model.latent_shape[0], side, side
+    text = model.max_length, _width(model)
+    return {group: random_pairs(n, latents, text) for group, n in counts.items()}
 
 
 def gift_step(model, cfg):

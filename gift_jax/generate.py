@@ -78,36 +78,24 @@ def _check(args):
         raise UserError(f"--out={args.out!r} is a file; must be a folder")
 
 
-def draw(
-    model, prompts, num, *, key, negative_prompt="", batch_size=8, on_batch=None, **how
-):
+def draw(model, prompts, num, *, key, negative_prompt="", batch_size=8, **how):
     """Returns uint8 "P N H W 3": `num` pictures of each prompt.
 
-    A batch is divided over this process's devices.
-
     Args: model: a StableDiffusion. key: every prompt starts from the same noises,
-      number i of which depends on the key and i alone. how: scheduler, steps and
-      guidance, see `sampling.make_sampler`. on_batch: called with the pictures done.
+      number i of which depends on the key and i alone. how: scheduler, steps, guidance
+      and on_batch, see `sampling.draw`.
     """
-    jobs = [(p, n) for p in range(len(prompts)) for n in range(num)]
-    mesh, size = sampling.divide(min(batch_size, len(jobs)))
-    sample = sampling.make_sampler(model, mesh=mesh, **how)
     cond_PLD = np.asarray(stable_diffusion.encode_prompts(model, prompts))
-    uncond_1LD = stable_diffusion.encode_prompts(model, [negative_prompt])
-    params = model.params["unet"], model.params["vae"]
-    params, uncond_1LD = sharding.replicate(mesh, (params, uncond_1LD))
-    done = []
-    for start in range(0, len(jobs), size):
-        batch = jobs[start : start + size]
-        batch += batch[-1:] * (size - len(batch))  # one shape, so one compilation
-        p_B, n_B = np.asarray(batch).T
-        z_BCHW = sampling.initial_latents(key, num, model.latent_shape)[n_B]
-        cond_BLD, z_BCHW = sharding.split(mesh, (cond_PLD[p_B], z_BCHW))
-        images = sample(*params, cond_BLD, uncond_1LD, z_BCHW)
-        done.append(np.asarray(images))
-        if on_batch:
-            on_batch(min(start + size, len(jobs)))
-    images = np.concatenate(done)[: len(jobs)]
+    images = sampling.draw(
+        model,
+        model.params["unet"],
+        np.repeat(cond_PLD, num, axis=0),
+        stable_diffusion.encode_prompts(model, [negative_prompt]),
+        key,
+        np.tile(np.arange(num), len(prompts)),
+        batch_size,
+        **how,
+    )
     return images.reshape(len(prompts), num, *images.shape[1:])
 
 

@@ -43,27 +43,21 @@ def draw(
 ) -> np.ndarray:
     """Returns one picture a prompt, uint8 "N H W 3"; picture i draws its own noise.
 
-    A batch is divided over this process's devices.
-
-    Args: cfg: seed, guidance, steps, batch (pictures a call; the last one is padded, so
-      that one compilation serves all). number: i of the first.
+    Args: cfg: seed, guidance, steps, batch (pictures at once). number: i of the first.
     """
-    mesh, size = sampling.divide(min(cfg.batch, len(prompts)))
-    sampler = sampling.make_sampler(model, None, cfg.steps, cfg.guidance, mesh=mesh)
     text = stable_diffusion.encode_prompts(model, list(dict.fromkeys(prompts)))
     row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    cond = np.asarray(text)[[row[prompt] for prompt in prompts]]
-    empty = stable_diffusion.encode_prompts(model, [""])
-    params = unet_params, model.params["vae"]
-    params, empty = sharding.replicate(mesh, (params, empty))
-    key, images = jax.random.key(cfg.seed), []
-    for first in range(0, len(prompts), size):
-        some = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-        noise = sampling.initial_latents(key, size, model.latent_shape, number + first)
-        text, noise = sharding.split(mesh, (cond[some], noise))
-        out = sampler(*params, text, empty, noise)
-        images.append(np.asarray(out)[: len(prompts) - first])
-    return np.concatenate(images)
+    return sampling.draw(
+        model,
+        unet_params,
+        np.asarray(text)[[row[prompt] for prompt in prompts]],
+        stable_diffusion.encode_prompts(model, [""]),
+        jax.random.key(cfg.seed),
+        number + np.arange(len(prompts)),
+        cfg.batch,
+        steps=cfg.steps,
+        guidance=cfg.guidance,
+    )
 
 
 def save_grid(model, unet_params, prompts, cfg, path: pathlib.Path) -> None:

@@ -262,8 +262,12 @@ def initial_latents(key, n, shape, first=0):
     Each example's noise depends on the key and its own index alone (first, first + 1,
     ...), so it is the same in any batch and on any number of devices.
     """
-    indices = jnp.arange(first, first + n)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+    return numbered_latents(key, jnp.arange(first, first + n), shape)
+
+
+def numbered_latents(key, numbers_B, shape):
+    """Returns the `initial_latents` of examples with these numbers, int "B"."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(numbers_B))
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
@@ -342,6 +346,49 @@ def divide(size):
     """
     devices = jax.local_devices()
     return sharding.lay_out(devices), -(-size // len(devices)) * len(devices)
+
+
+def in_batches(count, size):
+    """Yields `size` indices at a time, int "size"; the last is repeated to fill up.
+
+    One shape, so one compilation.
+    """
+    for first in range(0, count, size):
+        yield np.minimum(np.arange(first, first + size), count - 1)
+
+
+def draw(
+    model,
+    unet_params,
+    cond_NLD,
+    uncond_1LD,
+    key,
+    numbers_N,
+    batch,
+    on_batch=None,
+    **how,
+):
+    """Returns pictures, uint8 "N H W 3"; each batch is divided over the local devices.
+
+    Args: model: a StableDiffusion; the decoder's parameters are its own. cond_NLD,
+      uncond_1LD: text states, float32. key, numbers_N: of each picture's noise, see
+      `initial_latents`. batch: pictures at once. on_batch: called with the number of
+      pictures done. how: scheduler, steps and guidance, see `make_sampler`.
+    """
+    count = len(cond_NLD)
+    mesh, size = divide(min(batch, count))
+    sample = make_sampler(model, mesh=mesh, **how)
+    cond_NLD, numbers_N = np.asarray(cond_NLD), np.asarray(numbers_N)
+    params = unet_params, model.params["vae"]
+    params, uncond_1LD = sharding.replicate(mesh, (params, uncond_1LD))
+    done = []
+    for some in in_batches(count, size):
+        noise = numbered_latents(key, numbers_N[some], model.latent_shape)
+        cond_BLD, noise = sharding.split(mesh, (cond_NLD[some], noise))
+        done.append(np.asarray(sample(*params, cond_BLD, uncond_1LD, noise)))
+        if on_batch:
+            on_batch(int(some[-1]) + 1)
+    return np.concatenate(done)[:count]
 
 
 def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mesh=None):

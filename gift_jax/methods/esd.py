@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gift_jax import losses, sampling
+from gift_jax import losses, sampling, sharding
 from gift_jax.loop import State, Step
 from gift_jax.methods.denoise import Denoiser
 from gift_jax.models import partition
@@ -79,7 +79,7 @@ def trajectories(
     Args: model: a StableDiffusion, whose own parameters are used. text_NLD: float32
       "N L D", what trajectory n is guided towards; an array or a `pipeline.Repeated`.
       empty_1LD: float32 "1 L D", states of "". key: trajectory n draws its noise by n
-      alone. batch: so many are walked, and on the device, at once.
+      alone. batch: so many are walked at once, divided over this process's devices.
     Returns: z: float32 "N S C H W", scaled latents before each row of the table, the
       first pure noise (3.3 MB a trajectory of 50 rows at 512 pixels). t: int32 "S", the
       rows' timesteps, descending. end: float32 "N C H W", after the last row.
@@ -87,25 +87,25 @@ def trajectories(
     Source: Song et al. 2021, arXiv:2010.02502; Gandikota et al. 2023, section 4.1.
     """
     table, clip = _table(model.scheduler_config, s)
-    walk = _compiled(model.unet, clip, model.kernels.for_drawing())
     count = len(text_NLD)
-    batch = min(batch, count)
+    mesh, size = sampling.divide(min(batch, count))
+    walk = _compiled(model.unet, clip, model.kernels.for_drawing(mesh))
+    params, empty_1LD = sharding.replicate(mesh, (model.params["unet"], empty_1LD))
     z_NSCHW = np.empty((count, len(table.t), *model.latent_shape), np.float32)
     end_NCHW = np.empty((count, *model.latent_shape), np.float32)
-    for first in range(0, count, batch):
-        some = np.minimum(np.arange(first, first + batch), count - 1)
-        noise = sampling.initial_latents(key, batch, model.latent_shape, first)
+    for some in sampling.in_batches(count, size):
+        noise = sampling.numbered_latents(key, some, model.latent_shape)
+        noise, text = sharding.split(mesh, (noise, np.asarray(text_NLD[some])))
         end, before_SBCHW = walk(
-            model.params["unet"],
+            params,
             table,
             jnp.float32(s.guidance),
             noise,
-            np.asarray(text_NLD[some]),
+            text,
             empty_1LD if s.guidance > 1 else None,
         )
-        kept = min(batch, count - first)
-        z_NSCHW[first : first + kept] = np.moveaxis(before_SBCHW, 0, 1)[:kept]
-        end_NCHW[first : first + kept] = end[:kept]
+        z_NSCHW[some] = np.moveaxis(np.asarray(before_SBCHW), 0, 1)
+        end_NCHW[some] = end
     return {"z": z_NSCHW, "t": np.asarray(table.t), "end": end_NCHW}
 
 
