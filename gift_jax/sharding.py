@@ -7,6 +7,7 @@ attention and of feed-forward layers over `tensor`. What no rule names, or what 
 divide evenly, is repeated.
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -14,6 +15,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+import filelock
 import jax
 import numpy as np
 from absl import logging
@@ -33,6 +35,7 @@ _MALLOPT = (  # of malloc.h
     (-1, -1),  # M_TRIM_THRESHOLD: never shrink the heap,
     (-2, 2**27),  # M_TOP_PAD: and let it grow by 128 MB at a time
 )
+_CACHE_BYTES = 4 * 2**30  # of compiled programs, some MB each
 _BATCH = PartitionSpec(("data", "fsdp"))
 
 
@@ -52,7 +55,8 @@ def prepare(cpu_devices: int = 1) -> None:
     """Sets JAX up; before anything else touches it, other processes included.
 
     Turns on the persistent compilation cache, in the `cache_folder`: a second run
-    compiles nothing.
+    compiles nothing. Processes may share it, and what has not been used for longest is
+    dropped at `_CACHE_BYTES`.
 
     Args: cpu_devices: into how many devices to divide a machine without accelerator;
       see `cpu_devices_for`.
@@ -66,8 +70,26 @@ def prepare(cpu_devices: int = 1) -> None:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError:  # JAX has started already, with what it has
             logging.debug("JAX runs with %d devices already", jax.device_count())
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    folder = cache_folder() / "xla"
+    _tidy(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)  # and its lock
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _keep_memory()
+
+
+def _tidy(folder: pathlib.Path) -> None:
+    """Drops the programs that a process left half written when it was killed.
+
+    JAX writes the time of use after the program, both under its lock, and fails to
+    read or to replace a program that is not whole.
+    """
+    with contextlib.suppress(OSError):  # JAX says so, and goes on without a cache
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lockfile", timeout=10):
+            for program in folder.glob("*-cache"):
+                if not program.with_name(program.name[:-5] + "atime").exists():
+                    program.unlink()
 
 
 def cores() -> int:

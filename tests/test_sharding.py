@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh, the rules by parameter path, and what does not fit."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -89,6 +90,45 @@ def test_batch_that_does_not_divide_is_refused():
         sharding.check_batch("safe.batch", 7, mesh)
     with pytest.raises(UserError, match="by 2 devices in 3 parts; try .*safe.batch=6"):
         sharding.check_batch("safe.batch", 8, mesh, accumulate=3)
+
+
+COMPILED = """
+import jax, jax.numpy as jnp
+from gift_jax import sharding
+found = [0, 0]
+def count(event, *_, **__):
+    found[0] += event == "/jax/core/compile/backend_compile_duration"
+    found[1] += event == "/jax/compilation_cache/cache_hits"
+jax.monitoring.register_event_duration_secs_listener(count)
+jax.monitoring.register_event_listener(count)
+sharding.prepare()
+jax.jit(lambda x: x + 1)(jnp.arange(3))
+print(*found)
+"""
+
+
+def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
+    def run():
+        """Returns (programs asked for, found in the cache, warnings)."""
+        told = subprocess.run(
+            [sys.executable, "-c", COMPILED],
+            capture_output=True,
+            check=True,
+            text=True,
+            env=os.environ | {"GIFT_JAX_CACHE": str(tmp_path)},
+        )
+        return *map(int, told.stdout.split()), told.stderr
+
+    asked, found, _ = run()
+    assert asked and not found
+    assert run() == (asked, asked, "")
+    program = max(tmp_path.glob("xla/*-cache"), key=lambda file: file.stat().st_size)
+    whole = program.read_bytes()
+    program.write_bytes(whole[: len(whole) // 2])  # a process was killed as it wrote
+    program.with_name(program.name[:-5] + "atime").unlink()
+    assert run() == (asked, asked - 1, "")
+    assert program.read_bytes() == whole
+    assert run() == (asked, asked, "")
 
 
 FAULTS = """
