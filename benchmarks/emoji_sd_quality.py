@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gift_jax import checkpoint, config, job, samples, sharding
+from gift_jax import config, files, job, samples, sharding
 from gift_jax.data import augment, captions, emoji
 from gift_jax.metrics import judge as judge_metric
 from gift_jax.models import stable_diffusion
@@ -128,7 +128,7 @@ def main() -> int:
         "vae": vae_quality(model, pictures),
         "samples": sample_quality(model, judge, args, args.out),
     }
-    checkpoint.write_json(args.out / "quality.json", result)
+    files.write_json(args.out / "quality.json", result)
     print((args.out / "quality.json").read_text())
     return 0
 

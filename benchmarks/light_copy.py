@@ -14,7 +14,7 @@ import shutil
 
 import numpy as np
 
-from gift_jax import checkpoint
+from gift_jax import files
 from gift_jax.report import grid
 
 _QUALITY = 80
@@ -27,11 +27,11 @@ def copy(run: pathlib.Path, out: pathlib.Path, pictures: int) -> int:
     for path in done:
         cell = json.loads(path.read_text())
         _lighten([cell], run, out, pictures)
-        checkpoint.write_json(out / path.relative_to(run), cell)
+        files.write_json(out / path.relative_to(run), cell)
     if (run / "results.json").exists():
         results = json.loads((run / "results.json").read_text())
         _lighten(results["cells"], run, out, pictures)
-        checkpoint.write_json(out / "results.json", results)
+        files.write_json(out / "results.json", results)
     for name in _WHOLE:
         if (run / name).exists():
             shutil.copy(run / name, out / name)

@@ -24,7 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from gift_jax import config
+from gift_jax import config, files
 from gift_jax.models import hooks, tensors, weights
 from gift_jax.models.published import END, MODELS, START
 
@@ -101,7 +101,7 @@ def write(out, configs: dict, dtype: str = "float32", seed: int = 0, shard_mib=0
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    with tensors.atomic_folder(out) as temp:
+    with files.replaced_folder(out) as temp:
         for kind in ("text_encoder", "vae", "unet"):
             write_component(temp / kind, kind, configs[kind], dtype, seed, shard_mib)
         text = configs["text_encoder"]
@@ -124,16 +124,16 @@ def write_component(
     _write_json(directory / "config.json", model_config)
     shards = list(_shards(found, dtype, shard_mib * 2**20))
     if len(shards) == 1:
-        files = [f"{stem}.safetensors"]
+        names = [f"{stem}.safetensors"]
     else:
         n = len(shards)
-        files = [f"{stem}-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-        owner = {name: f for f, s in zip(files, shards, strict=True) for name in s}
+        names = [f"{stem}-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+        owner = {name: f for f, s in zip(names, shards, strict=True) for name in s}
         total = sum(_size(tensor, dtype) for tensor in found.values())
         text = {"metadata": {"total_size": total}, "weight_map": owner}
         _write_json(directory / f"{stem}.safetensors.index.json", text)
     length = model_config.get("max_position_embeddings")
-    for i, (file, shard) in enumerate(zip(files, shards, strict=True)):
+    for i, (file, shard) in enumerate(zip(names, shards, strict=True)):
         position_ids = length if kind == "text_encoder" and i == 0 else None
         _write_safetensors(directory / file, shard, dtype, seed, position_ids)
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What part of a training run is the compiled step, and what does a second run compile?
+"""What part of a run is the compiled step, and what does a second run compile?
 
-    python benchmarks/steady_state.py --steps 100
+    python benchmarks/steady_state.py --steps 300
 
 Runs `gift_jax.train` on emoji-sd twice, in processes of their own, with an empty
 compilation cache of their own, and prints one JSON object: of each run the seconds in
 all, how many programs were compiled and how many came from the cache; and of the second
 the share of the loop's time, from its second step to its last (metrics, checkpoints and
-data included), that was spent inside the compiled step. That is a lower bound: the
+data included), that was spent inside the compiled step, and in writing checkpoints at
+the config's interval (their checksums included). The first is a lower bound: the
 measurement waits for every step, where a run prepares the next batch meanwhile.
 """
 
@@ -31,7 +32,7 @@ def measure(workdir: str, config_file: str, steps: int) -> dict:
     """Returns the figures of one run, in this process."""
     import jax
 
-    from gift_jax import loop, train
+    from gift_jax import checkpoint, loop, train
 
     asked = {"programs": 0, "from_cache": 0}
 
@@ -41,7 +42,7 @@ def measure(workdir: str, config_file: str, steps: int) -> dict:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     jax.monitoring.register_event_listener(count)
-    inside, ends = [], []
+    inside, ends, saving = [], [], []
     compile_step = loop.compile_step
 
     def watched(step_fn, placed=None):
@@ -56,7 +57,14 @@ def measure(workdir: str, config_file: str, steps: int) -> dict:
 
         return call
 
-    loop.compile_step = watched
+    save = checkpoint.Checkpoints.save
+
+    def timed_save(*args):
+        clock = time.perf_counter()
+        save(*args)
+        saving.append(time.perf_counter() - clock)
+
+    loop.compile_step, checkpoint.Checkpoints.save = watched, timed_save
     began = time.perf_counter()
     argv = [f"--config={config_file}", f"--workdir={workdir}"]
     argv += [f"--config.steps={steps}", "--config.post_finetune.steps=0"]
@@ -67,6 +75,8 @@ def measure(workdir: str, config_file: str, steps: int) -> dict:
         **asked,
         "compiled": asked["programs"] - asked["from_cache"],
         "seconds_a_step": round(sum(inside[1:]) / len(inside[1:]), 4),
+        "checkpoints": len(saving),
+        "saving": round(sum(saving[:-1]) / (ends[-1] - ends[0]), 4),
         "inside_the_step": round(sum(inside[1:]) / (ends[-1] - ends[0]), 4),
     }
 
@@ -76,7 +86,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--config", default=str(ROOT / "configs" / "emoji_gift.py"))
-    flags.add_argument("--steps", type=int, default=100)
+    flags.add_argument("--steps", type=int, default=300)
     flags.add_argument("--into", help=argparse.SUPPRESS)
     args = flags.parse_args()
     config.at_least("--steps", args.steps, 3)

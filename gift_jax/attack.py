@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gift_jax import config, hosts, job, loop, offences, samples, sharding
+from gift_jax import config, files, hosts, job, loop, offences, samples, sharding
 from gift_jax.models import stable_diffusion, tensors, weights
 
 
@@ -41,8 +41,8 @@ def _sample_steps(cfg) -> frozenset[int]:
     for value in cfg.samples.at:
         if not str(value).isdecimal():
             raise config.UserError(
-                f"config.samples.at={value} must be whole numbers of steps; "
-                "try --config.samples.at=100,200"
+                f"config.samples.at={config.one_line(value)} must be whole numbers "
+                "of steps; try --config.samples.at=100,200"
             )
         steps.add(int(value))
     return frozenset(steps)
@@ -89,7 +89,7 @@ def train(
     """
     check(cfg)
     mesh = job.start(cfg, groups(cfg))
-    model = job.load_configured(cfg, mesh)
+    model = job.load_configured(cfg, workdir, mesh)
     plan = offences.plan(cfg, model)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
@@ -136,10 +136,8 @@ def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         name: ("F32", array.shape, lambda array=array: array)
         for name, array in arrays.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    tensors.write_file(aside, table, {"format": "pt"})
-    aside.replace(path)
+    with files.replaced(path) as aside:
+        tensors.write_file(aside, table, {"format": "pt"})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,9 +33,9 @@ from rich.console import Console
 
 from gift_jax import (
     attack,
-    checkpoint,
     config,
     defences,
+    files,
     job,
     loop,
     matrix,
@@ -133,7 +133,7 @@ class Bench:
 
         def look(step: int, model) -> None:
             if not paths[step].exists():  # of a run that was stopped after it
-                checkpoint.write_json(paths[step], self._judged(cell, model, step))
+                files.write_json(paths[step], self._judged(cell, model, step))
 
         if cell.attack == BEFORE:
             look(0, job.load_model(base))
@@ -146,7 +146,7 @@ class Bench:
         found |= dataclasses.asdict(cell) | {"config": self._config(cell)}
         found["family"] = self.matrix.attack_kind(cell.attack)
         found |= {"metrics": self._panel.said, "skipped": self._panel.skipped}
-        checkpoint.write_json(folder / "cell.json", found)
+        files.write_json(folder / "cell.json", found)
         for done in ("checkpoints", "points"):
             shutil.rmtree(folder / done, ignore_errors=True)
         return found
@@ -176,7 +176,7 @@ class Bench:
             seconds = round(time.perf_counter() - began, 1)
             step_s = _step_seconds(folder)
             found = {"defence_seconds": seconds, "defence_step_s": step_s}
-            checkpoint.write_json(done, found)
+            files.write_json(done, found)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return str(folder / "export"), json.loads(done.read_text())
 
@@ -269,9 +269,9 @@ class Bench:
             "cells": found,
         }
         path = self._workdir / "results.json"
-        checkpoint.write_json(path, results)
+        files.write_json(path, results)
         text = recognised.markdown(results)
-        (self._workdir / "results.md").write_text(text)
+        files.write(self._workdir / "results.md", text)
         for concept in self.matrix.groups:
             for side in matrix.SIDES:
                 self._picture(by_cell, concept, side)

@@ -2,12 +2,16 @@
 """Orbax checkpoints: trainable state and data position together, resumed together.
 
 A checkpoint holds what changes (trainable parameters, optimiser states, step, key)
-and the data iterators' position. The frozen base model is only referred to, by path
-and content hash, in the run's config.json.
+and the data iterators' position, with checksums of both. The frozen base model is only
+referred to, by path and content hash, in the run's config.json.
 """
 
+import contextlib
 import json
+import os
 import pathlib
+import shutil
+import zlib
 from typing import Any
 
 import jax
@@ -15,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from gift_jax import files, hosts
 from gift_jax.config import UserError
 
 
@@ -28,14 +33,15 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path | str, *, keep: int = 2, every: int = 100):
         self.folder = pathlib.Path(folder).absolute()
         self.every = every
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-            },
-        )
+        with _disk_errors(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
@@ -46,27 +52,57 @@ class Checkpoints:
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
-        """Saves state (a pytree of arrays) and the data position as step `step`."""
+        """Saves state (a pytree of arrays) and the data position as step `step`.
+
+        Raises: DiskError if the disk is full or cannot be written, perhaps only when
+          the next one is saved or the store is closed.
+        """
         if step == self._manager.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
-            ),
-            force=True,
-        )
+        data = {"position": data_state, "checksum": _checksum_of_json(data_state)}
+        data["checksums"] = checksums(state)
+        with _disk_errors(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+                ),
+                force=True,
+            )
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """Returns (state, data position) of `step`, by default of the newest one.
+        """Returns (state, data position) of `step`, by default of the newest good one.
 
-        Args: state: the same pytree freshly initialised: gives structure, shapes,
-          dtypes and shardings.
-        Raises: UserError if the checkpoint does not fit `state`.
+        Newer ones that cannot be read, or not as they were written, are set aside as
+        bad-STEP, with a warning.
+
+        Args: state: the same pytree freshly initialised, or its ShapeDtypeStructs:
+          gives structure, shapes, dtypes and shardings.
+        Raises: UserError if the checkpoint does not fit `state`, or none can be read.
         """
-        step = self.latest_step() if step is None else step
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        self._manager.wait_until_finished()
+        with _disk_errors(self.folder):
+            self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        bad: dict[int, Exception] = {}
+        for one in steps if step is None else [step]:
+            try:
+                found = self._restore(target, one)
+            except Exception as error:  # whatever Orbax says of damaged files
+                bad[one] = error
+            else:
+                self._set_aside(bad, one)
+                logging.info("restored step %d from %s", one, self.folder)
+                return found
+        newest = max(bad)
+        if isinstance(bad[newest], UserError):
+            raise bad[newest]
+        raise UserError(
+            f"{self.folder}: no checkpoint there can be read ({newest}: "
+            f"{_one_line(bad[newest])}); delete the folder to begin anew"
+        ) from bad[newest]
+
+    def _restore(self, target: Any, step: int) -> tuple[Any, dict]:
         saved = self._manager.item_metadata(step)["state"].tree
         differs = _differences(_shapes(saved), _shapes(target))
         if differs:  # Orbax would say so too, after it has started reading
@@ -80,13 +116,35 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
             ),
         )
-        logging.info("restored step %d from %s", step, self.folder)
-        return restored["state"], restored["data"]
+        state, data = restored["state"], restored["data"]
+        _check_sums(data["checksums"], checksums(state))
+        if data["checksum"] != _checksum_of_json(data["position"]):
+            raise ValueError("the data position is not as it was written")
+        return state, data["position"]
+
+    def _set_aside(self, bad: dict[int, Exception], instead: int) -> None:
+        for step, error in bad.items():
+            logging.warning(
+                "checkpoint %s/%d cannot be read (%s): going on from step %d",
+                self.folder,
+                step,
+                _one_line(error),
+                instead,
+            )
+            if hosts.is_first():
+                aside = self.folder / f"bad-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                with _disk_errors(self.folder):
+                    (self.folder / str(step)).rename(aside)
+        if bad:
+            hosts.wait_for_all("bad checkpoints are set aside")
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits until every save is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _disk_errors(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def read_params(
@@ -97,7 +155,7 @@ def read_params(
     Works wherever the checkpoint was written: on any number of devices.
 
     Args: step: the newest one by default.
-    Raises: UserError if there is no such checkpoint.
+    Raises: UserError if there is no such checkpoint, or it is damaged.
     """
     folder = pathlib.Path(folder).absolute()
     steps = ocp.utils.checkpoint_steps(folder)
@@ -106,18 +164,108 @@ def read_params(
         wanted = "a checkpoint" if step is None else f"step {step}"
         raise UserError(f"{folder}: has no {wanted}; steps there: {there}")
     step = max(steps) if step is None else step
-    state = folder / str(step) / "state"
+    try:
+        params = _read_params(folder / str(step))
+    except Exception as error:  # whatever Orbax says of damaged files
+        others = sorted(set(steps) - {step})
+        fix = f"try --step={others[-1]}" if others else "there is no other"
+        raise UserError(
+            f"{folder}/{step} cannot be read ({_one_line(error)}); {fix}"
+        ) from error
+    return step, params
+
+
+def _read_params(folder: pathlib.Path) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(state).tree["params"]
+    saved = handler.metadata(folder / "state").tree["params"]
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     restored = handler.restore(
-        state,
+        folder / "state",
         args=ocp.args.PyTreeRestore(
             item={"params": saved}, restore_args={"params": args}, partial_restore=True
         ),
     )
     handler.close()
-    return step, restored["params"]
+    reader = ocp.JsonCheckpointHandler()
+    data = reader.restore(folder / "data", args=ocp.args.JsonRestore())
+    reader.close()
+    found = checksums({"params": restored["params"]})
+    _check_sums({name: data["checksums"][name] for name in found}, found)
+    return restored["params"]
+
+
+# --- checksums ------------------------------------------------------------------------
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Returns {path: the sum of a leaf's bytes, in words of their own width}.
+
+    The same however an array is divided over devices and processes; all of these call.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    local = [sum(map(_words, _parts(leaf))) % 2**64 for _, leaf in leaves]
+    total = hosts.add_up(np.asarray(local, np.uint64)) % 2**53  # exact in any JSON
+    names = (_path(keys) for keys, _ in leaves)
+    return dict(zip(names, map(int, total), strict=True))
+
+
+def not_finite(params: Any) -> list[str]:
+    """Returns the paths of arrays with a NaN or infinity; all processes call."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    bad = [not all(map(_finite, _parts(leaf))) for _, leaf in leaves]
+    total = hosts.add_up(np.asarray(bad, np.uint64))
+    return [_path(keys) for (keys, _), n in zip(leaves, total, strict=True) if n]
+
+
+def _finite(part: np.ndarray) -> bool:
+    return part.dtype.kind in "iub" or bool(np.isfinite(part).all())
+
+
+def _parts(leaf: Any) -> list[np.ndarray]:
+    """Returns the parts of an array that this process counts, each once."""
+    if not isinstance(leaf, jax.Array):
+        return [np.asarray(leaf)]
+    shards = leaf.addressable_shards
+    return [np.asarray(shard.data) for shard in shards if shard.replica_id == 0]
+
+
+def _words(part: np.ndarray) -> int:
+    width = min(part.dtype.itemsize, 8)
+    bits = np.ascontiguousarray(part).reshape(-1).view(f"u{width}")
+    return int(np.sum(bits, dtype=np.uint64))
+
+
+def _check_sums(saved: dict[str, int], found: dict[str, int]) -> None:
+    wrong = [name for name in found if saved.get(name) != found[name]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not as it was written")
+
+
+def _checksum_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: pathlib.Path):
+    """Says in one line what Orbax says in many of a disk that takes no more."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for code in files.CURES:
+            if os.strerror(code) in str(error) or getattr(error, "errno", 0) == code:
+                said = files.told(OSError(code, os.strerror(code)), folder)
+                raise files.DiskError(said) from error
+        raise
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 160 else text[:150] + " ..."
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -147,11 +295,3 @@ def _differences(saved: dict, wanted: dict) -> str:
             parts.append(f"{name} is {list(saved[name])}, not {list(wanted[name])}")
             break
     return "; ".join(parts)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON aside and renames it, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)

@@ -22,7 +22,7 @@ import time
 
 from absl import logging
 
-from gift_jax import config
+from gift_jax import config, files
 from gift_jax.config import UserError
 
 _CHILD = "GIFT_JAX_COMPILE_INTO"  # in the child's environment: where its report goes
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     found = _in_child(argv, args.topology)
     if args.out:
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        temporary.replace(args.out)
+        files.write(args.out, json.dumps(found, indent=1) + "\n")
     print(table(found))
     return 0
 

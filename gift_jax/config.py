@@ -11,7 +11,10 @@ import importlib.metadata
 import importlib.util
 import json
 import logging as std_logging
+import math
+import os
 import pathlib
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,9 +25,18 @@ from ml_collections import ConfigDict, config_dict
 
 import gift_jax
 
+LARGEST = 2**31 - 1  # of a config's whole numbers: JAX counts in 32 bits
+_SHOWN = 120  # characters of a wrong value in its message
+
 
 class UserError(ValueError):
-    """A mistake in the config, flags or input: one line on stderr, exit code 2."""
+    """A mistake in the config, flags or input: one line on stderr, exit code 2.
+
+    What would break or garble the line, such as in a file's name, is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(escaped(message))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,8 +93,7 @@ def parse_config(
         flags.epilog += f"\n\nFields of {named[0]} and their values:\n{fields}"
     overrides = [a for a in argv if a.startswith("--config.")]
     args = flags.parse_args([a for a in argv if a not in overrides])
-    cfg = load(args.config)
-    _check_is_of(program, cfg, args.config)
+    cfg = load(args.config, program)
     for override in overrides:
         _override(cfg, override.removeprefix("--config."))
     return cfg, args
@@ -109,15 +120,18 @@ def _check_is_of(program: str, cfg: ConfigDict, spec: str) -> None:
         )
 
 
-def load(spec: str) -> ConfigDict:
+def load(spec: str, program: str = "") -> ConfigDict:
     """Returns the locked config of FILE or FILE:variant.
 
+    Args: program: whose config it must be, see `parse_config`; "": any.
     Raises: UserError if there is no such file or variant, or it has no get_config.
     """
     path, _, variant = spec.partition(":")
     file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"--config={path} is no file; try configs/emoji_gift.py")
+    if not os.path.isfile(file):  # unlike pathlib's, of any name
+        raise UserError(
+            f"--config={one_line(path)} is no file; try configs/emoji_gift.py"
+        )
     module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={path} is no Python file")
@@ -126,12 +140,21 @@ def load(spec: str) -> ConfigDict:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"--config={path}, line {error.lineno}: {error.msg}") from error
+    except ValueError as error:  # such as null characters
+        raise UserError(f"--config={path} cannot be read: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path} defines no get_config(variant)")
     try:
-        return module.get_config(variant).lock()
+        cfg = module.get_config(variant)
     except ValueError as error:
-        raise UserError(f"--config={spec}: {error}") from error
+        raise UserError(f"--config={one_line(spec)}: {error}") from error
+    if not isinstance(cfg, ConfigDict):
+        raise UserError(
+            f"--config={path}: get_config returns a {type(cfg).__name__}; must be a "
+            "ConfigDict"
+        )
+    _check_is_of(program, cfg, spec)
+    return cfg.lock()
 
 
 def variant(config: ConfigDict, name: str, **variants: dict[str, Any]) -> ConfigDict:
@@ -149,16 +172,65 @@ def choice(field: str, value: str, choices: Sequence[str]) -> str:
     """Returns value if it is one of choices, else raises a UserError listing them."""
     if value in choices:
         return value
-    close = difflib.get_close_matches(value, choices, n=1)
+    word = value[:_SHOWN] if isinstance(value, str) else ""
+    close = difflib.get_close_matches(word, choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(choices[:12]) + (" ..." if len(choices) > 12 else "")
-    raise UserError(f"{field}={value!r} is not one of: {listed}{hint}")
+    raise UserError(f"{field}={shown(value)} is not one of: {listed}{hint}")
 
 
 def at_least(field: str, value: float, low: float) -> None:
-    """Raises a UserError unless value >= low."""
-    if not value >= low:
+    """Raises a UserError unless value >= low, and a number that can be counted to."""
+    _check_number(field, value, low)
+    if value < low:
         raise UserError(f"{field}={value} must be at least {low}; try {field}={low}")
+
+
+def above(field: str, value: float, low: float, fix: float) -> None:
+    """Raises a UserError unless value > low; fix: what to try."""
+    _check_number(field, value, fix)
+    if value <= low:
+        raise UserError(f"{field}={value} must be above {low}; try {field}={fix}")
+
+
+def between(field: str, value: float, low: float, high: float) -> None:
+    """Raises a UserError unless low <= value <= high."""
+    at_least(field, value, low)
+    if value > high:
+        raise UserError(f"{field}={value} must be at most {high}; try {field}={high}")
+
+
+def _check_number(field: str, value: float, fix: float) -> None:
+    if not isinstance(value, (int, float)):
+        raise UserError(f"{field}={shown(value)} must be a number; try {field}={fix}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field}={value} must be finite; try {field}={fix}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{field}={shown(value)} must be at most {LARGEST} from 0")
+
+
+def shown(value: Any) -> str:
+    """Returns what a message says of a value: one line, not too long, in quotes."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    more = f" ... ({len(value)} characters)" if len(value) > _SHOWN else ""
+    return repr(value[:_SHOWN]) + more
+
+
+def one_line(text: Any) -> str:
+    """Returns a path or a name as a message has it: what would garble a line escaped.
+
+    A very long one loses its middle.
+    """
+    text = str(text)
+    if len(text) > 4 * _SHOWN:
+        text = f"{text[: 2 * _SHOWN]} ... {text[-2 * _SHOWN :]}"
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """Returns a text, line ends and other control characters as Python writes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def prepare_workdir(
@@ -173,6 +245,15 @@ def prepare_workdir(
     Raises: UserError if the folder belongs to a run of another config (the number of
       steps and the pace of logging may change) or cannot be written.
     """
+    from gift_jax import files, hosts  # imports jax, which --help need not wait for
+
+    if hosts.is_first():
+        try:
+            files.lock(workdir)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written: {error}"
+            ) from error
     path = workdir / "config.json"
     new = json.loads(json.dumps(cfg.to_dict()))
     new.pop("processes", None)  # each has its own
@@ -189,15 +270,10 @@ def prepare_workdir(
                 f"--workdir={workdir} holds a run of another config ({changed}); "
                 "use another folder, or delete this one"
             )
-    from gift_jax import hosts  # imports jax, which --help need not wait for
-
     if not hosts.is_first():
         return workdir
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
-        temporary.replace(path)
+        files.write_json(path, new)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
     log_to_file(workdir)
@@ -207,23 +283,38 @@ def prepare_workdir(
 
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Runs a command line's main and exits: 0 done, 2 a mistake, 128+n a signal."""
-    from gift_jax import loop  # imports jax, which --help need not wait for
+    from gift_jax import files, loop, stopping  # they import jax
 
     _log_to_stderr()
+    stopping.watch()
     try:
         code = main()
+    except files.DiskError as error:
+        _end_at_once(str(error))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except loop.StoppedBySignal as event:
+    except stopping.StoppedBySignal as event:
         print(f"{event}; run the same command to go on", file=sys.stderr)
         code = event.exit_code
     except loop.NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 3
+    except OSError as error:
+        said = files.told(error)
+        if said is None:
+            raise
+        _end_at_once(said)
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _end_at_once(error: str) -> NoReturn:
+    """Exits without the goodbyes of other threads, which would want the disk too."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def log_to_file(workdir: pathlib.Path) -> None:
@@ -252,6 +343,13 @@ def _log_to_stderr() -> None:
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
     logging.get_absl_logger().addFilter(_ours_or_serious)  # for log.txt too
     logging.get_absl_handler().addFilter(_ours_or_serious)  # JAX has its own loggers
+    sys.unraisablehook = _print_unraisable
+
+
+def _print_unraisable(event) -> None:
+    # TensorStore says this of a write that failed, besides raising what failed.
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def _ours_or_serious(record: std_logging.LogRecord) -> bool:
@@ -259,12 +357,15 @@ def _ours_or_serious(record: std_logging.LogRecord) -> bool:
     if "gift_jax" in pathlib.Path(record.pathname).parts:
         return True
     harmless = "Skipping merge of OCDBT" in str(record.msg)  # none was asked for
+    # What threads of Orbax's log with a traceback is raised where one waits for it.
+    harmless |= bool(record.exc_info)
     return record.levelno >= std_logging.WARNING and not harmless
 
 
 def _override(cfg: ConfigDict, text: str) -> None:
     field, equals, value = text.partition("=")
     if not equals:
+        text = one_line(text)
         raise UserError(f"--config.{text} needs a value: --config.{text}=VALUE")
     *parents, name = field.split(".")
     node = cfg
@@ -275,16 +376,28 @@ def _override(cfg: ConfigDict, text: str) -> None:
     if name not in node:
         raise UserError(_unknown(cfg, field))
     old = node[name]
+    if isinstance(old, ConfigDict):
+        some = f"config.{field}.{next(iter(old), 'NAME')}"
+        raise UserError(
+            f"config.{field}={shown(value)} must be of a field, not of a group of "
+            f"them; name one, such as {some}"
+        )
     try:
-        node[name] = _typed(old, value)
+        new = _typed(old, value)
     except (ValueError, TypeError) as error:
-        kind = type(old).__name__
-        raise UserError(f"config.{field}={value!r} must be of type {kind}") from error
+        kind, was = type(old).__name__, str(old).replace("'", "")
+        kind += f" of {type(old[0]).__name__}" if isinstance(old, tuple) and old else ""
+        raise UserError(
+            f"config.{field}={shown(value)} must be of type {kind}; try "
+            f"--config.{field}={was}"
+        ) from error
+    for number in new if isinstance(new, tuple) else (new,):
+        if isinstance(number, (int, float)):
+            _check_number(f"config.{field}", number, old)
+    node[name] = new
 
 
 def _typed(old: Any, value: str) -> Any:
-    if isinstance(old, ConfigDict):
-        raise TypeError("a group of fields")
     if isinstance(old, bool):
         words = {"true": True, "1": True, "false": False, "0": False}
         return words[value.lower()] if value.lower() in words else _raise(value)
@@ -305,11 +418,11 @@ def _raise(value: str) -> NoReturn:
 
 def _unknown(cfg: ConfigDict, field: str) -> str:
     known = list(cfg.to_dict() if not cfg else _flat(cfg.to_dict()))
-    close = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(field[:_SHOWN], known, n=1, cutoff=0.5)
     hint = (
         f"did you mean config.{close[0]}?" if close else f"fields: {', '.join(known)}"
     )
-    return f"config.{field} is no field of this config; {hint}"
+    return f"config.{one_line(field[:_SHOWN])} is no field of this config; {hint}"
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -324,6 +437,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 # Fields that a resumed run may change without becoming another run.
 _PACE = ("steps", "log_every", "checkpoint_every", "keep", "name")
+_PACE += ("on_nan", "nan_retries")
 _MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
 _MACHINE += ("attention", "remat")
 
@@ -352,18 +466,23 @@ def differences(old: dict, new: dict, *, finished: bool = False) -> str:
 
 
 __all__ = [
+    "LARGEST",
     "ConfigDict",
     "UserError",
+    "above",
     "at_least",
+    "between",
     "choice",
     "config_dict",
     "differences",
     "load",
     "log_to_file",
+    "one_line",
     "parse",
     "parser",
     "prepare_workdir",
     "run_main",
+    "shown",
     "variant",
     "versions",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from gift_jax import checkpoint, config, job
+from gift_jax import card, checkpoint, config, files, job
 from gift_jax.attacks import lora, textual_inversion
 from gift_jax.config import UserError
 from gift_jax.methods import imma
@@ -60,7 +60,13 @@ def to_diffusers(args) -> None:
     else:
         run = Run(args.checkpoint, args.step, args.base)
         weights.export(
-            run.base, run.changed, args.out, run.variant, dtype, run.tokenizer
+            run.base,
+            run.changed,
+            args.out,
+            run.variant,
+            dtype,
+            run.tokenizer,
+            card.of_run(run.workdir, run.base, args.step),
         )
     logging.info("wrote the model folder %s", args.out)
 
@@ -91,21 +97,19 @@ def to_unet_state(args) -> None:
             f"--checkpoint={args.checkpoint}: step {run.step} differs in no tensor "
             f"from {run.base}"
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = args.out.with_suffix(".tmp")
     notes = {"format": "pt", "base_sha256": run.base_sha256, "step": str(run.step)}
-    tensors.write_file(aside, table, notes)
-    aside.replace(args.out)
+    with files.replaced(args.out) as aside:
+        tensors.write_file(aside, table, notes)
     logging.info("wrote %d of the UNet's tensors to %s", len(table), args.out)
 
 
 class Run:
     """What a run's checkpoint changed, and in which model.
 
-    Attributes: base: the model folder that the run started from; variant: of its files.
-      base_sha256: its content. step: of the checkpoint. changed: {Flax path of the UNet
-      or the text encoder: float32 array}, LoRA factors merged. tokenizer: with the
-      words that the run added, or None.
+    Attributes: workdir: the run's folder. base: the model folder that it started from;
+      variant: of its files. base_sha256: its content. step: of the checkpoint. changed:
+      {Flax path of the UNet or the text encoder: float32 array}, LoRA factors merged.
+      tokenizer: with the words that the run added, or None.
     Raises: UserError if the checkpoint, the run's config or the base cannot be found,
       or the base is not what it was.
     """
@@ -120,7 +124,8 @@ class Run:
                 "changed; give a run's checkpoints"
             )
         run = folder.absolute().parent
-        file = (run.parent if run.name == "post_finetune" else run) / "config.json"
+        self.workdir = run.parent if run.name == "post_finetune" else run
+        file = self.workdir / "config.json"
         if not file.is_file():
             raise UserError(
                 f"--checkpoint={folder}: neither a whole-model checkpoint "

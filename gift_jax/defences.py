@@ -76,7 +76,8 @@ def check_gift(cfg) -> gift.Settings:
         )
     for layer in g.layers:
         config.choice("config.gift.layers", layer, tuple(hooks.CAPTURE_KINDS))
-    for name, low in (("inner_steps", 0), ("outer_steps", 1), ("beta", 0), ("cap", 0)):
+    lows = {"inner_steps": 0, "outer_steps": 1, "beta": 0, "cap": 0, "joint_weight": 0}
+    for name, low in lows.items():
         config.at_least(f"config.gift.{name}", g[name], low)
     attack = check_adversary(cfg.adversary)
     if attack.kinds and attack.horizon and g.gradient != "first_order":
@@ -115,7 +116,13 @@ def check_adversary(a) -> adversary.Settings:
     for kind in a.kinds:
         config.choice("config.adversary.kinds", kind, adversary.KINDS)
     lows = {"steps_min": 0, "steps_max": 1, "lr_min": 1e-12, "lora_lr_min": 1e-12}
-    lows |= {"rank": 1, "safe_weight": 0, "horizon": 0}
+    lows |= {
+        "lr_max": 1e-12,
+        "lora_lr_max": 1e-12,
+        "rank": 1,
+        "safe_weight": 0,
+        "horizon": 0,
+    }
     for name, low in lows.items():
         config.at_least(f"config.adversary.{name}", a[name], low)
     for name in ("steps", "lr", "lora_lr"):
@@ -129,10 +136,7 @@ def check_adversary(a) -> adversary.Settings:
             f"config.adversary.horizon={a.horizon} is for kinds=full, not unrolled; "
             "set --config.adversary.kinds=full, or horizon=0"
         )
-    if not a.alpha > 0:
-        raise config.UserError(
-            f"config.adversary.alpha={a.alpha} must be above 0; try {a.rank}"
-        )
+    config.above("config.adversary.alpha", a.alpha, 0, a.rank)
     return _settings(adversary.Settings, a)
 
 
@@ -174,10 +178,7 @@ def check_imma(cfg) -> imma.Settings:
             f"config.imma.inner_steps={m.inner_steps} and outer_steps={m.outer_steps} "
             "share their pairs: one must divide by the other"
         )
-    if not m.alpha > 0:
-        raise config.UserError(
-            f"config.imma.alpha={m.alpha} must be above 0; try {m.rank}"
-        )
+    config.above("config.imma.alpha", m.alpha, 0, m.rank)
     return _settings(imma.Settings, m, accumulate=cfg.accumulate, concepts=())
 
 
@@ -263,12 +264,12 @@ def check_uce(cfg) -> uce.Settings:
         config.at_least(f"config.uce.{name}", u[name], 0)
     try:
         captions.fill(u.guide, "", "style")
-    except (KeyError, IndexError, ValueError) as error:
+    except ValueError as error:
         raise config.UserError(
-            f"config.uce.guide={u.guide!r} may use only {{style}} and {{a_style}}"
+            f"config.uce.guide={config.shown(u.guide)} may use only {{style}} and "
+            "{a_style}"
         ) from error
-    if not u.lamb > 0:
-        raise config.UserError(f"config.uce.lamb={u.lamb} must be above 0; try 0.5")
+    config.above("config.uce.lamb", u.lamb, 0, 0.5)
     return _settings(uce.Settings, u)
 
 

@@ -18,7 +18,7 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from gift_jax import attack, checkpoint, config, job, samples, sharding, train
+from gift_jax import attack, config, files, job, samples, sharding, train
 from gift_jax.data import captions, emoji
 from gift_jax.metrics import judge
 from gift_jax.report import grid
@@ -66,7 +66,7 @@ def run(args) -> pathlib.Path:
             cells.append(Cell(side, concept, model, images, score))
     picture = _picture(cells, workdir / "grid.png")
     result = workdir / "results.json"
-    checkpoint.write_json(result, _results(cells, args, the_judge.version))
+    files.write_json(result, _results(cells, args, the_judge.version))
     _show(cells, args.num, picture, immunized)
     return result
 

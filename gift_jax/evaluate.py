@@ -20,7 +20,7 @@ from absl import logging
 from PIL import Image
 from rich.console import Console
 
-from gift_jax import checkpoint, config, job, progress, samples, sharding
+from gift_jax import config, files, job, progress, samples, sharding
 from gift_jax.config import UserError
 from gift_jax.data import concepts, pictures
 from gift_jax.metrics import panel, similarity
@@ -49,7 +49,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Draws, measures, writes; returns the path of results.json."""
     check(cfg)
     sharding.start(cfg.cpu_devices or job.cpu_devices_to_draw(cfg.model))
-    model = job.load_configured(cfg)
+    model = job.load_configured(cfg, workdir)
     base = weights.content_hash(model.path)
     given = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
@@ -75,9 +75,9 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         "versions": config.versions(),
     }
     path = workdir / "results.json"
-    checkpoint.write_json(path, results)
+    files.write_json(path, results)
     text = markdown(results)
-    (workdir / "results.md").write_text(text)
+    files.write(workdir / "results.md", text)
     _pictures(cfg, workdir, images, judges, known.get("training"))
     Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
     return path
@@ -107,9 +107,8 @@ def _drawn(model, cfg, prompts: list[str], folder: pathlib.Path) -> np.ndarray:
                 told += told[-1:] * (size - len(told))  # one shape, one compilation
                 drawn = samples.draw(model, unet, told, cfg.samples, first)
                 for path, image in zip(some, drawn, strict=False):
-                    aside = path.with_suffix(".tmp")
-                    Image.fromarray(image).save(aside, format="PNG")
-                    aside.replace(path)
+                    with files.replaced(path) as aside:
+                        Image.fromarray(image).save(aside)
             bar.update(first + len(some))
     return np.stack([pictures.read(path, model.image_size) for path in paths])
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gift_jax import config, job, progress, sampling, sharding
+from gift_jax import config, files, job, progress, sampling, sharding
 from gift_jax.config import UserError
 from gift_jax.models import stable_diffusion, weights
 from gift_jax.report import grid
@@ -100,14 +100,14 @@ def draw(model, prompts, num, *, key, negative_prompt="", batch_size=8, **how):
 
 
 def _write(out, args, images, settings):
-    out.mkdir(parents=True, exist_ok=True)
     for p, row in enumerate(images):
         for n, image in enumerate(row):
-            Image.fromarray(image).save(out / f"{p:03d}-{n:03d}.png")
+            with files.replaced(out / f"{p:03d}-{n:03d}.png") as aside:
+                Image.fromarray(image).save(aside)
     if args.grid:
         grid.save_grid(list(images), out / "grid.png", row_labels=args.prompt)
     text = json.dumps(settings, indent=2) + "\n"
-    (out / "generate.json").write_text(text, encoding="utf-8")
+    files.write(out / "generate.json", text)
 
 
 def main(argv=None):

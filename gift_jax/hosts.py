@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from gift_jax import stopping
 from gift_jax.config import UserError
 
 LOST_AFTER_S = 20  # without a sign of life, a process counts as dead
@@ -101,6 +102,7 @@ def _watch() -> int:
         env=os.environ | {_WATCHED: str(end)},
         pass_fds=(end,),
     )
+    stopping.be_patient(True)  # the child decides when to end
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: child.send_signal(signum))
     code = child.wait()
@@ -150,6 +152,25 @@ def fetch(tree: Any) -> Any:
         return multihost_utils.process_allgather(a, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def add_up(numbers: np.ndarray) -> np.ndarray:
+    """Returns the sum of every process's integers, uint64 "N"; all processes call."""
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental import multihost_utils
+
+    halves = np.stack([numbers >> 32, numbers & 0xFFFFFFFF]).astype(np.uint32)  # no x64
+    every = np.asarray(multihost_utils.process_allgather(halves)).astype(np.uint64)
+    return ((every[:, 0] << 32) + every[:, 1]).sum(axis=0, dtype=np.uint64)
+
+
+def wait_for_all(why: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(why)
 
 
 def asked_to_stop(step: int) -> bool:

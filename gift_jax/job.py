@@ -2,6 +2,7 @@
 """What training and attacking share around the loop: model, data, samples, export."""
 
 import dataclasses
+import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,21 +16,31 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from gift_jax import config, hosts, loop, samples, sharding
+from gift_jax import card, config, hosts, loop, samples, sharding
 from gift_jax.config import UserError
 from gift_jax.data import concepts, latents, pipeline
 from gift_jax.methods.denoise import Denoiser
-from gift_jax.models import hooks, hub, kernels, partition, stable_diffusion, weights
+from gift_jax.models import (
+    hooks,
+    hub,
+    kernels,
+    partition,
+    stable_diffusion,
+    tensors,
+    weights,
+)
 from gift_jax.models.kernels import Kernels
 
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji-sd"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCHEDULES = ("constant", "cosine")
+_MOST_OF_PAST = 0.999999  # Adam's b1 and b2: at 1 nothing new counts
 
 
 # What the config of every job has, and of every job that trains; the least it may be.
 _LEAST_OF_TRAINING = {"steps": 0, "log_every": 1, "checkpoint_every": 0, "keep": 1}
-_LEAST_OF_TRAINING |= {"accumulate": 1}
+_LEAST_OF_TRAINING |= {"accumulate": 1, "nan_retries": 0}
+_LEAST_OF_TRAINING |= {"processes.count": 0, "processes.index": -1}
 _LEAST = {
     "cpu_devices": 0,
     "seed": 0,
@@ -46,8 +57,9 @@ _LEAST_OF_DATA = {
     "generate_seed": 0,
     "generate_steps": 1,
     "generate_guidance": 1,
+    "shift": 0,
 }
-_MAX_SEED = 2**31 - 1
+_MOST_OF_DATA = {"empty_prompts": 1, "flip": 1, "scale": 0.99}  # from 0
 _SMALL_BYTES = 2**30  # of a model's files
 # What a data group of a config says about its pairs.
 _PAIRS = tuple(
@@ -69,18 +81,18 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
         for name in field.split("."):
             value = value[name]
         config.at_least(f"config.{field}", value, low)
-    for field, value in (("seed", cfg.seed), ("samples.seed", cfg.samples.seed)):
-        _check_seed(f"config.{field}", value)
     if cfg.samples.num:
         check_not_empty("config.samples.prompts", cfg.samples.prompts)
     for group in data:
         for name, low in _LEAST_OF_DATA.items():
             config.at_least(f"config.{group}.{name}", cfg[group][name], low)
-        _check_seed(f"config.{group}.generate_seed", cfg[group].generate_seed)
-        share = cfg[group].empty_prompts
-        if not 0 <= share <= 1:
+        for name, high in _MOST_OF_DATA.items():
+            config.between(f"config.{group}.{name}", cfg[group][name], 0, high)
+        if optimizers and cfg[group].batch % cfg.accumulate:
+            fix = cfg.accumulate * max(1, cfg[group].batch // cfg.accumulate)
             raise UserError(
-                f"config.{group}.empty_prompts={share} must be from 0 to 1; try 0.1"
+                f"config.{group}.batch={cfg[group].batch} must divide by "
+                f"config.accumulate={cfg.accumulate}; try --config.{group}.batch={fix}"
             )
         concepts.check(_concept_spec(cfg[group], group))
     for group in optimizers:
@@ -88,27 +100,23 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
     if optimizers:
         hosts.check(cfg.processes)
         sharding.check_shape(cfg.mesh)
+        config.choice("config.on_nan", cfg.on_nan, loop.ON_NAN)
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
     for field in ("attention", "remat") if optimizers else ("attention",):
         config.choice(f"config.{field}", cfg[field], kernels.CHOICES[field])
 
 
-def _check_seed(field: str, seed: int) -> None:
-    if seed > _MAX_SEED:
-        raise UserError(f"{field}={seed} must be at most {_MAX_SEED}")
-
-
 def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
     """Returns the folder of a model: a local one, "emoji-sd", or a hub id's copy."""
     folder = local_folder(name)
-    if not folder.exists() and hub.is_id(name):
+    if not os.path.exists(folder) and hub.is_id(name):
         return hub.fetch(name, revision, variant)
     return folder
 
 
 def local_folder(name: str) -> pathlib.Path:
     """Returns the folder of "emoji-sd", or the one that is named; it may not exist."""
-    return EMBEDDED if name == "emoji-sd" else pathlib.Path(name).expanduser()
+    return EMBEDDED if name == "emoji-sd" else pathlib.Path(os.path.expanduser(name))
 
 
 def cpu_devices_to_draw(name: str) -> int:
@@ -146,11 +154,18 @@ def load_model(
     return model
 
 
-def load_configured(cfg: Any, mesh: Mesh | None = None):
+def load_configured(cfg: Any, workdir: pathlib.Path, mesh: Mesh | None = None):
     """Returns the model that a job's config names, able to draw its samples.
+
+    Of a hub id, config.revision becomes the commit: the run's config.json names it, and
+    a run that goes on has the same one.
 
     Args: mesh: that it is to be trained on; None: it only draws.
     """
+    if hub.is_id(cfg.model) and not local_folder(cfg.model).exists():
+        asked = cfg.revision or _pinned(workdir)
+        folder = hub.fetch(cfg.model, asked, cfg.variant)
+        cfg.revision = hub.commit(folder) or asked
     model = load_model(
         cfg.model,
         cfg.compute_dtype,
@@ -161,6 +176,12 @@ def load_configured(cfg: Any, mesh: Mesh | None = None):
     samples.check(model, cfg.samples)
     how = kernels_of(cfg, mesh) if mesh else Kernels(cfg.attention)
     return model.replace(kernels=how)
+
+
+def _pinned(workdir: pathlib.Path) -> str:
+    """Returns the revision in the config.json of a run that is to go on, or ""."""
+    path = workdir / "config.json"
+    return tensors.read_json(path).get("revision", "") if path.exists() else ""
 
 
 def kernels_of(cfg: Any, mesh: Mesh) -> Kernels:
@@ -293,8 +314,11 @@ def optimizer(level: Any, steps: int, field: str) -> optax.GradientTransformatio
       steps: updates of this level in the whole run. field: its name in errors.
     """
     config.choice(f"config.{field}.schedule", level.schedule, SCHEDULES)
-    for name in ("lr", "warmup_frac", "weight_decay", "clip_norm"):
+    for name in ("lr", "weight_decay", "clip_norm"):
         config.at_least(f"config.{field}.{name}", level[name], 0)
+    config.between(f"config.{field}.warmup_frac", level.warmup_frac, 0, 1)
+    for name in ("b1", "b2"):
+        config.between(f"config.{field}.{name}", level[name], 0, _MOST_OF_PAST)
     warmup = int(level.warmup_frac * steps)
     if level.schedule == "cosine":
         rate = optax.cosine_decay_schedule(level.lr, max(1, steps - warmup))
@@ -314,10 +338,10 @@ def optimizer(level: Any, steps: int, field: str) -> optax.GradientTransformatio
             weight_decay=level.weight_decay,
         )
 
-    adamw = optax.inject_hyperparams(adamw)(learning_rate=rate)
+    tx = loop.scaled(optax.inject_hyperparams(adamw)(learning_rate=rate))
     if not level.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(level.clip_norm), adamw)
+        return tx
+    return optax.chain(optax.clip_by_global_norm(level.clip_norm), tx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,7 +434,13 @@ def run_loop(
         data,
         sharding.replicate(mesh, key(cfg, f"{role}/steps")),
         options=loop.Options(
-            cfg.steps, cfg.log_every, cfg.checkpoint_every, cfg.keep, cfg.name
+            cfg.steps,
+            cfg.log_every,
+            cfg.checkpoint_every,
+            cfg.keep,
+            cfg.name,
+            cfg.on_nan,
+            cfg.nan_retries,
         ),
         workdir=workdir,
         place=lambda batch: sharding.split(mesh, batch),
@@ -423,16 +453,29 @@ def export(
 ) -> None:
     """Writes RUN/export, a diffusers folder with the trained tensors replaced.
 
+    Its README.md says what was done, from the run's config.json and metrics.jsonl.
+
     Args: tokenizer: to be written in place of the base's.
+    Raises: UserError if the base model is not what it was when the run began.
     """
     trained = hosts.fetch(dict(trained))
     if not hosts.is_first():
         return
-    weights.export(model.path, trained, out, model.variant, tokenizer=tokenizer)
+    was = tensors.read_json(out.parent / "config.json")["base_sha256"]
+    found = weights.content_hash(model.path)
+    if found != was:
+        raise UserError(
+            f"{model.path} changed while the run went on (its content was {was[:12]}, "
+            f"is {found[:12]}); put the model back and run the same command again"
+        )
+    readme = card.of_run(out.parent, model.path)
+    weights.export(
+        model.path, trained, out, model.variant, tokenizer=tokenizer, readme=readme
+    )
     logging.info("exported model: %s", out)
 
 
 def check_not_empty(field: str, prompts: Sequence[str]) -> None:
-    """Raises UserError if a list of prompts is empty."""
+    """Raises UserError if a list of prompts, or names, is empty."""
     if not prompts:
-        raise UserError(f"{field} is empty; give at least one prompt")
+        raise UserError(f"{field} is empty; give at least one")

@@ -18,9 +18,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from absl import logging
 
-from gift_jax import checkpoint, hosts, progress, sharding
+from gift_jax import checkpoint, files, hosts, progress, sharding, stopping
 
 Metrics = dict[str, jax.Array]
 
@@ -51,7 +53,9 @@ class Options:
 
     Attributes:
       steps: total; log_every: metrics; checkpoint_every: 0 saves only at the end.
-      keep: checkpoints kept. name: word shown in the progress line.
+      keep: checkpoints kept. name: word shown in the progress line. on_nan: of
+      `ON_NAN`; what follows a `NonFiniteError`: it ends the run, or the run goes back
+      to its newest checkpoint with half the learning rate, `nan_retries` times at most.
     """
 
     steps: int
@@ -59,6 +63,11 @@ class Options:
     checkpoint_every: int = 100
     keep: int = 2
     name: str = "train"
+    on_nan: str = "stop"
+    nan_retries: int = 3
+
+
+ON_NAN = ("stop", "restore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +84,8 @@ class Call:
     call: Callable[[int, State], None]
 
 
-class StoppedBySignal(Exception):  # noqa: N818 - an event, not an error
-    """The run was asked to stop and has saved a checkpoint."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by signal {signum} after a checkpoint")
-        self.exit_code = 128 + signum
-
-
 class NonFiniteError(RuntimeError):
-    """A metric became NaN or infinite."""
+    """A loss, a gradient's norm or a parameter became NaN or infinite."""
 
 
 class Batches:
@@ -151,61 +152,147 @@ def run(
       to be finite and before its checkpoint.
     Returns: the final state, which is also the newest checkpoint.
     Raises: StoppedBySignal after SIGINT or SIGTERM, once a checkpoint is written;
-      NonFiniteError if a metric is NaN or infinite.
+      NonFiniteError if a metric or a parameter is NaN or infinite and stays so.
     """
     store = checkpoint.Checkpoints(
         workdir / "checkpoints",
         keep=options.keep,
         every=options.checkpoint_every,
     )
-    with contextlib.closing(store):
+    with contextlib.closing(store), stopping.collected() as received:
+        run = _Run(step_fn, frozen, batches, key, options, workdir, place, calls, store)
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+        )
         if store.latest_step() is not None:
-            state, position = store.restore(state)
-            batches.set_state(position["batches"])
-            saved = jnp.asarray(position["key"], jnp.uint32)
-            key = sharding.place(jax.random.wrap_key_data(saved), key.sharding)
-        told = hosts.fetch(jax.jit(jax.random.key_data)(key))
-        identity = {"key": told.tolist()}
+            state = run.restored(target)
+        elif options.on_nan == "restore":
+            run.save(0, state)  # to come back to
+        while True:
+            scale = rate_scale(state)
+            try:
+                state = run.take_steps(state, received)
+                break
+            except NonFiniteError as error:
+                scale = scale / 2
+                if options.on_nan != "restore" or scale < 2.0**-options.nan_retries:
+                    raise
+                state = with_rate_scale(run.restored(target), scale)
+                logging.warning(
+                    "%s Going on from step %d with %g of the learning rate",
+                    error,
+                    int(state.step),
+                    scale,
+                )
+        if received:
+            raise stopping.StoppedBySignal(received[0])
+    return state
+
+
+@dataclasses.dataclass
+class _Run:
+    """The parts of a run, to take its steps with, perhaps again from a checkpoint."""
+
+    step_fn: Step
+    frozen: Any
+    batches: Batches
+    key: jax.Array
+    options: Options
+    workdir: pathlib.Path
+    place: Callable[[Any], Any]
+    calls: Sequence[Call]
+    store: checkpoint.Checkpoints
+    compiled: Step | None = None
+
+    def restored(self, target: State) -> State:
+        """Returns the newest good checkpoint's state; batches and key follow it."""
+        state, position = self.store.restore(target)
+        self.batches.set_state(position["batches"])
+        saved = jnp.asarray(position["key"], jnp.uint32)
+        self.key = sharding.place(jax.random.wrap_key_data(saved), self.key.sharding)
+        return state
+
+    def save(self, done: int, state: State) -> None:
+        told = hosts.fetch(jax.jit(jax.random.key_data)(self.key))
+        position = {"key": told.tolist(), "batches": self.batches.get_state()}
+        self.store.save(done, state, position)
+
+    def take_steps(self, state: State, received: list[int]) -> State:
+        """Takes the steps that are left, fewer if a signal is received."""
+        options, store = self.options, self.store
         start = int(state.step)
-        compiled = None
         with (
-            _signals() as received,
-            MetricsLog(workdir, start, store.latest_step) as log,
+            MetricsLog(self.workdir, start, store.latest_step) as log,
             progress.bar(options.name, options.steps, start) as bar,
         ):
             if start == 0:
-                _make_calls(calls, 0, state, log)
+                _make_calls(self.calls, 0, state, log)
             clock = time.perf_counter()
             for step in range(start, options.steps):
-                batch = place(next(batches))
-                if compiled is None:
-                    placed = state, frozen, batch, key
-                    compiled = compile_step(step_fn, placed)
-                state, metrics = compiled(state, frozen, batch, key)
+                batch = self.place(next(self.batches))
+                if self.compiled is None:
+                    placed = state, self.frozen, batch, self.key
+                    self.compiled = compile_step(self.step_fn, placed)
+                state, metrics = self.compiled(state, self.frozen, batch, self.key)
+                log.watch(state.step, metrics)
                 done = step + 1
                 if step == start:
                     jax.block_until_ready(state.step)
+                    stopping.be_patient(True)
                     seconds = time.perf_counter() - clock
                     logging.info("%s: first step took %.1f s", options.name, seconds)
                 last = done == options.steps
                 if hosts.asked_to_stop(done):
                     received.append(signal.SIGTERM)
                 stop = bool(received)
-                called = any(done in call.at for call in calls)
+                saves = last or stop or store.due(done)
+                called = any(done in call.at for call in self.calls)
+                if saves:
+                    log.check(done, metrics, state.params)
                 if done % options.log_every == 0 or last or store.due(done):
                     log.write(done, metrics, _batch_size(batch))
-                elif stop or called:  # no line that a run without would not have
+                elif called:  # no line that a run without would not have
                     log.check(done, metrics)
-                _make_calls(calls, done, state, log)
+                _make_calls(self.calls, done, state, log)
                 bar.update(done, log.latest)
-                if last or stop or store.due(done):
-                    position = {**identity, "batches": batches.get_state()}
-                    store.save(done, state, position)
+                if saves:
+                    self.save(done, state)
                 if stop:
                     break
-            if received:
-                raise StoppedBySignal(received[0])
-    return state
+        return state
+
+
+# --- the learning rate's scale --------------------------------------------------------
+
+
+def scaled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns the same with a factor of all its updates, 1, in its state."""
+    return optax.chain(tx, optax.inject_hyperparams(optax.scale)(step_size=1.0))
+
+
+def rate_scale(state: State) -> float:
+    """Returns the factor that `scaled` optimizers have in a state; 1 if there is none.
+
+    Its levels' factors are the same.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt)
+    return next((float(a) for keys, a in leaves if _is_scale(keys)), 1.0)
+
+
+def with_rate_scale(state: State, scale: float) -> State:
+    """Returns the state with that factor in place of the one it has."""
+
+    def change(keys, a):
+        return sharding.place(np.full_like(a, scale), a.sharding)
+
+    opt = jax.tree_util.tree_map_with_path(
+        lambda keys, a: change(keys, a) if _is_scale(keys) else a, state.opt
+    )
+    return state.replace(opt=opt)
+
+
+def _is_scale(keys) -> bool:
+    return getattr(keys[-1], "key", None) == "step_size"
 
 
 def _make_calls(calls: Sequence[Call], done: int, state: State, log) -> None:
@@ -237,6 +324,8 @@ class MetricsLog:
         self._start = start
         self._last_good = last_good
         self._since = (start, time.perf_counter())
+        self._watched: list[str] = []
+        self._first_bad = None
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> "MetricsLog":
@@ -244,38 +333,60 @@ class MetricsLog:
             return self
         import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
 
-        old = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in old if _step_of(line) <= self._start]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self._path)
-        self._file = open(self._path, "a")  # noqa: SIM115 - closed in __exit__
+        self._file = files.Lines(
+            self._path, keep=lambda line: _step_of(line) <= self._start
+        )
         self._board = tensorboardX.SummaryWriter(
             str(self._workdir), purge_step=self._start + 1
         )
         return self
 
-    def check(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Fetches one step's metrics (the only host copy); NonFiniteError if one is.
+    def watch(self, step: jax.Array, metrics: Metrics) -> None:
+        """Notes, on the devices, the first step after which a metric is not finite.
 
-        Those called concept/... are left out where they are NaN: of a concept that the
-        step had no pair of.
+        Those called concept/... may be NaN: of a concept that the step had no pair of.
         """
-        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        names = [name for name in metrics if not name.startswith("concept/")]
+        self._watched = sorted(names, key=lambda name: ("loss" not in name, name))
+        values = tuple(metrics[name] for name in self._watched)
+        if self._first_bad is None:
+            self._first_bad = np.full(len(names), -1, np.int32)
+        self._first_bad = _note(self._first_bad, step, values)
+
+    def check(
+        self, step: int, metrics: Metrics, params: Mapping[str, jax.Array] | None = None
+    ) -> dict[str, float]:
+        """Fetches one step's metrics (the only host copy) and what `watch` has noted.
+
+        Args: params: to be looked through too, all processes calling.
+        Raises: NonFiniteError naming the step, the metric and the parameter.
+        """
+        values, first_bad = jax.device_get((metrics, self._first_bad))
+        values = {name: float(v) for name, v in values.items()}
         values = {
             name: value
             for name, value in values.items()
             if not (name.startswith("concept/") and math.isnan(value))
         }
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        bad = {} if first_bad is None else dict(enumerate(first_bad.tolist()))
+        bad = {self._watched[i]: at for i, at in bad.items() if at >= 0}
+        wrong = checkpoint.not_finite(params) if params or bad else []
         if bad:
-            last = self._last_good()
-            good = "no checkpoint yet" if last is None else f"last checkpoint: {last}"
-            raise NonFiniteError(
-                f"step {step}: {bad[0]} is {values[bad[0]]} ({good}). "
-                "Lower the learning rate or bound the ascent."
-            )
+            name = min(bad, key=lambda name: bad[name])
+            raise self._error(bad[name], name, values[name], wrong)
+        if wrong:
+            raise self._error(step, f"parameter {wrong[0]}", math.nan, [])
         return values
+
+    def _error(self, step: int, name: str, value: float, wrong: list[str]):
+        last = self._last_good()
+        good = "no checkpoint yet" if last is None else f"last checkpoint: {last}"
+        now = value if not math.isfinite(value) else "not finite"
+        parameter = f"; so is the parameter {wrong[0]}" if wrong else ""
+        return NonFiniteError(
+            f"step {step}: {name} is {now}{parameter} ({good}). Lower the learning "
+            "rate, bound the ascent, or set --config.on_nan=restore."
+        )
 
     def leave_out(self, seconds: float) -> None:
         """Counts seconds in which no step was taken out of the steps' time."""
@@ -296,8 +407,7 @@ class MetricsLog:
         self.latest = values
         if not hosts.is_first():
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps({"step": step, **values}))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -307,29 +417,11 @@ class MetricsLog:
             self._board.close()
 
 
-@contextlib.contextmanager
-def _signals():
-    """Collects SIGINT and SIGTERM in a list instead of dying; a second one kills.
-
-    Of several processes, JAX's own service takes SIGTERM: see `hosts.asked_to_stop`.
-    """
-    received: list[int] = []
-
-    def handle(signum, _frame):
-        received.append(signum)
-        signal.signal(signum, signal.default_int_handler)
-        logging.warning("signal %d: saving a checkpoint, then stopping", signum)
-
-    old = {}
-    alone = (signal.SIGTERM,) if jax.process_count() == 1 else ()
-    for signum in (signal.SIGINT, *alone):
-        with contextlib.suppress(ValueError):  # not in the main thread
-            old[signum] = signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
+@jax.jit
+def _note(first_M, step, values):
+    """Returns int32 "M": the first step after which each value was bad, or -1."""
+    bad_M = ~jnp.stack([jnp.all(jnp.isfinite(value)) for value in values])
+    return jnp.where(bad_M & (first_M < 0), step, first_M)
 
 
 def _step_of(line: str) -> float:

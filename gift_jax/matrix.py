@@ -96,13 +96,14 @@ class Matrix:
         """Returns lora, dreambooth or textual_inversion; "" for no attack."""
         if name == BEFORE:
             return ""
-        return self._load(self.cfg.attack[name].config).attack
+        file = self.cfg.attack[name].config
+        return self._load(file, "attack", f"attack.{name}").attack
 
     def defence_config(self, cell: Cell) -> ConfigDict:
         """Returns the config of `gift_jax.train` that makes the cell's model."""
         cfg, group = self.cfg, self.groups[cell.concept]
         chosen = cfg.method[cell.method]
-        c = self._with(f"method.{cell.method}", chosen, cfg.common.defence)
+        c = self._with(f"method.{cell.method}", chosen, cfg.common.defence, "train")
         c.model, c.samples.num = cfg.model, 0
         for name, source in (("harmful", group.defender), ("safe", group.safe)):
             c[name].update(names=source.names, styles=source.styles)
@@ -114,7 +115,7 @@ class Matrix:
         """Returns the config of `gift_jax.attack` of the cell, on a model's folder."""
         cfg, side = self.cfg, self.groups[cell.concept][cell.side]
         chosen = cfg.attack[cell.attack]
-        c = self._with(f"attack.{cell.attack}", chosen, cfg.common.attack)
+        c = self._with(f"attack.{cell.attack}", chosen, cfg.common.attack, "attack")
         c.model, c.samples.num = model, 0
         c.data.update(names=side.names, styles=side.styles)
         named = "inversion" if c.attack == "textual_inversion" else cell.prompt
@@ -133,8 +134,10 @@ class Matrix:
         at = self.cfg.long.at if cell.concept in self.long_things else self.cfg.at
         return tuple(sorted({int(step) for step in at if int(step) < steps} | {steps}))
 
-    def _with(self, field: str, chosen: ConfigDict, common: Mapping) -> ConfigDict:
-        c = self._load(chosen.config)
+    def _with(
+        self, field: str, chosen: ConfigDict, common: Mapping, program: str
+    ) -> ConfigDict:
+        c = self._load(chosen.config, program, field)
         for some in (common, chosen.set):
             try:
                 c.update(some)
@@ -142,9 +145,12 @@ class Matrix:
                 raise UserError(f"config.{field}.set: {error.args[0]}") from error
         return c
 
-    def _load(self, file: str) -> ConfigDict:
+    def _load(self, file: str, program: str, field: str) -> ConfigDict:
         if file not in self._files:
-            self._files[file] = config.load(file)
+            try:
+                self._files[file] = config.load(file, program)
+            except UserError as error:
+                raise UserError(f"config.{field}.config: {error}") from error
         return self._files[file].copy_and_resolve_references()
 
 
@@ -163,11 +169,26 @@ def load(cfg: ConfigDict) -> Matrix:
     for prompt in cfg.prompts:
         config.choice("config.prompts", prompt, PROMPTS)
     for name in cfg.attacks:
+        field = f"config.attack.{name}.prompts"
+        job.check_not_empty(field, cfg.attack[name].prompts)
         for prompt in cfg.attack[name].prompts:
-            config.choice(f"config.attack.{name}.prompts", prompt, PROMPTS)
+            config.choice(field, prompt, PROMPTS)
     for name, low in (("num", 1), ("steps", 1), ("batch", 1), ("guidance", 1)):
         config.at_least(f"config.samples.{name}", cfg.samples[name], low)
-    config.at_least("config.random.things", cfg.random.things, 0)
+    least = {"random.things": 0, "random.seed": 0, "samples.seed": 0}
+    least |= {"long.things": 0, "long.steps": 1}
+    for name, low in least.items():
+        group, field = name.split(".")
+        config.at_least(f"config.{name}", cfg[group][field], low)
+    for field, numbers in (("at", cfg.at), ("long.at", cfg.long.at)):
+        for number in numbers:
+            if not str(number).isdecimal():
+                raise UserError(
+                    f"config.{field}={config.one_line(number)} must be whole numbers "
+                    f"of steps; try --config.{field}=100,200"
+                )
+    for seed in cfg.seeds:
+        config.at_least("config.seeds", seed, 0)
     matrix = Matrix(cfg)
     if not matrix.groups:
         raise UserError("config.concepts is empty, and config.random.things is 0")
@@ -178,9 +199,16 @@ def load(cfg: ConfigDict) -> Matrix:
 def _check(matrix: Matrix) -> None:
     for name, group in matrix.groups.items():
         config.choice(f"config.concept.{name}.judged", group.judged, TRAITS)
-        for side in SIDES:
-            field = f"config.concept.{name}.{side}.names"
-            concepts.resolve_names(group[side].names, emoji.all_concepts(), field)
+        for side in ("defender", "safe", *SIDES):
+            field = f"config.concept.{name}.{side}"
+            every = emoji.all_concepts()
+            job.check_not_empty(f"{field}.names", group[side].names)
+            concepts.resolve_names(group[side].names, every, f"{field}.names")
+            if side in (HARMFUL, BENIGN):
+                for told, template in group[side].templates.items():
+                    captions.check(f"{field}.templates.{told}", template)
+            for style in group[side].styles:
+                config.choice(f"{field}.styles", style, emoji.STYLES)
     defences, attacks = {}, {}  # those alike but for names are checked once
     for cell in matrix.cells:
         defences[cell.concept, cell.method] = cell

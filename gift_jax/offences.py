@@ -61,10 +61,7 @@ class Attack:
 def check_lora(cfg) -> None:
     """Raises UserError naming the field."""
     lora.check(cfg.lora.rank, cfg.lora.targets)
-    if not cfg.lora.alpha > 0:
-        raise UserError(
-            f"config.lora.alpha={cfg.lora.alpha} must be above 0; try {cfg.lora.rank}"
-        )
+    config.above("config.lora.alpha", cfg.lora.alpha, 0, cfg.lora.rank)
 
 
 def plan_lora(cfg, model, tx) -> Plan:

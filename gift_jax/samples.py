@@ -2,9 +2,7 @@
 """What a model draws: uncurated samples, their grids, and pictures to train on."""
 
 import hashlib
-import io
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gift_jax import config, progress, sampling, sharding
+from gift_jax import config, files, progress, sampling, sharding
 from gift_jax.config import UserError
 from gift_jax.data import pictures
 from gift_jax.models import stable_diffusion, weights
@@ -141,18 +139,12 @@ def _keep(path: pathlib.Path, image: np.ndarray, settings: str) -> None:
     """Writes a picture, and settings.json beside it, aside and renames them."""
     if jax.process_index():  # the first process alone writes, the others draw too
         return
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, format="PNG")
-    contents = {path: encoded.getvalue()}
     about = path.with_name("settings.json")
-    if not about.exists():
-        contents[about] = settings.encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in contents.items():
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            temporary.replace(target)
+        with files.replaced(path) as aside:
+            Image.fromarray(image).save(aside)
+        if not about.exists():
+            files.write(about, settings)
     except OSError as error:
         raise UserError(
             f"cache folder {path.parent} cannot be written ({error.strerror or error})"

@@ -44,7 +44,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Immunizes cfg.model; returns the folder of the exported model."""
     settings = check(cfg)
     mesh = job.start(cfg, groups(cfg))
-    model = job.load_configured(cfg, mesh)
+    model = job.load_configured(cfg, workdir, mesh)
     data = {
         group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
         # What is on disk first: mistakes there show before the model draws.

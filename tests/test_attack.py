@@ -335,8 +335,11 @@ def test_another_seed_learns_otherwise(main, inverted, tmp_path):
     [
         ("attack=lorra", "config.attack='lorra' is not one of.*lora"),
         ("lora.rank=0", "config.lora.rank=0 must be at least 1"),
-        ("lora.alpha=0", "config.lora.alpha=0.0 must be above 0; try 8"),
-        ("lora.alpha=nan", "config.lora.alpha=nan must be above 0"),
+        (
+            "lora.alpha=0",
+            "config.lora.alpha=0.0 must be above 0; try config.lora.alpha=8",
+        ),
+        ("lora.alpha=nan", "config.lora.alpha=nan must be finite"),
         ("lora.targets=to_q,to_x", "config.lora.targets.*'to_x'; choose from to_q"),
         ("lora.targets=()", "config.lora.targets"),
         ("lora.targets=proj_in", "config.lora.targets.*'proj_in'"),

@@ -2,7 +2,8 @@
 """Checkpoints: what goes in comes out, and what does not fit is refused."""
 
 import contextlib
-import json
+import gc
+import os
 import subprocess
 import sys
 
@@ -103,14 +104,6 @@ def test_checkpoint_of_other_parameters_is_refused(store):
     assert "\n" not in str(e.value)
 
 
-def test_json_is_written_whole(tmp_path):
-    path = tmp_path / "sub" / "a.json"
-    checkpoint.write_json(path, {"b": 1, "a": [1, 2]})
-    checkpoint.write_json(path, {"b": 2})
-    assert json.loads(path.read_text()) == {"b": 2}
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
-
-
 @pytest.mark.parametrize("specs", [("data", None), (None, "data")])
 def test_restore_onto_another_sharding_than_it_was_saved_with(store, specs):
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
@@ -163,3 +156,135 @@ def test_trained_parameters_are_read_without_a_target(store):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     with pytest.raises(UserError, match="has no step 4; steps there: 3, 5"):
         checkpoint.read_params(store.folder, 4)
+
+
+# --- damaged and full disks -----------------------------------------------------------
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    """Flips one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(bytes(data))
+
+
+def saved(folder):
+    """Checkpoints of steps 1 and 2, with values that do not compress to nothing."""
+    store = checkpoint.Checkpoints(folder, keep=5)
+    states = {}
+    for step in (1, 2):
+        w = jax.random.normal(jax.random.key(step), (64, 64))
+        states[step] = {"params": {"w": w, "b": jnp.arange(7.0) * step}}
+        store.save(step, states[step], {"at": step})
+    store.close()
+    return states
+
+
+def files_of(step):
+    return sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+@pytest.fixture
+def left_coroutines(monkeypatch):
+    """Hushes the coroutines that Orbax leaves behind when it finds damage."""
+    gc.collect()
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("left_coroutines")
+@pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
+def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(tmp_path, damage, caplog):
+    fallen_back = 0
+    saved(tmp_path / "whole")
+    count = len(files_of(tmp_path / "whole" / "2"))
+    assert count > 5
+    for number in range(count):
+        folder = tmp_path / str(number)
+        states = saved(folder)
+        damage(files_of(folder / "2")[number])
+        fresh = jax.tree.map(jnp.zeros_like, states[1])
+        with contextlib.closing(checkpoint.Checkpoints(folder)) as store:
+            caplog.clear()
+            state, data = store.restore(fresh)
+            step = data["at"]
+            jax.tree.map(np.testing.assert_array_equal, state, states[step])
+            assert step in (1, 2)
+            if step == 2:
+                continue  # nothing that is read was damaged
+            fallen_back += 1
+            assert "2 cannot be read" in caplog.text
+            assert "going on from step 1" in caplog.text
+            assert (folder / "bad-2").is_dir() and store.latest_step() == 1
+            store.save(2, states[2], {"at": "again"})
+        with contextlib.closing(checkpoint.Checkpoints(folder)) as store:
+            assert store.restore(fresh)[1] == {"at": "again"}
+    assert fallen_back >= 3
+
+
+@pytest.mark.usefixtures("left_coroutines")
+def test_without_a_good_checkpoint_one_line_says_so(tmp_path):
+    states = saved(tmp_path / "c")
+    for file in (tmp_path / "c").rglob("*"):
+        if file.is_file() and "d" in file.parent.name:
+            truncate(file)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "c")) as store:
+        with pytest.raises(UserError, match="no checkpoint there can be read") as e:
+            store.restore(jax.tree.map(jnp.zeros_like, states[1]))
+    assert "\n" not in str(e.value) and "delete the folder" in str(e.value)
+    with pytest.raises(UserError, match=r"2 cannot be read .*; try --step=1") as e:
+        checkpoint.read_params(tmp_path / "c")
+    assert "\n" not in str(e.value)
+
+
+def test_checksums_do_not_depend_on_the_sharding():
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    a = jax.random.normal(jax.random.key(0), (8, 4))
+    found = {
+        str(spec): checkpoint.checksums(
+            {"a": jax.device_put(a, NamedSharding(mesh, spec)), "b": np.uint8(3)}
+        )
+        for spec in (
+            PartitionSpec(),
+            PartitionSpec("data"),
+            PartitionSpec(None, "data"),
+        )
+    }
+    one = found.pop(str(PartitionSpec()))
+    assert len(found) == 2 and all(other == one for other in found.values())
+    assert one != checkpoint.checksums({"a": a.at[3, 1].add(1e-6), "b": np.uint8(3)})
+
+
+FULL = """
+import pathlib, resource, signal, sys
+import jax, jax.numpy as jnp
+from gift_jax import checkpoint, config
+
+def main():
+    store = checkpoint.Checkpoints(sys.argv[1], keep=5)
+    store.save(1, {"w": jax.random.normal(jax.random.key(1), (64, 64))}, {"at": 1})
+    store._manager.wait_until_finished()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
+    store.save(2, {"w": jax.random.normal(jax.random.key(2), (512, 512))}, {"at": 2})
+    store.close()
+
+config.run_main(main)
+"""
+
+
+def test_disk_that_takes_no_more_is_one_line_and_keeps_the_last_good_one(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "cannot be written (File too large)" in last and last.startswith("error: ")
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "c")) as store:
+        _, data = store.restore({"w": jnp.zeros((64, 64))})
+    assert data == {"at": 1}

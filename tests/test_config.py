@@ -10,7 +10,7 @@ import sys
 import pytest
 from absl import logging
 
-from gift_jax import config, loop
+from gift_jax import config, stopping
 from gift_jax.config import ConfigDict, UserError
 
 ROOT = pathlib.Path(config.__file__).parents[1]
@@ -284,8 +284,8 @@ def test_two_runs_in_one_process_keep_their_logs_apart(tmp_path):
     "event, code",
     [
         (UserError("config.x=3 is wrong"), 2),
-        (loop.StoppedBySignal(15), 143),
-        (loop.StoppedBySignal(2), 130),
+        (stopping.StoppedBySignal(15), 143),
+        (stopping.StoppedBySignal(2), 130),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -175,6 +175,7 @@ def test_an_earlier_step_can_be_asked_for(immunized, tiny_folder, tmp_path):
         for folder in (tmp_path / "one", immunized / "export", tiny_folder)
     )
     assert len({one, two, base}) == 3
+    assert "After step 1, of" in (tmp_path / "one" / "README.md").read_text()
 
 
 def test_unet_state_holds_what_changed_and_nothing_else(
@@ -248,6 +249,9 @@ def test_a_base_that_changed_or_moved_is_named(immunized, tiny_folder, tmp_path)
     flags = ["--checkpoint", run / "checkpoints", "--out", tmp_path / "out"]
     refuse("gone' is no model folder here; name it with --base", "to-diffusers", *flags)
     convert.main(["to-diffusers", *map(str, flags), f"--base={moved}"])
+    (tmp_path / "out" / "README.md").write_bytes(  # which names the model
+        (immunized / "export" / "README.md").read_bytes()
+    )
     same_files(immunized / "export", tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     (moved / "unet" / "config.json").write_text("{}")

@@ -18,7 +18,7 @@ import optax
 import pytest
 from absl import logging
 
-from gift_jax import checkpoint, loop, progress, sharding
+from gift_jax import checkpoint, loop, progress, sharding, stopping
 from gift_jax.config import UserError
 
 KEY = jax.random.key(1)
@@ -76,11 +76,20 @@ def broken_after(steps):
 
 
 def run(
-    workdir, steps, *, at=None, step=quadratic, devices=1, key=KEY, calls=(), **options
+    workdir,
+    steps,
+    *,
+    at=None,
+    step=quadratic,
+    devices=1,
+    key=KEY,
+    calls=(),
+    tx=TX,
+    **options,
 ):
     mesh = sharding.lay_out(jax.devices()[:devices])
     params = {"w": jnp.zeros((3,))}
-    state = loop.init_state(params, {"train": TX.init(params)})
+    state = loop.init_state(params, {"train": tx.init(params)})
     workdir.mkdir(exist_ok=True)
     return loop.run(
         sharding.replicate(mesh, state),
@@ -249,9 +258,113 @@ def test_concept_that_a_step_had_no_pair_of_has_no_entry(tmp_path):
 
 
 def test_nan_between_logged_steps_is_found_before_it_is_saved(tmp_path):
-    with pytest.raises(loop.NonFiniteError, match=r"step 6: train/loss is nan"):
+    with pytest.raises(loop.NonFiniteError, match=r"step 4: train/loss is nan"):
         run(tmp_path, 10, step=broken_after(4), log_every=100, checkpoint_every=3)
     assert latest_checkpoint(tmp_path) == 3
+
+
+def test_loss_that_was_not_finite_for_a_moment_is_named(tmp_path):
+    def step(state, frozen, batch, key):
+        state, metrics = quadratic(state, frozen, batch, key)
+        bad = jnp.where(state.step == 4, jnp.inf, 0.0)
+        return state, {"train/grad_norm": metrics["train/loss"] + bad, **metrics}
+
+    with pytest.raises(loop.NonFiniteError) as e:
+        run(tmp_path, 10, step=step, log_every=100, checkpoint_every=3)
+    said = str(e.value)
+    assert said.startswith("step 4: train/grad_norm is not finite (last checkpoint: 3)")
+
+
+def test_parameter_that_is_not_finite_is_named_and_never_saved(tmp_path):
+    def step(state, frozen, batch, key):
+        state, metrics = quadratic(state, frozen, batch, key)
+        w = state.params["w"].at[1].add(jnp.where(state.step == 6, jnp.inf, 0.0))
+        return state.replace(params={"w": w}), metrics
+
+    with pytest.raises(loop.NonFiniteError, match="step 6: parameter w is"):
+        run(tmp_path, 6, step=step, checkpoint_every=3, devices=2)
+    assert latest_checkpoint(tmp_path) == 3
+
+
+def test_nan_names_the_parameter_too(tmp_path):
+    with pytest.raises(loop.NonFiniteError, match="so is the parameter w"):
+        run(tmp_path, 10, step=broken_after(4))
+
+
+def steep(broken):
+    """A step with `loop.scaled` SGD; broken(step, rate's scale): a NaN follows."""
+    tx = loop.scaled(optax.sgd(0.1))
+
+    def step(state, frozen, batch, key):
+        grads = {"w": state.params["w"] - jnp.mean(batch["train"]["x"])}
+        updates, opt = tx.update(grads, state.opt["train"], state.params)
+        scale = opt[1].hyperparams["step_size"]
+        bad = jnp.where(broken(state.step + 1, scale), jnp.nan, 0.0)
+        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(lambda a: a + bad, params)
+        new = state.replace(step=state.step + 1, params=params, opt={"train": opt})
+        loss = jnp.sum(grads["w"] ** 2) + bad
+        return new, {"train/loss": loss, "train/scale": scale}
+
+    return tx, step
+
+
+def test_restored_run_goes_on_with_half_the_learning_rate(tmp_path, caplog):
+    tx, step = steep(lambda step, scale: (step == 5) & (scale > 0.3))
+    options = {"on_nan": "restore", "checkpoint_every": 3, "devices": 2}
+    done = run(tmp_path / "a", 8, step=step, tx=tx, **options)
+    assert loop.rate_scale(done) == 0.25 and np.isfinite(done.params["w"]).all()
+    assert caplog.text.count("Going on from step 3") == 2
+    found = lines(tmp_path / "a")
+    assert [line["step"] for line in found] == list(range(1, 9))
+    assert [line["train/scale"] for line in found] == [1] * 3 + [0.25] * 5
+    # a run that is stopped has the same rate when it goes on
+    run(tmp_path / "b", 6, step=step, tx=tx, **options)
+    assert_same_state(run(tmp_path / "b", 8, step=step, tx=tx, **options), done)
+
+
+def test_run_without_a_checkpoint_starts_again(tmp_path):
+    tx, step = steep(lambda step, scale: (step == 2) & (scale > 0.6))
+    run(tmp_path, 3, step=step, tx=tx, on_nan="restore", checkpoint_every=0)
+    found = lines(tmp_path)
+    assert [line["train/scale"] for line in found] == [0.5] * 3
+
+
+def test_a_run_is_not_restored_for_ever(tmp_path, caplog):
+    tx, step = steep(lambda step, scale: step == 5)
+    with pytest.raises(loop.NonFiniteError, match="step 5"):
+        options = {"on_nan": "restore", "nan_retries": 2}
+        run(tmp_path, 8, step=step, tx=tx, **options)
+    assert caplog.text.count("Going on from step 4") == 2
+    assert latest_checkpoint(tmp_path) == 4
+
+
+def test_disk_that_takes_no_more_metrics_ends_the_run_in_one_line(tmp_path):
+    script = f"""
+    import pathlib, resource, signal, sys
+    sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+    import test_loop
+    from gift_jax import config
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+
+    config.run_main(
+        lambda: test_loop.run(pathlib.Path("job"), 40, at={{2: full}}) and 0
+    )
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "cannot be written (File too large)" in last
+    assert [line["step"] for line in lines(tmp_path / "job")]  # each of them whole
 
 
 # --- resuming -------------------------------------------------------------------------
@@ -333,7 +446,7 @@ def test_signal_saves_then_stops_and_the_rerun_equals_a_straight_run(tmp_path, s
     straight = run(tmp_path / "a", 8, **options)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     kill = {5: lambda: os.kill(os.getpid(), signum)}
-    with pytest.raises(loop.StoppedBySignal) as stopped:
+    with pytest.raises(stopping.StoppedBySignal) as stopped:
         run(tmp_path / "b", 8, at=kill, **options)
     assert stopped.value.exit_code == 128 + signum
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -345,7 +458,7 @@ def test_signal_saves_then_stops_and_the_rerun_equals_a_straight_run(tmp_path, s
 
 def test_signal_in_the_last_step_stops_the_job_too(tmp_path):
     kill = {3: lambda: os.kill(os.getpid(), signal.SIGTERM)}
-    with pytest.raises(loop.StoppedBySignal):
+    with pytest.raises(stopping.StoppedBySignal):
         run(tmp_path, 3, at=kill)
     assert latest_checkpoint(tmp_path) == 3
 

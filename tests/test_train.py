@@ -153,7 +153,11 @@ def test_export_differs_from_the_base_in_the_trained_tensors_only(
     assert changed == {
         name for name in unet_tensors(tiny_folder) if ".attn2.to_" in name
     }
-    assert files(run / "export") == files(tiny_folder)
+    card = pathlib.Path("README.md")
+    assert files(run / "export") == files(tiny_folder) | {card}
+    told = (run / "export" / card).read_text()
+    assert weights.content_hash(tiny_folder) in told and "After step 2, of" in told
+    assert str(tiny_folder.parent) not in told and str(tmp_path) not in told
     for file in files(tiny_folder):
         if file.parts[0] != "unet" or file.suffix != ".safetensors":
             same = (run / "export" / file).read_bytes() == (
@@ -320,14 +324,17 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("adversary.lr_min=0", "config.adversary.lr_min=0.0 must be at least"),
         ("adversary.horizon=-1", "config.adversary.horizon=-1 must be at least 0"),
         ("adversary.horizon=9", "config.adversary.horizon=9 is for kinds=full"),
-        ("adversary.alpha=0", "config.adversary.alpha=0.0 must be above 0; try 8"),
+        (
+            "adversary.alpha=0",
+            "config.adversary.alpha=0.0 must be above 0; try config.adversary.alpha=8",
+        ),
         ("post_finetune.steps=-1", "config.post_finetune.steps=-1 must be at least"),
         ("lower.schedule=linear", "config.lower.schedule='linear' is not one of"),
         ("upper.lr=-1", "config.upper.lr=-1.0 must be at least 0"),
-        ("upper.lr=nan", "config.upper.lr=nan must be at least 0"),
+        ("upper.lr=nan", "config.upper.lr=nan must be finite"),
         ("harmful.batch=0", "config.harmful.batch=0 must be at least 1"),
         ("safe.copies=0", "config.safe.copies=0 must be at least 1"),
-        ("safe.empty_prompts=2", "config.safe.empty_prompts=2.0 must be from 0 to 1"),
+        ("safe.empty_prompts=2", "config.safe.empty_prompts=2.0 must be at most 1"),
         ("harmful.batch=3", "harmful.batch=3 must divide by 2 devices.*batch=2"),
         ("samples.num=-1", "config.samples.num=-1 must be at least 0"),
         ("samples.steps=0", "config.samples.steps=0 must be at least 1"),
@@ -351,7 +358,10 @@ def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, messa
         ("imma.lower=db", "config.imma.lower='db' is not one of: dreambooth, lora"),
         ("imma.bound=clip", "config.imma.bound='clip' is not one of"),
         ("imma.rank=0", "config.imma.rank=0 must be at least 1"),
-        ("imma.alpha=0", "config.imma.alpha=0.0 must be above 0; try 4"),
+        (
+            "imma.alpha=0",
+            "config.imma.alpha=0.0 must be above 0; try config.imma.alpha=4",
+        ),
         ("imma.inner_steps=2", "steps=2 and outer_steps=3 share their pairs"),
     ],
 )
@@ -368,7 +378,11 @@ def test_immas_mistake_is_named(main, tmp_path, flag, message):
         ("esd", "esd.steps=0", "config.esd.steps=0 must be at least 1"),
         ("esd", "esd.guidance=0", "config.esd.guidance=0.0 must be at least 1"),
         ("uce", "uce.states=all", "config.uce.states='all' is not one of: last, tail"),
-        ("uce", "uce.lamb=0", "config.uce.lamb=0.0 must be above 0; try 0.5"),
+        (
+            "uce",
+            "uce.lamb=0",
+            "config.uce.lamb=0.0 must be above 0; try config.uce.lamb=0.5",
+        ),
         ("uce", "uce.guide={thing}", r"config.uce.guide='\{thing\}' may use only"),
     ],
 )

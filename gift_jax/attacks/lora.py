@@ -16,7 +16,7 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from gift_jax.attacks import descent
-from gift_jax.config import UserError
+from gift_jax.config import UserError, shown
 from gift_jax.loop import Step
 from gift_jax.methods.denoise import Denoiser
 from gift_jax.models import tensors
@@ -32,7 +32,8 @@ def check(rank: int, targets: Sequence[str]) -> None:
     for target in targets or ("",):
         if target not in TARGETS:
             raise UserError(
-                f"config.lora.targets: no attention projection is called {target!r}; "
+                f"config.lora.targets: no attention projection is called "
+                f"{shown(target)}; "
                 f"choose from {', '.join(TARGETS)}"
             )
 

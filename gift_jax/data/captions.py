@@ -5,6 +5,12 @@ Concepts and styles are the words of `metadata.csv`. `{a_concept}` and `{a_style
 an article where the word takes one. No template varies case: the tokenizer lowercases.
 """
 
+import functools
+import string
+
+from gift_jax.config import UserError, shown
+
+_FIELDS = ("concept", "a_concept", "style", "a_style")
 TEMPLATES = (
     "{a_style} emoji of {a_concept}",
     "{concept}, {style} style",
@@ -149,6 +155,17 @@ NO_FLIP = frozenset(
 )
 
 
+def check(field, template):
+    """Raises a UserError naming the field for a template that `fill` cannot fill."""
+    try:
+        _check(template)
+    except ValueError as error:
+        raise UserError(
+            f"{field}={shown(template)} may use only {{concept}}, {{a_concept}}, "
+            "{style} and {a_style}"
+        ) from error
+
+
 def caption(concept, style, template_index=0):
     """Returns a caption that names both; any integer selects a template, modulo."""
     return fill(TEMPLATES[template_index % len(TEMPLATES)], concept, style)
@@ -166,13 +183,24 @@ def caption_without_concept(style, template_index=0):
 
 
 def fill(template, concept, style):
-    """Fills {concept}, {a_concept}, {style} and {a_style} of a template."""
+    """Fills {concept}, {a_concept}, {style} and {a_style} of a template.
+
+    Raises: ValueError for anything else in braces: also for attributes and widths.
+    """
+    _check(template)
     return template.format(
         concept=concept,
         style=style,
         a_concept=with_article(concept),
         a_style=_article(style) + style,
     )
+
+
+@functools.lru_cache
+def _check(template):
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is not None and (name not in _FIELDS or spec or conversion):
+            raise ValueError(f"{{{name}}}")
 
 
 def with_article(concept):

@@ -234,15 +234,9 @@ def _resized(images, size):
 
 def _check_template(spec):
     """Returns whether it names the concept; UserError for a bad one."""
-    try:
-        with_concept = captions.fill(spec.template, "thing", "style")
-        without = captions.fill(spec.template, "", "style")
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{spec.field}.template={spec.template!r} may use only {{concept}}, "
-            "{a_concept}, {style} and {a_style}"
-        ) from error
-    return with_concept != without
+    captions.check(f"{spec.field}.template", spec.template)
+    with_concept = captions.fill(spec.template, "thing", "style")
+    return with_concept != captions.fill(spec.template, "", "style")
 
 
 def _check_tfds(spec):
@@ -264,11 +258,11 @@ def _check_tfds(spec):
 
 
 def _unknown(field, kind, name, choices):
-    near = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:99], choices, n=3, cutoff=0.6)
     if near:
         fix = "did you mean " + " or ".join(repr(choice) for choice in near) + "?"
     elif len(choices) <= 10:
         fix = "choose from " + ", ".join(choices)
     else:
         fix = f"one of {len(choices)} names or {', '.join(KEYWORDS)} is expected"
-    return UserError(f"{field}: {kind} {name!r} is not in the data; {fix}")
+    return UserError(f"{field}: {kind} {config.shown(name)} is not in the data; {fix}")

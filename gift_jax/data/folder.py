@@ -13,7 +13,7 @@ import pathlib
 
 from absl import logging
 
-from gift_jax.config import UserError
+from gift_jax.config import UserError, one_line, shown
 from gift_jax.data import pictures
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -23,23 +23,29 @@ def check(spec):
     """Returns the path of the folder's metadata file, or None if it has none.
 
     Args: spec: a `ConceptSpec` with a folder.
-    Raises: UserError if there is no such folder, both kinds of metadata, or neither
-      metadata nor a prompt.
+    Raises: UserError if there is no such folder, both kinds of metadata, neither
+      metadata nor a prompt, or metadata that is no file in the folder.
     """
     root = _root(spec)
-    if not root.is_dir():
-        raise UserError(f"{spec.field}.folder={spec.folder} is not a folder")
+    if not os.path.isdir(root):  # unlike pathlib's, of any name
+        raise UserError(f"{spec.field}.folder={one_line(spec.folder)} is not a folder")
     files = [root / name for name in METADATA if (root / name).exists()]
     if len(files) > 1:
         raise UserError(
-            f"{spec.field}.folder={spec.folder} has both {' and '.join(METADATA)}; "
-            "it must have at most one: remove the other"
+            f"{spec.field}.folder={one_line(spec.folder)} has both "
+            f"{' and '.join(METADATA)}; it must have at most one: remove the other"
         )
     if not files and not spec.prompt.strip():
         raise UserError(
             f"{spec.field}.prompt is empty; a folder without metadata.csv or "
             "metadata.jsonl needs one prompt"
         )
+    for file in files:
+        _check_own(spec, root, file)
+        if not file.is_file():  # to read a pipe would wait for a writer
+            raise UserError(
+                f"{spec.field}.folder: {one_line(file)} must be a file; remove it"
+            )
     return files[0] if files else None
 
 
@@ -51,8 +57,9 @@ def listing(spec):
     order, each under its caption, or all under `spec.prompt` if that is given. The
     first `spec.limit` of them (0: all).
 
-    Raises: UserError of one line for a folder without pictures and for metadata that
-      is malformed or empty, or lists a picture twice, outside or missing.
+    Raises: UserError of one line for a folder without pictures, for a link out of the
+      folder, and for metadata that is malformed or empty, or lists a picture twice,
+      outside or missing. Nothing outside the folder is opened.
     """
     file, root = check(spec), _root(spec)
     if file is None:
@@ -67,7 +74,20 @@ def listing(spec):
 
 
 def _root(spec):
-    return pathlib.Path(spec.folder).expanduser()
+    return pathlib.Path(os.path.expanduser(spec.folder))
+
+
+def _is_inside(root, path):
+    """Whether a path lies in the folder, links followed."""
+    return pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _check_own(spec, root, path):
+    if path.is_symlink() and not _is_inside(root, path):
+        raise UserError(
+            f"{spec.field}.folder={one_line(spec.folder)}: {one_line(path.name)} is a "
+            "link out of the folder; copy there what it links to"
+        )
 
 
 def _pictures_in(spec, root):
@@ -76,16 +96,19 @@ def _pictures_in(spec, root):
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{spec.field}.folder={spec.folder} cannot be read: {reason}"
+            f"{spec.field}.folder={one_line(spec.folder)} cannot be read: {reason}"
         ) from error
     paths = [p for p in entries if _is_picture(p.name) and not p.is_dir()]
+    for path in paths:
+        _check_own(spec, root, path)
     others = [p.name for p in entries if p not in set(paths)]
     if others:
-        some = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        some = one_line(", ".join(others[:3])) + (" ..." if len(others) > 3 else "")
         logging.info("%s: ignored %d that are no pictures: %s", root, len(others), some)
     if not paths:
         raise UserError(
-            f"{spec.field}.folder={spec.folder} has no pictures; put at least one there"
+            f"{spec.field}.folder={one_line(spec.folder)} has no pictures; put at "
+            "least one there"
         )
     return paths
 
@@ -96,17 +119,19 @@ def _is_picture(name):
 
 def _listed(spec, root, file):
     """Returns (paths, prompts) of a metadata file."""
-    where = f"{spec.field}.folder: {file}"
-    lines, prompts = {}, []
+    where = f"{spec.field}.folder: {one_line(file)}"
+    paths, lines, prompts = [], {}, []
     for line, row in _rows(file, where):
         at = f"{where}, line {line}"
         path = _inside(root, _text(row, "file_name", at, "name a picture"), at)
-        if path in lines:
+        real = os.path.realpath(path)
+        if real in lines:
             raise UserError(
-                f"{at}: file_name={row['file_name']!r} is on line {lines[path]} too; "
-                "a picture must be listed once: remove one of the lines"
+                f"{at}: file_name={shown(row['file_name'])} is on line {lines[real]} "
+                "too; a picture must be listed once: remove one of the lines"
             )
-        lines[path] = line
+        lines[real] = line
+        paths.append(path)
         if spec.prompt:
             prompts.append(spec.prompt)
         else:
@@ -121,13 +146,16 @@ def _listed(spec, root, file):
     )
     if found > len(lines):
         logging.info("%s lists %d of %d pictures there", file, len(lines), found)
-    return list(lines), prompts
+    return paths, prompts
 
 
 def _rows(file, where):
     """Yields (line number, dict) for every row of a metadata file."""
+    # A caption's own line ends are left as they are.
+    ends = "" if file.suffix == ".csv" else None
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig", newline=ends) as lines:
+            text = lines.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read as UTF-8 text ({error})") from error
     yield from (_csv if file.suffix == ".csv" else _jsonl)(text, where)
@@ -136,6 +164,7 @@ def _rows(file, where):
 def _csv(text, where):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        _check_once(reader.fieldnames or ())
         for row in reader:
             if None in row:
                 raise UserError(
@@ -143,7 +172,7 @@ def _csv(text, where):
                     f"columns ({len(reader.fieldnames)}); quote captions with commas"
                 )
             yield reader.line_num, row
-    except csv.Error as error:
+    except (csv.Error, _RepeatsError) as error:
         line = reader.reader.line_num
         raise UserError(
             f"{where}, line {line}: malformed CSV ({error}); mend the line"
@@ -156,7 +185,7 @@ def _jsonl(text, where):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_no_repeats)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where}, line {number}: malformed JSON ({error}); mend the line"
@@ -169,20 +198,47 @@ def _jsonl(text, where):
         yield number, row
 
 
+def _no_repeats(items):
+    _check_once([name for name, _ in items])
+    return dict(items)
+
+
+class _RepeatsError(ValueError):
+    """A name that appears twice."""
+
+
+def _check_once(names):
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise _RepeatsError(f"{shown(name)} appears twice")
+        seen.add(name)
+
+
 def _text(row, column, at, fix):
     """Returns a row's value in a column, which must be text and not blank."""
     if column not in row:
-        there = ", ".join(repr(name) for name in row)
+        there = ", ".join(shown(name) for name in list(row)[:12])
+        there += " ..." if len(row) > 12 else ""
         hint = "" if column == "file_name" else ", or name another as caption_column"
         raise UserError(
-            f"{at}: no column {column!r} among {there or 'none'}; add it{hint}"
+            f"{at}: no column {shown(column)} among {there or 'none'}; add it{hint}"
         )
     value = row[column]
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{at}: {column} is empty; {fix}")
-    if not isinstance(value, str):
-        raise UserError(f"{at}: {column}={value!r} must be text; {fix}")
+        raise UserError(f"{at}: {one_line(column)} is empty; {fix}")
+    if not isinstance(value, str) or not _is_unicode(value):
+        raise UserError(f"{at}: {one_line(column)}={shown(value)} must be text; {fix}")
     return value
+
+
+def _is_unicode(text):
+    """Whether a text is whole: JSON can write half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _inside(root, name, at):
@@ -191,19 +247,18 @@ def _inside(root, name, at):
     path = root / relative
     try:
         inside = not relative.is_absolute() and ".." not in relative.parts
-        if inside:
-            real = pathlib.Path(os.path.realpath(path))
-            inside = real.is_relative_to(os.path.realpath(root))
+        inside = inside and _is_inside(root, path)
         there = path.is_file()
     except (OSError, ValueError):  # a name too long, or with a null character
         inside, there = True, False
     if not inside:
         raise UserError(
-            f"{at}: file_name={name!r} must stay inside {root}; move the picture there"
+            f"{at}: file_name={shown(name)} must stay inside {one_line(root)}; move "
+            "the picture there"
         )
     if not there:
         raise UserError(
-            f"{at}: file_name={name!r} is no file in {root}; put it there or remove "
-            "the line"
+            f"{at}: file_name={shown(name)} is no file in {one_line(root)}; put it "
+            "there or remove the line"
         )
     return path

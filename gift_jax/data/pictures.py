@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Picture files as square uint8 arrays: upright, over white, of one size."""
 
+import os
 import struct
 import warnings
 import zlib
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gift_jax import progress
-from gift_jax.config import UserError
+from gift_jax.config import UserError, one_line
 
 CROPS = ("center", "random", "none")
 SUFFIXES = frozenset(
@@ -17,6 +18,7 @@ SUFFIXES = frozenset(
     ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tga "
     ".tif .tiff .webp".split()
 )
+_MAX_SIDE = 100_000  # pixels: to resize takes memory by the side, not by the area
 # What Pillow raises for files that are no picture, cut short or damaged.
 _BROKEN = (
     OSError,
@@ -60,20 +62,22 @@ def read(file, size, *, crop="center", rng=None, name=""):
       "none": the whole picture, its aspect lost. rng: a NumPy generator. name: for
       errors, by default the file's.
     Raises: UserError if the file is no picture that Pillow can read, is cut short, is
-      too large (Pillow's limit of 179 million pixels) or has float or 32-bit pixels.
+      too large (Pillow's limit of 179 million pixels, or 100,000 along a side), has
+      float or 32-bit pixels, or is of none of the kinds in `SUFFIXES`.
     """
     try:
         with warnings.catch_warnings():
             # Such as half the limit of size or odd EXIF; what matters is an error.
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                rgb = _over_white(_eight_bit(ImageOps.exif_transpose(image)))
+            with _open(file) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = _over_white(_eight_bit(image))
     except _BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "of no known kind"
         raise UserError(
-            f"{name or file} cannot be read as a picture ({reason}); "
+            f"{one_line(name or file)} cannot be read as a picture ({reason}); "
             "remove it or replace it"
         ) from error
     if crop == "none":
@@ -83,21 +87,41 @@ def read(file, size, *, crop="center", rng=None, name=""):
     return np.asarray(square)
 
 
+def _open(file):
+    """Opens a picture, of a kind in `SUFFIXES` whatever its name says.
+
+    Pillow knows others, for one of which (EPS) it runs another program.
+    """
+    on_disk = isinstance(file, (str, os.PathLike))
+    if on_disk and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("no regular file")  # to open a pipe would wait for a writer
+    kinds = Image.registered_extensions()
+    image = Image.open(file, formats=sorted({kinds[s] for s in SUFFIXES & set(kinds)}))
+    if max(image.size) > _MAX_SIDE:
+        image.close()
+        raise ValueError(f"a side of {max(image.size)} pixels")
+    return image
+
+
 def _eight_bit(image):
     """Returns 16-bit grey as "L": Pillow's own conversion makes it white above 255."""
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range; save it with 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no agreed range; save it with 8 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values = values.astype(np.uint32)
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _over_white(image):
     if not image.has_transparency_data:
         return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    # Nothing is kept that is not needed: a picture may take half a GB a copy.
+    white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return white.convert("RGB")

@@ -2,6 +2,7 @@
 """Is it there? The share of pictures in which a classifier names what it should."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def traits(spec: str) -> tuple[str, ...]:
 
 def check(spec: str, field: str = _FIELD) -> None:
     """Raises UserError for a word that is neither "judge" nor a folder or hub id."""
-    if "/" not in spec and not Path(spec).expanduser().is_dir():
+    if "/" not in spec and not os.path.isdir(os.path.expanduser(spec)):
         config.choice(field, spec, ("judge", "a folder", "a hub id (org/name)"))
 
 

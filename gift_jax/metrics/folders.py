@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of pretrained models to measure with: found or fetched, and complete."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,8 @@ def find(spec: str, wanted: Wanted) -> tuple[Path, str]:
 
     Raises: MissingWeights if there is neither.
     """
-    folder, (name, _, revision) = Path(spec).expanduser(), spec.partition("@")
-    if folder.is_dir():
+    folder, (name, _, revision) = Path(os.path.expanduser(spec)), spec.partition("@")
+    if os.path.isdir(folder):
         return folder, folder.resolve().name
     cure = f"put {wanted.needed} into a local folder and name that"
     if not hub.is_id(name):

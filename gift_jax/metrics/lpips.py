@@ -8,6 +8,7 @@ needs a file; the judge's distance weighs all alike, needs none, and is not LPIP
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -268,8 +269,8 @@ def _how(distance, generated, references):
 
 def _file(path):
     file = pathlib.Path(path or FILE)
-    file = file / FILE if file.is_dir() else file
-    if path is None or not file.is_file():
+    file = file / FILE if os.path.isdir(file) else file
+    if path is None or not os.path.isfile(file):
         raise MissingWeights(
             f"lpips={path}: no such file. It wants {FILE}, AlexNet's features and the "
             "learned weights in one; make it where torch, torchvision and lpips are: "

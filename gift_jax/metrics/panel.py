@@ -236,10 +236,15 @@ NEEDS = {name: ("references",) for name in METRICS} | {
 
 def check(cfg: Any, field: str = "config.panel") -> None:
     """Raises UserError naming the field of a `fields.panel()`, nothing loaded."""
+    for name in ("metrics", "protocols"):
+        if not cfg[name]:
+            raise UserError(f"{field}.{name} is empty; name at least one")
     for name in cfg.metrics:
         config.choice(f"{field}.metrics", name, tuple(METRICS))
     for protocol in cfg.protocols:
         config.choice(f"{field}.protocols", protocol, backbone.PROTOCOLS)
+    for name in cfg.backbones:
+        classifier.check(name, f"{field}.backbones")
     classifier.check(cfg.classifier, f"{field}.classifier")
     if not nudity.LEAST <= cfg.nudity_threshold < 1:
         raise UserError(

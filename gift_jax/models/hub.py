@@ -10,12 +10,18 @@ from absl import logging
 from gift_jax.config import UserError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ("model_index.json", "LICENSE*", "*/*.json", "*/*.txt", "*/*.safetensors")
+_WANTED = ("model_index.json", "README.md", "LICENSE*")
+_WANTED += ("*/*.json", "*/*.txt", "*/*.safetensors")
 
 
 def is_id(name: str) -> bool:
     """Whether a model's name has the form of a hub id, "org/name"."""
     return bool(_ID.fullmatch(name)) and not name.startswith((".", "/"))
+
+
+def commit(folder: Path) -> str:
+    """Returns the commit that a folder of `fetch` is of, 40 hex digits, or ""."""
+    return folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else ""
 
 
 def fetch(

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gift_jax import files
 from gift_jax.config import UserError
 from gift_jax.models import tensors, weights
 
@@ -40,10 +41,10 @@ def save(model_dir, out, *, variant="", dtype=None):
     found = {
         kind: _component(root / kind, kind, variant) for kind in weights.COMPONENTS
     }
-    with tensors.atomic_folder(out) as temp:
+    with files.replaced_folder(out) as temp:
         layout = {"format": _FORMAT, "components": {}}
-        for kind, (files, paths) in found.items():
-            layout["components"][kind] = _layout(files, paths, dtype)
+        for kind, (names, paths) in found.items():
+            layout["components"][kind] = _layout(names, paths, dtype)
             tree = _read(paths, dtype)
             handler = ocp.StandardCheckpointHandler(
                 save_concurrent_gb=1,
@@ -71,13 +72,13 @@ def restore(checkpoint, out, *, dtype=None):
             f"{root / LAYOUT}: format={layout.get('format')!r}; this version reads "
             f"format {_FORMAT}"
         )
-    with tensors.atomic_folder(out) as temp:
+    with files.replaced_folder(out) as temp:
         shutil.copytree(root / "files", temp, dirs_exist_ok=True)
-        for kind, files in layout["components"].items():
-            items = [item for content in files.values() for item in content["tensors"]]
+        for kind, names in layout["components"].items():
+            items = [item for content in names.values() for item in content["tensors"]]
             paths = [item["path"] for item in items if "path" in item]
             params = _Tensors(root / kind, paths)
-            for name, content in files.items():
+            for name, content in names.items():
                 _write(temp / kind / name, content, params, dtype)
             logging.info("%s: %d tensors", kind, len(paths))
 
@@ -107,7 +108,7 @@ def _read(paths, dtype):
     return tree
 
 
-def _layout(files, paths, dtype):
+def _layout(weight_files, paths, dtype):
     """Returns {file name: how its tensors lie in it}.
 
     A tensor without a Flax parameter (a buffer such as position_ids) is kept here, as
@@ -115,7 +116,7 @@ def _layout(files, paths, dtype):
     """
     by_name = {name: path for path, (name, _) in paths.items()}
     layout = {}
-    for file in files:
+    for file in weight_files:
         content = []
         entries = tensors.read_header(file)
         for name in sorted(entries, key=lambda name: entries[name].begin):

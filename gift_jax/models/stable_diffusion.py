@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from absl import logging
 from transformers import CLIPTokenizer
 
-from gift_jax.config import UserError
+from gift_jax.config import UserError, shown
 from gift_jax.models import hooks, tensors, weights
 from gift_jax.models.kernels import Kernels
 
@@ -181,15 +182,15 @@ def load_tokenizer(directory):
 
 def _local_folder(path):
     root = Path(path)
-    if root.is_file():
+    if os.path.isfile(root):  # unlike pathlib's, of any name
         raise UserError(
-            f"model={str(path)!r} is a file; must be a diffusers folder with "
+            f"model={shown(str(path))} is a file; must be a diffusers folder with "
             "model_index.json (single-file checkpoints are not read)"
         )
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(
-            f"model={str(path)!r}: no such folder; must be a diffusers folder, or a "
-            "hub id such as org/name"
+            f"model={shown(str(path))}: no such folder; must be a diffusers folder, "
+            "or a hub id such as org/name"
         )
     return root
 
@@ -292,7 +293,7 @@ def tokenize(model, prompts):
         )
     cut = [p for p, ids in zip(prompts, ids_BL, strict=True) if _is_cut(model, p, ids)]
     if cut:
-        logging.warning("cut to %d tokens: %r", model.max_length, cut[0])
+        logging.warning("cut to %d tokens: %s", model.max_length, shown(cut[0]))
     return ids_BL
 
 

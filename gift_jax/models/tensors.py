@@ -6,19 +6,17 @@ Pickles are never opened. A parameter is named by its Flax path,
 "down_blocks.0.attentions.0....attn2.to_k.weight", and PyTorch's layout.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from gift_jax.config import UserError
+from gift_jax.config import UserError, one_line, shown
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -37,6 +35,7 @@ _OTHER_DTYPES = {  # kept as they are, never computed with
     "BOOL": np.bool_,
 }
 ALL_DTYPES = DTYPES | _OTHER_DTYPES
+_MAX_DIMS = 64  # NumPy's
 _MAX_HEADER = 100 * 2**20  # bytes, the format's own limit
 
 
@@ -121,40 +120,50 @@ def read_metadata(file):
 
 
 def _read_header(file):
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; the model folder is incomplete")
+    said = one_line(file)
+    if not os.path.isfile(file):  # unlike pathlib's, of any name
+        raise UserError(f"{said}: no such file; the model folder is incomplete")
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > size - 8 or length > _MAX_HEADER:
             raise UserError(
-                f"{file}: truncated or not a safetensors file; copy it again"
+                f"{said}: truncated or not a safetensors file; copy it again"
             )
         raw = f.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_no_repeats)
+        header = json.loads(raw.decode(), object_pairs_hook=_no_repeats)
         if not isinstance(header, dict):
             raise ValueError(f"a {type(header).__name__}, not an object")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: its header is not JSON ({error})") from None
-    metadata, start = header.pop("__metadata__", {}), 8 + length
+        raise UserError(f"{said}: its header is not JSON ({error})") from None
+    metadata, start = header.pop("__metadata__", None), 8 + length
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise UserError(
+            f"{said}: its __metadata__ is not texts by name; the header is damaged, "
+            "copy the file again"
+        )
     entries = {name: _entry(file, name, header[name], start) for name in header}
     end = start
     for name in sorted(entries, key=lambda name: entries[name][3:]):
         if entries[name].begin != end:
             raise UserError(
-                f"{file}: {name} begins at byte {entries[name].begin}, but the tensor "
-                f"before it ends at {end}; the header is damaged, copy the file again"
+                f"{said}: {one_line(name)} begins at byte {entries[name].begin}, but "
+                f"the tensor before it ends at {end}; the header is damaged, copy the "
+                "file again"
             )
         end = entries[name].end
         if end > size:
             raise UserError(
-                f"{file}: truncated: {size} bytes, but {name} ends at byte {end}; "
-                "copy it again"
+                f"{said}: truncated: {size} bytes, but {one_line(name)} ends at byte "
+                f"{end}; copy it again"
             )
     if end != size:
         raise UserError(
-            f"{file}: {size} bytes, but its last tensor ends at byte {end}; "
+            f"{said}: {size} bytes, but its last tensor ends at byte {end}; "
             "copy it again"
         )
     return entries, metadata
@@ -171,24 +180,29 @@ def _entry(file, name, info, start):
     """Returns the Entry of one header item, its bytes agreeing with its shape."""
     try:
         dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        counts = [*shape, begin, end]
-        whole = all(type(n) is int and 0 <= n < 2**63 for n in counts)
-        whole &= isinstance(dtype, str)
+        whole = isinstance(dtype, str) and isinstance(shape, list)
+        whole = whole and len(shape) <= _MAX_DIMS
+        counts = [*shape, begin, end] if whole else []
+        whole &= all(type(n) is int and 0 <= n < 2**63 for n in counts)
+        if whole and 0 in shape:  # NumPy wants to count the bytes without the 0
+            whole = math.prod(n or 1 for n in shape) < 2**59
     except (TypeError, KeyError, ValueError):
         whole = False
+    at = f"{one_line(file)}: {one_line(name)}"
     if not whole:
         raise UserError(
-            f"{file}: {name} has no valid dtype, shape and data_offsets; the header is "
+            f"{at} has no valid dtype, shape and data_offsets; the header is "
             "damaged, copy the file again"
         )
     if dtype not in ALL_DTYPES:
         known = ", ".join(DTYPES)
-        raise UserError(f"{file}: {name} has dtype {dtype}; must be one of {known}")
+        raise UserError(f"{at} has dtype {one_line(dtype)}; must be one of {known}")
     count = math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize
     if end - begin != count:
         raise UserError(
-            f"{file}: {name} holds {end - begin} bytes, but {dtype} of shape {shape} "
-            f"takes {count}; the header is damaged, copy the file again"
+            f"{at} holds {end - begin} bytes, but {dtype} of shape "
+            f"{one_line(shape)} takes {count}; the header is damaged, copy the file "
+            "again"
         )
     return Entry(file, dtype, tuple(shape), start + begin, start + end)
 
@@ -201,8 +215,8 @@ def read_tensor(name, entry, *, only_floats=True):
     known = DTYPES if only_floats else ALL_DTYPES
     if entry.dtype not in known:
         raise UserError(
-            f"{entry.file}: {name} has dtype {entry.dtype}; must be one of "
-            f"{', '.join(known)}"
+            f"{one_line(entry.file)}: {one_line(name)} has dtype {entry.dtype}; must "
+            f"be one of {', '.join(known)}"
         )
     raw = np.fromfile(entry.file, np.uint8, entry.end - entry.begin, offset=entry.begin)
     return raw.view(known[entry.dtype]).reshape(entry.shape)
@@ -297,7 +311,7 @@ def shards(index):
     for shard in names:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(
-                f"{index}: names the shard {shard!r}; must be a safetensors file "
+                f"{index}: names the shard {shown(shard)}; must be a safetensors file "
                 "beside it"
             )
     return [index.parent / name for name in names]
@@ -305,42 +319,12 @@ def shards(index):
 
 def read_json(file):
     """Returns a JSON file's object; UserError if it is missing or malformed."""
+    if not os.path.isfile(file):  # to read a pipe would wait for a writer
+        raise UserError(f"{one_line(file)}: no such file; is this a model folder?")
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{file}: no such file; is this a model folder?") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value
-
-
-# --- folders --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_folder(out):
-    """Yields a temporary sibling that becomes `out` on success, and is removed if not.
-
-    An existing `out` is replaced whole, never mixed with the new files.
-    """
-    out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temp = out.parent / f".{out.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir()
-    try:
-        yield temp
-        mode = temp.stat().st_mode & 0o666  # as the user's umask has it
-        for file in [p for p in temp.rglob("*") if p.is_file()]:
-            file.chmod(mode)  # the safetensors library writes 0600
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        old = out.parent / f".{out.name}.old-{os.getpid()}"
-        if out.exists():
-            out.rename(old)
-        temp.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)

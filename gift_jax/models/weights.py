@@ -18,6 +18,7 @@ import safetensors.numpy
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gift_jax import files
 from gift_jax.config import UserError
 from gift_jax.models import hooks, tensors
 
@@ -258,7 +259,7 @@ def save_model_folder(directory, config, params, dtype=np.float32):
         by_name[tensors.torch_name(path)] = np.ascontiguousarray(array, dtype).reshape(
             array.shape
         )
-    with tensors.atomic_folder(directory) as temp:
+    with files.replaced_folder(directory) as temp:
         text = json.dumps(KINDS[kind].extra_config | config, indent=2, sort_keys=True)
         (temp / "config.json").write_text(text + "\n", encoding="utf-8")
         file = temp / f"{KINDS[kind].stem}.safetensors"
@@ -287,7 +288,9 @@ def by_component(flat):
     return parts
 
 
-def export(base_dir, changed, out_dir, variant="", dtype=None, tokenizer=None):
+def export(
+    base_dir, changed, out_dir, variant="", dtype=None, tokenizer=None, readme=""
+):
     """Writes the base model folder with some tensors replaced, atomically.
 
     Untouched tensors, the other components and the file layout stay byte for byte.
@@ -302,7 +305,7 @@ def export(base_dir, changed, out_dir, variant="", dtype=None, tokenizer=None):
         replaced if it exists. variant: which of the base's files the model was read
         from. dtype: name of `tensors.DTYPES` to cast every weight of UNet, VAE and
         text encoder to; None keeps each tensor's own. tokenizer: of transformers, to
-        be saved in place of the base's.
+        be saved in place of the base's. readme: README.md, in place of the base's.
     Raises: UserError for an unknown path, a wrong shape, a value that does not fit.
     """
     base, out = Path(base_dir).absolute(), Path(out_dir).absolute()
@@ -320,7 +323,7 @@ def export(base_dir, changed, out_dir, variant="", dtype=None, tokenizer=None):
         entries |= found
         kept[kind] = set(tensors.weight_files(base / kind, KINDS[kind].stem, variant))
     resized = _resized_table(changed, entries)
-    with tensors.atomic_folder(out) as temp:
+    with files.replaced_folder(out) as temp:
         left_out = _copy_model(base, temp, kept)
         if left_out:
             logging.warning("export leaves out %s", ", ".join(left_out))
@@ -339,6 +342,8 @@ def export(base_dir, changed, out_dir, variant="", dtype=None, tokenizer=None):
         if tokenizer is not None:  # a file left of the old one would contradict it
             shutil.rmtree(temp / "tokenizer")
             tokenizer.save_pretrained(str(temp / "tokenizer"))
+        if readme:
+            (temp / "README.md").write_text(readme, encoding="utf-8")
         if dtype is not None:
             for component in COMPONENTS:
                 for file in sorted((temp / component).glob("*.safetensors")):

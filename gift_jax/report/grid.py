@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from gift_jax import files
+
 _GAP = 4
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 _FONT_SIZE = 14
@@ -49,10 +51,9 @@ def save_grid(images, path, *, columns=8, row_labels=(), column_labels=(), cell=
             image = Image.fromarray(np.asarray(picture, np.uint8))
             image = image.resize((width, height), Image.Resampling.NEAREST)
             page.paste(image, (left + c * (width + _GAP), y))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path)
-    return path
+    with files.replaced(path) as aside:
+        page.save(aside)
+    return Path(path)
 
 
 def save_sheet(images, path, columns=8, **how):
@@ -67,10 +68,9 @@ def save_sheet(images, path, columns=8, **how):
     full = np.full((lines * columns, h, w, 3), 255, np.uint8)
     full[:n] = images
     full = full.reshape(lines, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(full.reshape(lines * h, columns * w, 3)).save(path, **how)
-    return path
+    with files.replaced(path) as aside:
+        Image.fromarray(full.reshape(lines * h, columns * w, 3)).save(aside, **how)
+    return Path(path)
 
 
 def read_sheet(path, count, columns=8):

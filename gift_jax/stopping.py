@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SIGINT and SIGTERM do: a checkpoint, then the end, and soon.
+
+While steps are taken, `collected` notes the signal and the loop saves before it stops.
+At all other times there is nothing to save, and the process ends: at once where Python
+runs, and after `GRACE_S` where it is inside a compilation, which no exception reaches.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+GRACE_S = 5.0
+
+
+class StoppedBySignal(Exception):  # noqa: N818 - an event, not an error
+    """The run was asked to stop, and has saved a checkpoint if it had what to save."""
+
+    def __init__(self, signum: int, saved: bool = True):
+        after = " after a checkpoint" if saved else ""
+        super().__init__(f"stopped by signal {signum}{after}")
+        self.exit_code = 128 + signum
+
+
+class _Guard:
+    """A thread that ends the process where a signal is not heard in time.
+
+    Attributes: patient: whether steps are being taken, whose end is worth any wait.
+      heard: whether Python has seen the last signal.
+    """
+
+    def __init__(self):
+        self.patient = False
+        self.heard = threading.Event()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, args=(reader,), daemon=True).start()
+
+    def _wait(self, reader: int) -> None:
+        while True:
+            (signum,) = os.read(reader, 1)
+            if signum not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if not self.heard.wait(GRACE_S) and not self.patient:
+                event = StoppedBySignal(signum, saved=False)
+                print(f"{event}; run the same command to go on", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(event.exit_code)
+
+
+_guard: _Guard | None = None
+
+
+def watch() -> None:
+    """From now on SIGTERM ends the process with exit code 143, wherever it is."""
+    global _guard
+    _guard = _guard or _Guard()
+
+    def end(signum, _frame):
+        _heard()
+        raise StoppedBySignal(signum, saved=False)
+
+    def interrupt(signum, frame):
+        _heard()
+        signal.default_int_handler(signum, frame)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def _heard() -> None:
+    if _guard:
+        _guard.heard.set()
+
+
+def be_patient(patient: bool) -> None:
+    """Says whether steps are being taken, the first of them compiled and done."""
+    if _guard:
+        _guard.patient = patient
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of dying; a second one kills.
+
+    Of several processes, JAX's own service takes SIGTERM: see `hosts.asked_to_stop`.
+    """
+    received: list[int] = []
+
+    def handle(signum, _frame):
+        _heard()
+        received.append(signum)
+        signal.signal(signum, signal.default_int_handler)
+        logging.warning("signal %d: saving a checkpoint, then stopping", signum)
+
+    old = {}
+    alone = (signal.SIGTERM,) if jax.process_count() == 1 else ()
+    for signum in (signal.SIGINT, *alone):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            old[signum] = signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        be_patient(False)
+        for signum, handler in old.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM and SIGINT end a process soon, wherever it is."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import gift_jax
+
+ROOT = pathlib.Path(gift_jax.__file__).parents[1]
+BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', {n})"  # in C, without a look at signals
+SCRIPT = """
+import hashlib, time
+from gift_jax import config, stopping
+stopping.GRACE_S = 0.5
+
+def main():
+    stopping.be_patient({patient})
+    print("ready", flush=True)
+    {work}
+    time.sleep(0.1)
+    return 0
+
+config.run_main(main)
+"""
+
+
+def end(signum, work, patient=False):
+    """Returns (exit code, seconds until then, stderr) of one that gets a signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(work=work, patient=patient)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    began = time.monotonic()
+    process.send_signal(signum)
+    _, error = process.communicate()
+    return process.returncode, time.monotonic() - began, error
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_python_code_is_stopped_at_once(signum, code):
+    found, seconds, error = end(signum, "time.sleep(60)")
+    assert found == code and seconds < 30 and "Traceback" not in error
+    if signum == signal.SIGTERM:
+        assert error == "stopped by signal 15; run the same command to go on\n"
+
+
+def test_what_does_not_look_at_signals_is_ended_after_a_while():
+    found, seconds, error = end(signal.SIGTERM, BUSY.format(n=2_000_000_000))
+    assert found == 143 and 0.5 <= seconds < 30
+    assert error == "stopped by signal 15; run the same command to go on\n"
+
+
+def test_a_step_is_waited_for():
+    found, seconds, error = end(signal.SIGTERM, BUSY.format(n=8_000_000), patient=True)
+    assert seconds > 1
+    assert found == 143 and "stopped by signal 15" in error
