@@ -31,12 +31,10 @@ class StoppedBySignal(Exception):  # noqa: N818 - an event, not an error
 class _Guard:
     """A thread that ends the process where a signal is not heard in time.
 
-    Attributes: patient: whether steps are being taken, whose end is worth any wait.
-      heard: whether Python has seen the last signal.
+    Attributes: heard: whether Python has seen the last signal.
     """
 
     def __init__(self):
-        self.patient = False
         self.heard = threading.Event()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -48,7 +46,7 @@ class _Guard:
             (signum,) = os.read(reader, 1)
             if signum not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            if not self.heard.wait(GRACE_S) and not self.patient:
+            if not self.heard.wait(GRACE_S) and not _patient:
                 event = StoppedBySignal(signum, saved=False)
                 print(f"{event}; run the same command to go on", file=sys.stderr)
                 sys.stderr.flush()
@@ -56,23 +54,22 @@ class _Guard:
 
 
 _guard: _Guard | None = None
+_patient = False  # steps are being taken, whose end is worth any wait
 
 
 def watch() -> None:
     """From now on SIGTERM ends the process with exit code 143, wherever it is."""
     global _guard
     _guard = _guard or _Guard()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end)
 
-    def end(signum, _frame):
-        _heard()
-        raise StoppedBySignal(signum, saved=False)
 
-    def interrupt(signum, frame):
-        _heard()
+def _end(signum, frame):
+    _heard()
+    if signum == signal.SIGINT:
         signal.default_int_handler(signum, frame)
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, interrupt)
+    raise StoppedBySignal(signum, saved=False)
 
 
 def _heard() -> None:
@@ -82,19 +79,23 @@ def _heard() -> None:
 
 def be_patient(patient: bool) -> None:
     """Says whether steps are being taken, the first of them compiled and done."""
-    if _guard:
-        _guard.patient = patient
+    global _patient
+    _patient = patient
 
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list instead of dying; a second one kills.
 
+    Before `be_patient` says so there is nothing to save, and the first one does.
+
     Of several processes, JAX's own service takes SIGTERM: see `hosts.asked_to_stop`.
     """
     received: list[int] = []
 
-    def handle(signum, _frame):
+    def handle(signum, frame):
+        if not _patient:
+            _end(signum, frame)
         _heard()
         received.append(signum)
         signal.signal(signum, signal.default_int_handler)

@@ -30,6 +30,13 @@ config.run_main(main)
 """
 
 
+IN_A_LOOP = """with stopping.collected() as received:
+        stopping.be_patient({patient})
+        time.sleep({seconds})
+        print("received", received)
+    return 0"""
+
+
 def end(signum, work, patient=False):
     """Returns (exit code, seconds until then, stderr) of one that gets a signal."""
     process = subprocess.Popen(
@@ -43,8 +50,8 @@ def end(signum, work, patient=False):
     time.sleep(0.2)
     began = time.monotonic()
     process.send_signal(signum)
-    _, error = process.communicate()
-    return process.returncode, time.monotonic() - began, error
+    out, error = process.communicate()
+    return process.returncode, time.monotonic() - began, out + error
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -65,3 +72,16 @@ def test_a_step_is_waited_for():
     found, seconds, error = end(signal.SIGTERM, BUSY.format(n=8_000_000), patient=True)
     assert seconds > 1
     assert found == 143 and "stopped by signal 15" in error
+
+
+def test_before_the_first_step_there_is_nothing_to_wait_for():
+    found, seconds, said = end(
+        signal.SIGTERM, IN_A_LOOP.format(patient=False, seconds=60)
+    )
+    assert found == 143 and seconds < 30
+    assert said == "stopped by signal 15; run the same command to go on\n"
+
+
+def test_while_steps_are_taken_a_signal_is_collected():
+    found, _, said = end(signal.SIGTERM, IN_A_LOOP.format(patient=True, seconds=1))
+    assert found == 0 and f"received [{int(signal.SIGTERM)}]" in said
