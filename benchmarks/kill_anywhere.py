@@ -16,8 +16,8 @@ so often; a run that ends before its kill is compared and begun anew. Every time
 
 Prints one JSON object: kills by what the process was doing, runs compared, seconds;
 exit code 1 if anything differs. --signal TERM asks instead of killing, and wants exit
-code 143: the seconds from the signal to the exit are printed too. Commands: train and
-attack (emoji-sd, a few steps) and benchmark (its smoke suite).
+code 143 (as a shell has it): the seconds from the signal to the exit are printed too.
+Commands: train and attack (emoji-sd, a few steps) and benchmark (its smoke suite).
 """
 
 import argparse
@@ -161,7 +161,9 @@ def stop(process: subprocess.Popen, signum: int, log: pathlib.Path) -> float:
     began = time.perf_counter()
     process.send_signal(signum)
     code = process.wait()
-    if code not in (-signal.SIGKILL, 128 + signal.SIGTERM, 0):  # 0: it was at its end
+    # Before the command has begun, and after its end, Python's own handler is gone.
+    ended = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0)
+    if code not in ended:
         raise Differs(f"exit code {code}: {log.read_text()[-2000:]}")
     return time.perf_counter() - began
 
