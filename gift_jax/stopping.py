@@ -19,8 +19,11 @@ from absl import logging
 GRACE_S = 5.0
 
 
-class StoppedBySignal(Exception):  # noqa: N818 - an event, not an error
-    """The run was asked to stop, and has saved a checkpoint if it had what to save."""
+class StoppedBySignal(BaseException):  # noqa: N818 - an event, not an error
+    """The run was asked to stop, and has saved a checkpoint if it had what to save.
+
+    As KeyboardInterrupt no Exception: a library's `except Exception` must not take it.
+    """
 
     def __init__(self, signum: int, saved: bool = True):
         after = " after a checkpoint" if saved else ""
