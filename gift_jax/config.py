@@ -6,6 +6,7 @@ the rule and the fix, and exit code 2.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
@@ -248,12 +249,8 @@ def prepare_workdir(
     from gift_jax import files, hosts  # imports jax, which --help need not wait for
 
     if hosts.is_first():
-        try:
+        with _writing(workdir):
             files.lock(workdir)
-        except OSError as error:
-            raise UserError(
-                f"--workdir={workdir} cannot be written: {error}"
-            ) from error
     path = workdir / "config.json"
     new = json.loads(json.dumps(cfg.to_dict()))
     new.pop("processes", None)  # each has its own
@@ -272,13 +269,19 @@ def prepare_workdir(
             )
     if not hosts.is_first():
         return workdir
-    try:
+    with _writing(workdir):
         files.write_json(path, new)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
     log_to_file(workdir)
     logging.info("config %s", json.dumps(new, sort_keys=True))
     return workdir
+
+
+@contextlib.contextmanager
+def _writing(workdir: pathlib.Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:

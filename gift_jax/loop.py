@@ -245,14 +245,14 @@ class _Run:
                 if hosts.asked_to_stop(done):
                     received.append(signal.SIGTERM)
                 stop = bool(received)
-                saves = last or stop or store.due(done)
+                due = last or store.due(done)
+                saves, logs = due or stop, due or done % options.log_every == 0
                 called = any(done in call.at for call in self.calls)
-                if saves:
-                    log.check(done, metrics, state.params)
-                if done % options.log_every == 0 or last or store.due(done):
-                    log.write(done, metrics, _batch_size(batch))
-                elif called:  # no line that a run without would not have
-                    log.check(done, metrics)
+                if saves or logs or called:
+                    params = state.params if saves else None
+                    values = log.check(done, metrics, params)
+                if logs:  # no line that a run without signals or calls would not have
+                    log.write(done, values, _batch_size(batch))
                 _make_calls(self.calls, done, state, log)
                 bar.update(done, log.latest)
                 if saves:
@@ -393,13 +393,12 @@ class MetricsLog:
         step, then = self._since
         self._since = (step, then + seconds)
 
-    def write(self, step: int, metrics: Metrics, batch_size: int) -> None:
-        """Fetches, checks and writes one step's metrics."""
-        values = self.check(step, metrics)
+    def write(self, step: int, values: dict[str, float], batch_size: int) -> None:
+        """Writes one step's metrics, as `check` returns them."""
         (old_step, old_time), now = self._since, time.perf_counter()
         if step > old_step:
             seconds = (now - old_time) / (step - old_step)
-            values |= {
+            values = values | {
                 "time/step_s": round(seconds, 5),
                 "time/examples_per_s": round(batch_size / seconds, 2),
             }

@@ -106,6 +106,22 @@ def run(
     )
 
 
+def command(called, at):
+    """Returns the command of a process that runs 40 steps in the folder job.
+
+    Args: called: what it defines. at: {step: a function of it}, as text.
+    """
+    script = f"""
+import pathlib, resource, signal, sys, time
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import test_loop
+from gift_jax import config
+{textwrap.dedent(called)}
+config.run_main(lambda: test_loop.run(pathlib.Path("job"), 40, at={at}) and 0)
+"""
+    return [sys.executable, "-c", script]
+
+
 def lines(workdir):
     return [json.loads(s) for s in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -340,22 +356,13 @@ def test_a_run_is_not_restored_for_ever(tmp_path, caplog):
 
 
 def test_disk_that_takes_no_more_metrics_ends_the_run_in_one_line(tmp_path):
-    script = f"""
-    import pathlib, resource, signal, sys
-    sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
-    import test_loop
-    from gift_jax import config
-
+    full = """
     def full():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
-
-    config.run_main(
-        lambda: test_loop.run(pathlib.Path("job"), 40, at={{2: full}}) and 0
-    )
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        command(full, "{2: full}"),
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -481,22 +488,13 @@ def test_nan_at_the_moment_of_a_signal_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_process_ends_with_the_signals_exit_code(tmp_path, signum, code):
-    script = f"""
-    import pathlib, sys, time
-    sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
-    import test_loop
-    from gift_jax import config
-
+    wait = """
     def wait():
         print("ready", flush=True)
         time.sleep(2)  # goes on after the handler
-
-    config.run_main(
-        lambda: test_loop.run(pathlib.Path("job"), 9, at={{4: wait}}) and 0
-    )
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        command(wait, "{4: wait}"),
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
