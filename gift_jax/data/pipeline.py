@@ -6,12 +6,15 @@ order, and process p reads slice p of it. So the examples of step n depend on th
 alone, never on how many processes share the work.
 """
 
+import functools
+
 import grain
 import numpy as np
 
 from gift_jax.config import UserError
 
 INDEX = "index"  # the key that `batches` adds
+_ENDLESS = 2**40  # batches
 
 
 class Repeated:
@@ -90,24 +93,27 @@ def batches(
     """
     size = len(source)
     _check(size, batch_size, process_count, drop_remainder)
-    order = grain.MapDataset.range(size)
-    if shuffle:
-        order = order.shuffle(seed=int(seed))
-    if drop_remainder:  # batch inside the epoch
-        order = order.batch(batch_size, drop_remainder=True).repeat()
-    else:
-        order = order.repeat().batch(batch_size, drop_remainder=True)
+    used = size - size % batch_size if drop_remainder else size  # of an epoch
     local = batch_size // process_count
     places = np.arange(process_index * local, (process_index + 1) * local)
 
-    def read(positions):
-        batch = _take(source, np.asarray(positions)[places])
-        return batch | {INDEX: places.astype(np.int32)}
+    # Grain's own shuffle takes 0.4 ms for an example, a tenth of a small step.
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        if not shuffle:
+            return np.arange(size)
+        return np.random.default_rng((int(seed), epoch)).permutation(size)
+
+    def read(number):
+        epochs, within = np.divmod(number * batch_size + places, used)
+        positions = [order(e)[i] for e, i in zip(epochs.tolist(), within, strict=True)]
+        return _take(source, np.asarray(positions)) | {INDEX: places.astype(np.int32)}
 
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=2 * max(1, num_threads)
     )
-    return iter(order.map(read).to_iter_dataset(options))
+    numbers = grain.MapDataset.range(_ENDLESS).map(read)
+    return iter(numbers.to_iter_dataset(options))
 
 
 def _take(source, positions):
