@@ -78,6 +78,7 @@ def emoji() -> ConfigDict:
     for group in (c.harmful, c.safe):
         group.update(copies=4, shift=2, scale=0.05)
         group.update(generate_steps=25, generate_guidance=3.0)  # emoji-sd's
+        group.identifier_template = "{a_style} emoji of {identifier}"
     c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
     c.samples.update(guidance=3.0, batch=16)
     return c
@@ -253,6 +254,8 @@ def pairs() -> ConfigDict:
     c.crop = "center"  # to a square; or random, none (squeezed)
     c.batch = 1  # pairs an update
     c.empty_prompts = 0.0  # share of pairs whose prompt is left empty
+    c.identifier_prompts = 0.0  # share of pairs called by made-up words, as "sks"
+    c.identifier_template = "a photo of {identifier}"  # with names maybe {a_style} too
     c.copies = 1  # cached versions of each picture: itself, the rest augmented
     c.flip = 0.0  # probability of mirroring one that may be
     c.shift = 0  # pixels

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from gift_jax import card, config, hosts, loop, samples, sharding
 from gift_jax.config import UserError
-from gift_jax.data import concepts, latents, pipeline
+from gift_jax.data import captions, concepts, latents, pipeline
 from gift_jax.methods.denoise import Denoiser
 from gift_jax.models import (
     hooks,
@@ -59,7 +59,8 @@ _LEAST_OF_DATA = {
     "generate_guidance": 1,
     "shift": 0,
 }
-_MOST_OF_DATA = {"empty_prompts": 1, "flip": 1, "scale": 0.99}  # from 0
+_MOST_OF_DATA = {"empty_prompts": 1, "identifier_prompts": 1}  # from 0
+_MOST_OF_DATA |= {"flip": 1, "scale": 0.99}
 _SMALL_BYTES = 2**30  # of a model's files
 # What a data group of a config says about its pairs.
 _PAIRS = tuple(
@@ -94,7 +95,9 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
                 f"config.{group}.batch={cfg[group].batch} must divide by "
                 f"config.accumulate={cfg.accumulate}; try --config.{group}.batch={fix}"
             )
-        concepts.check(_concept_spec(cfg[group], group))
+        source = concepts.check(_concept_spec(cfg[group], group))
+        if cfg[group].identifier_prompts:
+            _check_identifier(f"config.{group}.identifier_template", cfg[group], source)
     for group in optimizers:
         optimizer(cfg[group], 1, group)
     if optimizers:
@@ -104,6 +107,15 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
     config.choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
     for field in ("attention", "remat") if optimizers else ("attention",):
         config.choice(f"config.{field}", cfg[field], kernels.CHOICES[field])
+
+
+def _check_identifier(field: str, spec: Any, source: str) -> None:
+    styled = captions.check_identifier(field, spec.identifier_template)
+    if styled and source != "names":
+        raise UserError(
+            f"{field}={spec.identifier_template!r} has a style, which pictures from "
+            f"{source} have not; try 'a photo of {{identifier}}'"
+        )
 
 
 def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
@@ -240,8 +252,7 @@ def _concept_spec(spec: Any, field: str, **others) -> concepts.ConceptSpec:
 def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
     """Returns the encoded pairs as a Grain source of {mean, std, text, concept}.
 
-    A share `spec.empty_prompts` of the rows gets the text states of "": what a model
-    draws hangs on these too, through classifier-free guidance.
+    See `row_prompts` for what the rows are called.
 
     Args: ids: token ids, int32 "N L", under `ids` in place of text states, for a text
       encoder that trains.
@@ -256,15 +267,38 @@ def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
         flip=spec.flip,
         shift=spec.shift,
         scale=spec.scale,
+        prompts=row_prompts(data, spec, jax.random.fold_in(key, 0)),  # copies: 1, 2 ...
     )
-    if spec.empty_prompts:
-        k_empty = jax.random.fold_in(key, 0)  # the copies use 1, 2 ...
-        rows = jax.random.bernoulli(k_empty, spec.empty_prompts, cache["concept"].shape)
-        empty = encode(model, [""])[0]
-        cache["text"] = cache["text"].replace(np.asarray(rows), empty)
     if ids:
         cache["ids"] = cache.pop("text")
     return pipeline.ArraySource(cache)
+
+
+def row_prompts(data: concepts.ConceptData, spec: Any, key: jax.Array) -> list[str]:
+    """Returns what the spec.copies of every pair are called, copy by copy.
+
+    A share `identifier_prompts` goes by an identifier, another one each time, under
+    which an attacker may hide what a picture shows. A share `empty_prompts` is left
+    empty: what a model draws hangs on these too, through classifier-free guidance.
+    """
+    prompts, styles = data.prompts * spec.copies, data.styles * spec.copies
+    if spec.identifier_prompts:
+        k_rows, k_words = jax.random.split(jax.random.fold_in(key, 1))
+        rows = _some_rows(k_rows, spec.identifier_prompts, len(prompts))
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(k_words)))
+        for row in rows:
+            word, style = captions.identifier(rng), styles[row]
+            template = spec.identifier_template
+            prompts[row] = captions.fill_identifier(template, word, style)
+    for row in _some_rows(key, spec.empty_prompts, len(prompts)):
+        prompts[row] = ""
+    return prompts
+
+
+def _some_rows(key: jax.Array, share: float, count: int) -> np.ndarray:
+    if not share:
+        return np.zeros(0, int)
+    return np.flatnonzero(jax.random.bernoulli(key, share, (count,)))
 
 
 def key(cfg: Any, purpose: str) -> jax.Array:

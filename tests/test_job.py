@@ -163,7 +163,7 @@ def test_unknown_model_and_dtype_are_named(tiny_folder):
 def group(**fields):
     """A data group of the shipped config: without a source, with other fields."""
     spec = config.load(str(CONFIG)).safe
-    spec.update(dict(names=(), empty_prompts=0.0) | fields)
+    spec.update(dict(names=(), empty_prompts=0.0, identifier_prompts=0.0) | fields)
     return spec
 
 
@@ -196,6 +196,46 @@ def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
     is_dog = [np.allclose(text, dog, atol=1e-5) for text in texts]
     assert 3 <= sum(is_empty) <= 20
     assert sum(is_empty) + sum(is_dog) == 40
+
+
+def test_a_share_of_pairs_goes_by_made_up_identifiers(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, copies=40, identifier_prompts=0.5)
+    data = job.read_pairs(tiny, spec, "harmful", tiny.image_size)
+    spec.identifier_template = "a photo of {identifier}"
+    prompts = job.row_prompts(data, spec, jax.random.key(0))
+    assert prompts == job.row_prompts(data, spec, jax.random.key(0))
+    assert prompts != job.row_prompts(data, spec, jax.random.key(1))
+    renamed = [prompt for prompt in prompts if prompt != "a dog"]
+    assert len(prompts) == 40 and 10 <= len(renamed) <= 30
+    assert len(set(renamed)) > len(renamed) - 3  # a new word nearly every time
+    assert all(prompt.startswith("a photo of ") for prompt in renamed)
+    source = job.cached_source(tiny, data, spec, jax.random.key(2))
+    called = job.row_prompts(data, spec, jax.random.fold_in(jax.random.key(2), 0))
+    texts = np.stack([source[i]["text"] for i in range(len(source))])
+    wanted = stable_diffusion.encode_prompts(tiny, called)
+    np.testing.assert_allclose(texts, wanted, atol=1e-5)
+
+
+def test_identifiers_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
+    both = folder_spec(
+        tmp_path, rng, copies=40, identifier_prompts=1.0, empty_prompts=0.25
+    )
+    both.identifier_template = "a photo of {identifier}"
+    empty = group(folder=both.folder, prompt="a dog", copies=40, empty_prompts=0.25)
+    data = job.read_pairs(tiny, both, "safe", tiny.image_size)
+    prompts = [job.row_prompts(data, spec, jax.random.key(0)) for spec in (both, empty)]
+    assert 3 <= prompts[0].count("") <= 20
+    assert [p == "" for p in prompts[0]] == [p == "" for p in prompts[1]]
+    assert "a dog" not in prompts[0] and "a dog" in prompts[1]
+
+
+def test_identifiers_keep_a_pairs_style(monkeypatch, pytestconfig):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
+    spec = group(names=("bomb",), identifier_prompts=1.0)
+    data = job.read_pairs(None, spec, "harmful", 64)
+    prompts = job.row_prompts(data, spec, jax.random.key(0))
+    for prompt, style in zip(prompts, data.styles * spec.copies, strict=True):
+        assert f" {style} emoji of " in prompt and "bomb" not in prompt
 
 
 def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):

@@ -197,6 +197,7 @@ RANGES = {  # the least and the most of what has both ends, everywhere that it i
     "warmup_frac": (0, 1),
     "flip": (0, 1),
     "empty_prompts": (0, 1),
+    "identifier_prompts": (0, 1),
     "scale": (0, 0.99),
     "lr": (0, math.inf),
     "weight_decay": (0, math.inf),

@@ -335,6 +335,7 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("harmful.batch=0", "config.harmful.batch=0 must be at least 1"),
         ("safe.copies=0", "config.safe.copies=0 must be at least 1"),
         ("safe.empty_prompts=2", "config.safe.empty_prompts=2.0 must be at most 1"),
+        ("harmful.identifier_prompts=2", "config.harmful.identifier_prompts=2.0 must"),
         ("harmful.batch=3", "harmful.batch=3 must divide by 2 devices.*batch=2"),
         ("samples.num=-1", "config.samples.num=-1 must be at least 0"),
         ("samples.steps=0", "config.samples.steps=0 must be at least 1"),

@@ -11,6 +11,7 @@ import string
 from gift_jax.config import UserError, shown
 
 _FIELDS = ("concept", "a_concept", "style", "a_style")
+_IDENTIFIER_FIELDS = ("identifier", "style", "a_style")
 TEMPLATES = (
     "{a_style} emoji of {a_concept}",
     "{concept}, {style} style",
@@ -101,6 +102,8 @@ _BARE = frozenset(
         "volleyball",
     )
 )
+_CONSONANTS = tuple("bcfghjklmnprtvwxz")  # no s or d: no plural, sks or dvd
+_VOWELS = (*"aeiou", "")
 # A vowel letter with a consonant sound: "a unicorn", but "an umbrella".
 _CONSONANT_SOUND = ("unicorn", "euro", "ewe")
 
@@ -166,6 +169,24 @@ def check(field, template):
         ) from error
 
 
+def check_identifier(field, template):
+    """Raises a UserError naming the field for a template that names no identifier.
+
+    Returns: whether it names a style.
+    """
+    try:
+        _check(template, _IDENTIFIER_FIELDS)
+        plain = fill_identifier(template, "", "")
+        if plain == fill_identifier(template, "sks", ""):
+            raise ValueError("no identifier")
+    except ValueError as error:
+        raise UserError(
+            f"{field}={shown(template)} must have {{identifier}}, and may have "
+            "{style} or {a_style}; try 'a photo of {identifier}'"
+        ) from error
+    return plain != fill_identifier(template, "", "style")
+
+
 def caption(concept, style, template_index=0):
     """Returns a caption that names both; any integer selects a template, modulo."""
     return fill(TEMPLATES[template_index % len(TEMPLATES)], concept, style)
@@ -196,10 +217,35 @@ def fill(template, concept, style):
     )
 
 
+def fill_identifier(template, identifier, style):
+    """Fills {identifier}, {style} and {a_style} of a template.
+
+    Raises: ValueError for anything else in braces.
+    """
+    _check(template, _IDENTIFIER_FIELDS)
+    a_style = _article(style) + style
+    return template.format(identifier=identifier, style=style, a_style=a_style)
+
+
+def identifier(rng):
+    """Returns a word that means nothing, such as "vkt" or "zimplof".
+
+    In place of the rare tokens of DreamBooth (arXiv:2208.12242, section 3.2), for any
+    tokenizer: a cluster of consonants, or two or three syllables. It is never "sks".
+    Args: rng: a numpy Generator.
+    """
+    syllables = rng.integers(1, 4)
+    if syllables == 1:
+        letters = [_CONSONANTS] * 3
+    else:
+        letters = [_CONSONANTS, _VOWELS, _CONSONANTS] * syllables
+    return "".join(rng.choice(part) for part in letters)
+
+
 @functools.lru_cache
-def _check(template):
+def _check(template, fields=_FIELDS):
     for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is not None and (name not in _FIELDS or spec or conversion):
+        if name is not None and (name not in fields or spec or conversion):
             raise ValueError(f"{{{name}}}")
 
 

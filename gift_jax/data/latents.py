@@ -28,6 +28,7 @@ def cache_latents(
     shift=4,
     scale=0.1,
     batch_size=32,
+    prompts=None,
 ):
     """Encodes every pair of a `ConceptData`, in batches of one size.
 
@@ -36,6 +37,7 @@ def cache_latents(
         batches of `batch_size` (the last one padded), so each compiles once.
       copies: how often a picture appears; the first time as it is, then augmented by
         `flip`, `shift` and `scale` (see `augment`), drawn from `key`.
+      prompts: one a row, in place of the pairs' own.
     Returns: dict of arrays, copies * N rows, copy by copy: `mean` and `std`, float32
       "N ..."; `text`, float32 "N L D", a `pipeline.Repeated` (a prompt of SD takes 0.24
       MB); `concept`, int32 "N", indices into `data.concept_names`. The rows do not
@@ -59,12 +61,13 @@ def cache_latents(
                 encode_images, data.images, batch_size, transform=transform
             )
         )
-    text = encode_unique_prompts(encode_prompts, data.prompts, batch_size)
+    prompts = data.prompts * copies if prompts is None else prompts
+    text = encode_unique_prompts(encode_prompts, prompts, batch_size)
     logging.info("cached %d latents (%d pictures)", copies * len(data), len(data))
     return {
         "mean": np.concatenate([mean for mean, _ in encoded]),
         "std": np.concatenate([std for _, std in encoded]),
-        "text": pipeline.Repeated(text.table, np.tile(text.rows, copies)),
+        "text": text,
         "concept": np.tile(data.concept_ids, copies),
     }
 

@@ -32,11 +32,6 @@ class Repeated:
     def __getitem__(self, positions):
         return self.table[self.rows[positions]]
 
-    def replace(self, mask, entry):
-        """Returns a copy in which the entries at bool "N" `mask` are `entry`."""
-        table = np.concatenate([self.table, np.asarray(entry)[None]])
-        return Repeated(table, np.where(mask, len(self.table), self.rows))
-
 
 class ArraySource:
     """A dict of arrays of one length as a random-access source of dicts.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 
+from gift_jax.config import UserError
 from gift_jax.data import captions
 
 
@@ -49,6 +51,26 @@ def test_with_article_follows_english(concept, expected):
 def test_caption_article_follows_the_style():
     assert captions.caption("owl", "openmoji", 0) == "an openmoji emoji of an owl"
     assert captions.caption("owl", "noto", 0) == "a noto emoji of an owl"
+
+
+def test_identifiers_mean_nothing_and_differ(pictures):
+    rng = np.random.default_rng(0)
+    words = [captions.identifier(rng) for _ in range(3000)]
+    assert len(set(words)) > 2000 and "sks" not in words
+    assert min(map(len, words)) == 3 and max(map(len, words)) <= 9
+    said = " ".join([*pictures.concepts, *pictures.styles]).split()
+    assert not set(said) & set(words)
+
+
+def test_identifier_templates_need_the_identifier_and_may_have_a_style():
+    template = "{a_style} emoji of {identifier}"
+    told = captions.fill_identifier(template, "vok", "openmoji")
+    assert told == "an openmoji emoji of vok"
+    assert captions.check_identifier("f", template)
+    assert not captions.check_identifier("f", "a photo of {identifier}")
+    for bad in ("a photo", "{concept} {identifier}", "{identifier.x}", "{identifier"):
+        with pytest.raises(UserError, match="f=.*must have {identifier}"):
+            captions.check_identifier("f", bad)
 
 
 def test_word_lists_name_real_concepts(pictures):

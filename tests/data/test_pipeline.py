@@ -112,10 +112,6 @@ def test_repeated_entries_read_like_the_array_they_stand_for():
     np.testing.assert_array_equal(source[2]["x"], [3.0, 4.0])
     positions = np.asarray([3, 1])
     np.testing.assert_array_equal(source.take(positions)["x"], table[rows][positions])
-    mask = np.asarray([True, False, True, False])
-    changed = repeated.replace(mask, [9.0, 9.0])
-    assert (changed[:] == 9).all(axis=1).tolist() == mask.tolist()
-    np.testing.assert_array_equal(repeated[:], table[rows])
 
 
 def test_array_source_refuses_uneven_arrays():
