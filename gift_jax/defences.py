@@ -69,6 +69,7 @@ def check_gift(cfg) -> gift.Settings:
     config.choice("config.gift.bound", g.bound, losses.BOUNDS)
     config.choice("config.gift.noise_target", g.noise_target, losses.NOISE_TARGETS)
     config.choice("config.gift.distance", g.distance, losses.DISTANCES)
+    config.choice("config.gift.preserve", g.preserve, gift.PRESERVE)
     if g.beta and not g.layers:
         raise config.UserError(
             "config.gift.layers is empty; name a kind of layer, or set "
@@ -155,7 +156,11 @@ def plan_gift(cfg, s: gift.Settings, model, data, _) -> Plan:
         "harmful": cfg.harmful.batch * s.outer_steps,
         "safe": cfg.safe.batch * max(1, s.inner_steps),
     }
-    return Plan(step, parts.trainable, parts.frozen, opt, sizes, tuple(parts.trainable))
+    also = {}
+    if s.preserve == "model":  # a copy: the loop donates the model's own
+        also["original"] = jax.tree.map(jnp.array, parts.trainable)
+    psi = tuple(parts.trainable)
+    return Plan(step, parts.trainable, parts.frozen, opt, sizes, psi, also_frozen=also)
 
 
 def _is_unrolled(g, attack: adversary.Settings) -> bool:
@@ -297,10 +302,14 @@ def edit_uce(cfg, s: uce.Settings, model, data) -> dict[str, jax.Array]:
     return uce.edit(params, erase, guide, keep, s)
 
 
-def plan_finetune(cfg, model, params):
-    """Returns (step, optimiser states) of ordinary fine-tuning on safe pairs."""
+def plan_finetune(cfg, model, params, *, preserve: str = "data"):
+    """Returns (step, optimiser states) of fine-tuning on safe pairs.
+
+    Args: preserve: as GIFT's.
+    """
     tx = job.optimizer(cfg.post_finetune, cfg.post_finetune.steps, "post_finetune")
-    loss = gift.make_lower_loss(job.denoiser(model), gift.Settings())
+    settings = gift.Settings(preserve=preserve)
+    loss = gift.make_lower_loss(job.denoiser(model), settings)
     update = gift.make_level("lower", loss, tx, cfg.accumulate)
 
     def finetune_step(state, frozen, batch, key):

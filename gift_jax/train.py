@@ -64,13 +64,16 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         )
         for group, pairs in stepping.items()
     }
+    also_frozen = {}
     if method.edit:
         trained = method.edit(cfg, settings, model, data)
     else:
         plan = method.plan(cfg, settings, model, data, sources)
         trained = _train(cfg, workdir, mesh, model, plan, sources)
+        also_frozen = plan.also_frozen
     if cfg.post_finetune.steps:
-        trained = _finetune(cfg, workdir, mesh, model, sources["safe"], trained)
+        safe = sources["safe"]
+        trained = _finetune(cfg, workdir, mesh, model, safe, trained, also_frozen)
     trained = hosts.fetch(trained)
     job.export(model, trained, workdir / "export")
     if cfg.samples.num:
@@ -98,9 +101,10 @@ def _train(cfg, workdir, mesh, model, plan, sources):
     return {path: state.params[path] for path in plan.psi}
 
 
-def _finetune(cfg, workdir, mesh, model, source, trained):
-    """Returns the parameters after cfg.post_finetune.steps of the ordinary loss."""
-    step, opt = defences.plan_finetune(cfg, model, trained)
+def _finetune(cfg, workdir, mesh, model, source, trained, also_frozen):
+    """Returns the parameters after cfg.post_finetune.steps on safe pairs."""
+    preserve = "model" if "original" in also_frozen else "data"
+    step, opt = defences.plan_finetune(cfg, model, trained, preserve=preserve)
     flat = flatten_dict(model.params["unet"], sep="/")
     rest = {path: flat[path] for path in flat if path not in trained}
     cfg = cfg.copy_and_resolve_references()
@@ -109,7 +113,7 @@ def _finetune(cfg, workdir, mesh, model, source, trained):
         mesh,
         loop.init_state(trained, opt),
         step,
-        {"unet": rest, "abar": stable_diffusion.noise_schedule(model)},
+        {"unet": rest, "abar": stable_diffusion.noise_schedule(model), **also_frozen},
         job.batches(
             {"safe": source},
             {"safe": cfg.safe.batch},

@@ -227,6 +227,20 @@ def test_captions_and_the_models_own_pictures_train(
     assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 3
 
 
+def test_preserving_the_model_starts_from_what_it_predicts(main, tiny_folder, tmp_path):
+    flags = ["--config.samples.num=0", "--config.post_finetune.steps=1"]
+    flags += ["--config.steps=1", "--config.log_every=1"]
+    lower = {}
+    for preserve in ("data", "model"):
+        chosen = f"--config.gift.preserve={preserve}"
+        run = main(tmp_path / preserve, *flags, chosen)
+        logs = run / "metrics.jsonl", run / "post_finetune" / "metrics.jsonl"
+        lower[preserve] = [json.loads(log.read_text())["lower/loss"] for log in logs]
+        assert changed_tensors(tiny_folder, run / "export")
+    assert lower["model"][0] < 1e-9 and lower["data"][0] > 0.1
+    assert 1e-9 < lower["model"][1] < lower["data"][1]  # after one upper update
+
+
 @pytest.mark.parametrize(
     "method, flags",
     [
@@ -329,6 +343,7 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
             "config.adversary.alpha=0.0 must be above 0; try config.adversary.alpha=8",
         ),
         ("post_finetune.steps=-1", "config.post_finetune.steps=-1 must be at least"),
+        ("gift.preserve=all", "config.gift.preserve='all' is not one of: data"),
         ("lower.schedule=linear", "config.lower.schedule='linear' is not one of"),
         ("upper.lr=-1", "config.upper.lr=-1.0 must be at least 0"),
         ("upper.lr=nan", "config.upper.lr=nan must be finite"),

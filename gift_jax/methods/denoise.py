@@ -41,13 +41,36 @@ class Denoiser:
           each example by its place in the batch.
         Source: Ho et al. 2020, eq. 14, on latents (Rombach et al. 2022, eq. 2).
         """
+        z, t, eps = self._drawn(batch, key)
+        return self.losses_at(unet_params, abar_T, z, t, eps, batch["text"], capture)
+
+    def distances(
+        self,
+        unet_params: Any,
+        wanted_params: Any,
+        abar_T: jax.Array,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+    ) -> jax.Array:
+        """Returns how far apart what two UNets predict is, float32 "B".
+
+        Mean squares, at what `losses` draws with the same key; no gradient through the
+        second UNet's prediction.
+        """
+        z, t, eps = self._drawn(batch, key)
+        z_t, text = losses.add_noise(z, eps, abar_T[t]), batch["text"]
+        out, _ = self.predict(unet_params, z_t, t, text, ())
+        wanted, _ = self.predict(wanted_params, z_t, t, text, ())
+        return losses.squared_error(out, jax.lax.stop_gradient(wanted))
+
+    def _drawn(self, batch, key):
+        """Returns (z, t, eps), each example's drawn by its place in the batch."""
         k_z, k_eps, k_t = jax.random.split(key, 3)
-        mean = batch["mean"]
-        index_B = batch.get("index")
+        mean, index_B = batch["mean"], batch.get("index")
         z = mean + batch["std"] * losses.normal_like(k_z, mean, index_B)
         eps = losses.normal_like(k_eps, z, index_B)
         t = losses.timesteps(k_t, z.shape[0], self.train_timesteps, index_B)
-        return self.losses_at(unet_params, abar_T, z, t, eps, batch["text"], capture)
+        return z, t, eps
 
     def losses_at(self, unet_params, abar_T, z, t, eps, text, capture=()):
         """The same for given latents, timesteps and noise."""

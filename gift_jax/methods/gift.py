@@ -32,6 +32,7 @@ from gift_jax.methods.denoise import Denoiser
 from gift_jax.models import partition
 
 GRADIENTS = ("first_order", "unrolled", "joint")
+PRESERVE = ("data", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Settings:
       and the upper level in one outer step. beta: weight of representation noising.
       bound, cap: of the ascent, see `losses.bounded_ascent`. noise_target, distance:
       see `losses.representation_noising`. layers: kinds of layers to noise, see
-      `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`. attack: the adversary's.
+      `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`. preserve: of PRESERVE: the
+      safe pairs, or what the model predicted for them. attack: the adversary's.
       accumulate: parts of a level's batch, see `losses.in_parts`; first_order only.
       concepts: names of the malicious ones, to log the loss of each of several.
     """
@@ -57,6 +59,7 @@ class Settings:
     distance: str = "mse"
     layers: tuple[str, ...] = ("transformer",)
     joint_weight: float = 1.0
+    preserve: str = "data"
     attack: adversary.Settings = adversary.Settings()
     accumulate: int = 1
     concepts: tuple[str, ...] = ()
@@ -69,6 +72,8 @@ Loss = Callable[[Any, Any, dict, jax.Array], tuple[jax.Array, dict[str, jax.Arra
 def make_lower_loss(denoiser: Denoiser, s: Settings = Settings()) -> Loss:  # noqa: B008
     """Returns L(psi; D_s), the diffusion loss of a batch of safe pairs.
 
+    With preserve=model, the distance of what is predicted for them to what
+    frozen["original"], the trainable parameters as they were, predicts.
     With an adversary of safe_weight w, plus w L(attack(psi; D_s); D_s): what is safe
     must stay learnable.
     """
@@ -77,7 +82,11 @@ def make_lower_loss(denoiser: Denoiser, s: Settings = Settings()) -> Loss:  # no
 
     def lower_loss(params, frozen, batch, key):
         unet = partition.merge(params, frozen["unet"])
-        loss_B, _ = denoiser.losses(unet, frozen["abar"], batch, key)
+        if s.preserve == "model":
+            was = partition.merge(frozen["original"], frozen["unet"])
+            loss_B = denoiser.distances(unet, was, frozen["abar"], batch, key)
+        else:
+            loss_B, _ = denoiser.losses(unet, frozen["abar"], batch, key)
         loss = jnp.mean(loss_B)
         metrics = {"lower/loss": loss}
         if simulate is None:

@@ -51,6 +51,40 @@ def test_lower_step_lowers_the_safe_loss(toy):
     assert float(metrics["lower/grad_norm"]) > 0
 
 
+def test_preserving_the_model_asks_for_what_it_predicted(toy):
+    settings = gift.Settings(preserve="model")
+    frozen = toy.frozen | {"original": toy.params}
+    loss = jax.jit(
+        jax.value_and_grad(gift.make_lower_loss(toy.denoiser, settings), has_aux=True)
+    )
+    (value, _), grads = loss(toy.params, frozen, toy.batch["safe"], KEY)
+    assert float(value) == 0 and norm(grads) == 0
+    moved = jax.tree.map(lambda a: a + 0.1, toy.params)
+    (value, metrics), grads = loss(moved, frozen, toy.batch["safe"], KEY)
+    data_loss, _ = gift.make_lower_loss(toy.denoiser)(
+        moved, frozen, toy.batch["safe"], KEY
+    )
+    assert float(value) == float(metrics["lower/loss"]) > 1e-3
+    assert float(value) != pytest.approx(float(data_loss), rel=0.01)
+    back = jax.tree.map(lambda a, g: a - 0.01 * g / norm(grads), moved, grads)
+    assert norm(grads) > 1e-3
+    assert float(loss(back, frozen, toy.batch["safe"], KEY)[0][0]) < float(value)
+
+
+def test_distances_are_mean_squares_at_what_the_loss_draws(toy):
+    safe, abar = toy.batch["safe"], toy.frozen["abar"]
+    one = partition.merge(toy.params, toy.frozen["unet"])
+    other = jax.tree.map(lambda a: a + 0.1, one)
+    found = toy.denoiser.distances(one, other, abar, safe, KEY)
+    k_z, k_eps, k_t = jax.random.split(KEY, 3)
+    z = safe["mean"] + safe["std"] * losses.normal_like(k_z, safe["mean"])
+    t = losses.timesteps(k_t, len(z), toy.denoiser.train_timesteps)
+    z_t = losses.add_noise(z, losses.normal_like(k_eps, z), abar[t])
+    a, b = (toy.denoiser.predict(p, z_t, t, safe["text"])[0] for p in (one, other))
+    assert found.shape == (len(z),) and float(found.min()) > 1e-4
+    np.testing.assert_allclose(found, np.square(a - b).mean((1, 2, 3)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("bound", ["hinge", "log"])
 def test_upper_step_raises_the_malicious_loss(toy, bound):
     loss = gift.make_upper_loss(toy.denoiser, gift.Settings(bound=bound, cap=100.0))
