@@ -443,6 +443,8 @@ _PACE = ("steps", "log_every", "checkpoint_every", "keep", "name")
 _PACE += ("on_nan", "nan_retries")
 _MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
 _MACHINE += ("attention", "remat")
+# Fields that configs of earlier versions lack: what they meant; None: nothing.
+_ADDED = {"identifier_prompts": 0.0, "identifier_template": None, "preserve": "data"}
 
 
 def _is_pace(name: str, finished: bool) -> bool:
@@ -458,8 +460,13 @@ def differences(old: dict, new: dict, *, finished: bool = False) -> str:
     """Returns the first fields in which two configs' dicts differ, in words, or "".
 
     What sets a run's pace may differ, and the number of steps unless it is `finished`.
+    A field that `old` is too old to have is what it meant then.
     """
     old, new = _flat(old), _flat(new)
+    for name in new.keys() - old.keys():
+        last = name.rsplit(".")[-1]
+        if last in _ADDED:
+            old[name] = new[name] if _ADDED[last] is None else _ADDED[last]
     changed = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())

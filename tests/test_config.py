@@ -336,3 +336,16 @@ def test_mistake_ends_a_process_with_one_line_and_exit_code_2(tmp_path):
     )
     assert done.stdout == ""
     assert not (tmp_path / "w").exists()
+
+
+def test_a_config_too_old_for_a_field_meant_what_was_then():
+    old = {"harmful": {"names": ["bomb"]}, "gift": {"beta": 0.1}}
+    new = {"harmful": {"names": ["bomb"], "identifier_prompts": 0.0}}
+    new["harmful"]["identifier_template"] = "a photo of {identifier}"
+    new["gift"] = {"beta": 0.1, "preserve": "data"}
+    assert not config.differences(old, new)
+    new["harmful"]["identifier_prompts"], new["gift"]["preserve"] = 0.5, "model"
+    assert config.differences(old, new) == (
+        "gift.preserve was data, is model; harmful.identifier_prompts was 0.0, is 0.5"
+    )
+    assert "other was None, is 1" in config.differences(old, old | {"other": 1})
