@@ -444,7 +444,8 @@ _PACE += ("on_nan", "nan_retries")
 _MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
 _MACHINE += ("attention", "remat")
 # Fields that configs of earlier versions lack: what they meant; None: nothing.
-_ADDED = {"identifier_prompts": 0.0, "identifier_template": None, "preserve": "data"}
+_ADDED = {"identifier_prompts": 0.0, "identifier_template": None}
+_ADDED |= {"gift.preserve": "data"}
 
 
 def _is_pace(name: str, finished: bool) -> bool:
@@ -464,9 +465,9 @@ def differences(old: dict, new: dict, *, finished: bool = False) -> str:
     """
     old, new = _flat(old), _flat(new)
     for name in new.keys() - old.keys():
-        last = name.rsplit(".")[-1]
-        if last in _ADDED:
-            old[name] = new[name] if _ADDED[last] is None else _ADDED[last]
+        for field, meant in _ADDED.items():
+            if f".{name}".endswith(f".{field}"):
+                old[name] = new[name] if meant is None else meant
     changed = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())

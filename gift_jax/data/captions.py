@@ -10,8 +10,10 @@ import string
 
 from gift_jax.config import UserError, shown
 
-_FIELDS = ("concept", "a_concept", "style", "a_style")
-_IDENTIFIER_FIELDS = ("identifier", "style", "a_style")
+OF_CONCEPT = frozenset(("concept", "a_concept"))
+OF_STYLE = frozenset(("style", "a_style"))
+_FIELDS = OF_CONCEPT | OF_STYLE
+_IDENTIFIER_FIELDS = OF_STYLE | {"identifier"}
 TEMPLATES = (
     "{a_style} emoji of {a_concept}",
     "{concept}, {style} style",
@@ -159,9 +161,12 @@ NO_FLIP = frozenset(
 
 
 def check(field, template):
-    """Raises a UserError naming the field for a template that `fill` cannot fill."""
+    """Returns which fields a template has, a frozenset of their names.
+
+    Raises: UserError naming the field for one that `fill` cannot fill.
+    """
     try:
-        _check(template)
+        return _fields(template)
     except ValueError as error:
         raise UserError(
             f"{field}={shown(template)} may use only {{concept}}, {{a_concept}}, "
@@ -175,16 +180,15 @@ def check_identifier(field, template):
     Returns: whether it names a style.
     """
     try:
-        _check(template, _IDENTIFIER_FIELDS)
-        plain = fill_identifier(template, "", "")
-        if plain == fill_identifier(template, "sks", ""):
+        found = _fields(template, _IDENTIFIER_FIELDS)
+        if "identifier" not in found:
             raise ValueError("no identifier")
+        return bool(found & OF_STYLE)
     except ValueError as error:
         raise UserError(
             f"{field}={shown(template)} must have {{identifier}}, and may have "
             "{style} or {a_style}; try 'a photo of {identifier}'"
         ) from error
-    return plain != fill_identifier(template, "", "style")
 
 
 def caption(concept, style, template_index=0):
@@ -208,7 +212,7 @@ def fill(template, concept, style):
 
     Raises: ValueError for anything else in braces: also for attributes and widths.
     """
-    _check(template)
+    _fields(template)
     return template.format(
         concept=concept,
         style=style,
@@ -222,7 +226,7 @@ def fill_identifier(template, identifier, style):
 
     Raises: ValueError for anything else in braces.
     """
-    _check(template, _IDENTIFIER_FIELDS)
+    _fields(template, _IDENTIFIER_FIELDS)
     a_style = _article(style) + style
     return template.format(identifier=identifier, style=style, a_style=a_style)
 
@@ -243,10 +247,14 @@ def identifier(rng):
 
 
 @functools.lru_cache
-def _check(template, fields=_FIELDS):
+def _fields(template, known=_FIELDS):
+    found = set()
     for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is not None and (name not in fields or spec or conversion):
-            raise ValueError(f"{{{name}}}")
+        if name is not None:
+            if name not in known or spec or conversion:
+                raise ValueError(f"{{{name}}}")
+            found.add(name)
+    return frozenset(found)
 
 
 def with_article(concept):

@@ -234,9 +234,8 @@ def _resized(images, size):
 
 def _check_template(spec):
     """Returns whether it names the concept; UserError for a bad one."""
-    captions.check(f"{spec.field}.template", spec.template)
-    with_concept = captions.fill(spec.template, "thing", "style")
-    return with_concept != captions.fill(spec.template, "", "style")
+    fields = captions.check(f"{spec.field}.template", spec.template)
+    return bool(fields & captions.OF_CONCEPT)
 
 
 def _check_tfds(spec):
@@ -248,9 +247,8 @@ def _check_tfds(spec):
             f"{' and '.join(given) or 'none'}"
         )
     if spec.label_key:
-        _check_template(spec)
-        named, bare = (captions.fill(spec.template, "thing", s) for s in ("style", ""))
-        if named != bare:
+        fields = captions.check(f"{spec.field}.template", spec.template)
+        if fields & captions.OF_STYLE:
             raise UserError(
                 f"{spec.field}.template={spec.template!r} has a style, which labels "
                 "have not; try 'a photo of {a_concept}'"
