@@ -56,13 +56,14 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         for group in GROUPS
         if _is_given(cfg[group])
     }
-    config.prepare_workdir(cfg, workdir, base=base)
-    prompts = [p for p in cfg.samples.prompts for _ in range(cfg.samples.num)]
-    images = _drawn(model, cfg, prompts, workdir / "pictures")
     known = {group: data.images for group, data in given.items()}
-    exhibit = panel.Exhibit(images, prompts, _right(cfg, given, prompts), cfg.trait)
-    exhibit = exhibit.replace(**known)
+    prompts = [p for p in cfg.samples.prompts for _ in range(cfg.samples.num)]
+    right = _right(cfg, given, prompts)
     judges = panel.Panel(cfg.panel, known.get("references"))
+    judges.check_names(set().union(*right or ()), cfg.trait)
+    config.prepare_workdir(cfg, workdir, base=base)
+    images = _drawn(model, cfg, prompts, workdir / "pictures")
+    exhibit = panel.Exhibit(images, prompts, right, cfg.trait, **known)
     values = [value.as_json() for value in judges.measure(exhibit)]
     results = {
         "model": str(model.path),

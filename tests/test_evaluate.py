@@ -86,8 +86,8 @@ def test_sd15_config_measures_what_can_be_had(tmp_path):
         ("panel.classifier=resnet", "config.panel.classifier='resnet' is not one of"),
     ],
 )
-def test_mistake_is_one_line_and_writes_no_results(tmp_path, flag, message):
+def test_mistake_is_one_line_and_writes_nothing(tmp_path, flag, message):
     with pytest.raises(UserError, match=message) as caught:
         main(tmp_path / "run", f"--config.{flag}")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (tmp_path / "run").exists()

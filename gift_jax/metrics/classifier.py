@@ -179,6 +179,18 @@ def _plain(name: str) -> str:
     return " ".join(name.casefold().split())
 
 
+def labels_meant(classifier: Classifier, names: Collection[str]) -> dict[str, set[int]]:
+    """Returns {name: labels of the classifier that it means, as indices}.
+
+    Raises: UserError for a name that means none.
+    """
+    known, meant = meanings(classifier.labels), {}
+    for name in sorted(names):
+        plain = config.choice("the classifier's label", _plain(name), tuple(known))
+        meant[name] = known[plain]
+    return meant
+
+
 def recognition(
     classifier: Classifier, images: np.ndarray, right: Sequence[Collection[str]]
 ) -> Value:
@@ -190,10 +202,7 @@ def recognition(
     """
     if len(right) != len(images):
         raise UserError(f"{len(images)} pictures, but {len(right)} sets of names")
-    known, meant = meanings(classifier.labels), {}
-    for name in sorted(set().union(*right)):
-        plain = config.choice("the classifier's label", _plain(name), tuple(known))
-        meant[name] = known[plain]
+    meant = labels_meant(classifier, set().union(*right))
     said = classifier.classify(images)
     samples = [
         float(any(label in meant[name] for name in names))
