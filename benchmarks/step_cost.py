@@ -21,17 +21,22 @@ from gift_jax.models import stable_diffusion
 
 BASELINES = "configs/emoji_baselines.py"
 ADVERSARY = "configs/emoji_gift.py:adversary"
-FULL = {"adversary.kinds": ("full",), "adversary.horizon": 0}
+GIFT = "configs/emoji_gift.py"
+PLAIN = {"gift.inner_steps": 1, "gift.preserve": "data"}  # as in emoji_gift.py
+FULL = PLAIN | {"adversary.horizon": 0}
 STEPS = {  # name: (config, changes)
-    "first_order": ("configs/emoji_gift.py", {}),
-    "unrolled": ("configs/emoji_gift.py", {"gift.gradient": "unrolled"}),
-    "joint": ("configs/emoji_gift.py", {"gift.gradient": "joint"}),
-    "adversary": (ADVERSARY, {}),
-    "adversary, 1 full update": (ADVERSARY, FULL | {"adversary.steps_max": 1}),
-    "the same, unrolled": (
-        ADVERSARY,
-        FULL | {"adversary.steps_max": 1, "adversary.unrolled": True},
+    "first_order": (GIFT, {}),
+    "unrolled": (GIFT, {"gift.gradient": "unrolled"}),
+    "joint": (GIFT, {"gift.gradient": "joint"}),
+    "preserve=model": (GIFT, {"gift.preserve": "model"}),
+    "the same, 2 inner_steps": (
+        GIFT,
+        {"gift.preserve": "model", "gift.inner_steps": 2},
     ),
+    "emoji_gift.py:adversary": (ADVERSARY, {}),
+    "adversary": (ADVERSARY, PLAIN),
+    "adversary, 1 full update": (ADVERSARY, FULL),
+    "the same, unrolled": (ADVERSARY, FULL | {"adversary.unrolled": True}),
     "maximize_prior": (f"{BASELINES}:maximize_prior", {}),
     "maximize": (f"{BASELINES}:maximize", {}),
     "imma": (f"{BASELINES}:imma", {}),

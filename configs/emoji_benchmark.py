@@ -43,7 +43,8 @@ ABLATIONS = {  # of emoji_gift.py
     "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
 }
 ADVERSARIES = {  # of emoji_gift.py:adversary
-    "upper_x2": {"upper": {"lr": 4e-3}},
+    "upper_x2": {"upper": {"lr": 6e-3}},
+    "one_lower_step": {"gift": {"inner_steps": 1}},
 }
 SMOKE = {
     "name": "smoke",

@@ -18,7 +18,14 @@ ADVERSARY = {  # one that fine-tunes beside the training, for 30 steps on averag
     "adversary.lr_min": 1e-4,  # DreamBooth's usual rate, up to three times that
     "adversary.lr_max": 3e-4,
     "adversary.safe_weight": 0.0,  # twice the cost of a step, and no gain in trials
-    "upper.lr": 2e-3,  # at twice that, known safe things are lost
+    "steps": 500,
+    "gift.inner_steps": 2,  # with one, what holds costs the known safe things
+    "gift.preserve": "model",  # a target without noise: they are kept better
+    "lower.schedule": "cosine",
+    "upper.lr": 3e-3,
+    "post_finetune.schedule": "cosine",
+    "harmful.identifier_prompts": 0.5,  # attackers give what they teach a new name
+    "safe.identifier_prompts": 0.1,
 }
 
 
