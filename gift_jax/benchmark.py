@@ -122,7 +122,13 @@ class Bench:
                 f"{path}: was done with another config ({changed}); use another "
                 "--workdir, or delete that folder and the method's in defences/"
             )
+        self._clear(cell.folder)  # killed between the two: it is left there
         return found
+
+    def _clear(self, folder: str) -> None:
+        """Removes what only a run that is not done needs."""
+        for rest in ("checkpoints", "points"):
+            shutil.rmtree(self._workdir / folder / rest, ignore_errors=True)
 
     def do(self, cell: Cell) -> dict[str, Any]:
         """Immunizes if that is to do, attacks, draws, judges; returns the result."""
@@ -147,8 +153,7 @@ class Bench:
         found["family"] = self.matrix.attack_kind(cell.attack)
         found |= {"metrics": self._panel.said, "skipped": self._panel.skipped}
         files.write_json(folder / "cell.json", found)
-        for done in ("checkpoints", "points"):
-            shutil.rmtree(folder / done, ignore_errors=True)
+        self._clear(cell.folder)
         return found
 
     def _config(self, cell: Cell) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Bench:
             step_s = _step_seconds(folder)
             found = {"defence_seconds": seconds, "defence_step_s": step_s}
             files.write_json(done, found)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self._clear(cell.defence)
         return str(folder / "export"), json.loads(done.read_text())
 
     def _shared(self, cfg: ConfigDict):
