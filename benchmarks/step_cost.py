@@ -24,15 +24,13 @@ ADVERSARY = "configs/emoji_gift.py:adversary"
 GIFT = "configs/emoji_gift.py"
 PLAIN = {"gift.inner_steps": 1, "gift.preserve": "data"}  # as in emoji_gift.py
 FULL = PLAIN | {"adversary.horizon": 0}
+MODEL = {"gift.preserve": "model"}
 STEPS = {  # name: (config, changes)
     "first_order": (GIFT, {}),
     "unrolled": (GIFT, {"gift.gradient": "unrolled"}),
     "joint": (GIFT, {"gift.gradient": "joint"}),
-    "preserve=model": (GIFT, {"gift.preserve": "model"}),
-    "the same, 2 inner_steps": (
-        GIFT,
-        {"gift.preserve": "model", "gift.inner_steps": 2},
-    ),
+    "preserve=model": (GIFT, MODEL),
+    "the same, 2 inner_steps": (GIFT, MODEL | {"gift.inner_steps": 2}),
     "emoji_gift.py:adversary": (ADVERSARY, {}),
     "adversary": (ADVERSARY, PLAIN),
     "adversary, 1 full update": (ADVERSARY, FULL),

@@ -109,6 +109,7 @@ class Bench:
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Returns what a cell measured, or None if it is not done.
 
+        What a kill just after its result left beside it is removed.
         Raises: UserError if it was done with other settings.
         """
         path = self._workdir / cell.folder / "cell.json"
@@ -122,7 +123,7 @@ class Bench:
                 f"{path}: was done with another config ({changed}); use another "
                 "--workdir, or delete that folder and the method's in defences/"
             )
-        self._clear(cell.folder)  # killed between the two: it is left there
+        self._clear(cell.folder)
         return found
 
     def _clear(self, folder: str) -> None:

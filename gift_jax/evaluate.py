@@ -23,7 +23,7 @@ from rich.console import Console
 from gift_jax import config, files, job, progress, samples, sharding
 from gift_jax.config import UserError
 from gift_jax.data import concepts, pictures
-from gift_jax.metrics import panel, similarity
+from gift_jax.metrics import classifier, panel, similarity
 from gift_jax.models import weights
 from gift_jax.report import grid
 
@@ -59,11 +59,13 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     known = {group: data.images for group, data in given.items()}
     prompts = [p for p in cfg.samples.prompts for _ in range(cfg.samples.num)]
     right = _right(cfg, given, prompts)
-    judges = panel.Panel(cfg.panel, known.get("references"))
-    judges.check_names(set().union(*right or ()), cfg.trait)
+    if right and "recognition" in cfg.panel.metrics:
+        names = set().union(*right)
+        classifier.check_names(cfg.panel.classifier, cfg.trait, names)
     config.prepare_workdir(cfg, workdir, base=base)
     images = _drawn(model, cfg, prompts, workdir / "pictures")
     exhibit = panel.Exhibit(images, prompts, right, cfg.trait, **known)
+    judges = panel.Panel(cfg.panel, known.get("references"))
     values = [value.as_json() for value in judges.measure(exhibit)]
     results = {
         "model": str(model.path),

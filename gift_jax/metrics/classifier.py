@@ -14,7 +14,7 @@ import numpy as np
 from gift_jax import config
 from gift_jax.config import UserError
 from gift_jax.metrics import backbone, folders, judge, pixels
-from gift_jax.metrics.value import Value
+from gift_jax.metrics.value import MissingWeights, Value
 from gift_jax.models import hooks, tensors, weights
 
 TRAITS = ("thing", "style")
@@ -179,16 +179,33 @@ def _plain(name: str) -> str:
     return " ".join(name.casefold().split())
 
 
-def labels_meant(classifier: Classifier, names: Collection[str]) -> dict[str, set[int]]:
-    """Returns {name: labels of the classifier that it means, as indices}.
+def labels_meant(labels: Sequence[str], names: Collection[str]) -> dict[str, set[int]]:
+    """Returns {name: labels that it means, as indices}.
 
     Raises: UserError for a name that means none.
     """
-    known, meant = meanings(classifier.labels), {}
+    known, meant = meanings(labels), {}
     for name in sorted(names):
         plain = config.choice("the classifier's label", _plain(name), tuple(known))
         meant[name] = known[plain]
     return meant
+
+
+def check_names(spec: str, trait: str, names: Collection[str]) -> None:
+    """Raises UserError for a name that a classifier cannot say, before it is loaded.
+
+    Nothing is said where `load` would miss a file, or the classifier has no such trait.
+    """
+    if trait not in traits(spec):
+        return
+    if spec == "judge":
+        labels = _judge(trait).labels  # loaded once
+    else:
+        try:
+            labels = _labels(folders.find(spec, _WANTED)[0] / "config.json")
+        except MissingWeights:
+            return
+    labels_meant(labels, names)
 
 
 def recognition(
@@ -202,7 +219,7 @@ def recognition(
     """
     if len(right) != len(images):
         raise UserError(f"{len(images)} pictures, but {len(right)} sets of names")
-    meant = labels_meant(classifier, set().union(*right))
+    meant = labels_meant(classifier.labels, set().union(*right))
     said = classifier.classify(images)
     samples = [
         float(any(label in meant[name] for name in names))

@@ -57,8 +57,6 @@ class Panel:
     Attributes: skipped: {metric: why}, of those whose weights or packages are missing,
       and of those that some pictures lack something for.
       said: {name of a Value: {"higher", "how"}}, of what was measured so far.
-      judges: {trait: Classifier}, of "recognition"; empty where it is not a metric.
-      judges: {trait: Classifier}, what recognises; empty where that is not asked for.
 
     Args: cfg: `fields.panel()`. natural: uint8 "N H W 3", pictures to fit niqe's idea
       of quality on; None: it is skipped.
@@ -69,7 +67,6 @@ class Panel:
         self.cfg, self.natural = cfg, natural
         self.skipped: dict[str, str] = {}
         self.said: dict[str, dict[str, Any]] = {}
-        self.judges: dict[str, classifier.Classifier] = {}
         self._backbones: dict[tuple[str, str], backbone.Backbone] = {}
         self._metrics: dict[str, Metric] = {}
         check(cfg)
@@ -89,11 +86,6 @@ class Panel:
         for value in values:
             self.said[value.name] = {"higher": value.higher, "how": value.how}
         return values
-
-    def check_names(self, names: Collection[str], trait: str) -> None:
-        """Raises UserError for a name that what recognises a trait cannot say."""
-        if trait in self.judges:
-            classifier.labels_meant(self.judges[trait], names)
 
     def backbones(self, metric: str) -> list[backbone.Backbone]:
         """Returns the configured backbones in each protocol, loaded once."""
@@ -129,12 +121,11 @@ class Panel:
 
 def _recognition(panel: Panel) -> Metric:
     spec = panel.cfg.classifier
-    for trait in classifier.traits(spec):
-        panel.judges[trait] = classifier.load(spec, trait)
+    judges = {trait: classifier.load(spec, trait) for trait in classifier.traits(spec)}
 
     def measure(x: Exhibit) -> Iterator[Value]:
-        if x.trait in panel.judges:
-            yield classifier.recognition(panel.judges[x.trait], x.images, x.right)
+        if x.trait in judges:
+            yield classifier.recognition(judges[x.trait], x.images, x.right)
         else:
             panel.skip("recognition", f"{spec} has no names of a {x.trait}")
 

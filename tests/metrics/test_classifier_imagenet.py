@@ -330,6 +330,16 @@ def test_panel_measures_recognition_of_things_and_skips_styles(models, kind):
     assert "no names of a style" in judges.skipped["recognition"]
 
 
+def test_names_are_checked_before_weights_are_loaded(resnet, tmp_path, monkeypatch):
+    _, folder = resnet
+    monkeypatch.setattr(classifier.weights, "load_component", pytest.fail)
+    classifier.check_names(str(folder), "thing", {LABELS[0]})
+    with pytest.raises(UserError, match="label='no such thing' is not one of"):
+        classifier.check_names(str(folder), "thing", {"no such thing"})
+    classifier.check_names(str(folder), "style", {"no such thing"})
+    classifier.check_names(str(tmp_path / "none"), "thing", {"no such thing"})
+
+
 def test_panel_skips_a_classifier_that_is_not_here(tmp_path):
     judges = panel.Panel(settings(tmp_path / "none", "recognition", "sharpness"))
     assert "put config.json, preproc" in judges.skipped["recognition"]
