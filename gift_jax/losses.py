@@ -46,30 +46,38 @@ def _places(batch: int, index_B: jax.Array | None) -> jax.Array:
     return jnp.arange(batch) if index_B is None else index_B
 
 
+def split(batch, parts: int):
+    """Returns a batch "B ..." as parts "P B/P ...", each of every P-th example.
+
+    So all devices that a batch is divided over share in every part: of P neighbours
+    each, a part would lie on some of them, and all would compute the whole of it.
+
+    Args: parts: P, must divide the batch.
+    """
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), batch
+    )
+
+
 def in_parts(grad_fn: Callable, parts: int) -> Callable:
     """Returns (params, frozen, batch, key) -> (gradient, metrics), a part at a time.
 
     The memory of one part's gradient; of losses that are means over examples the same
-    gradient, with the same noise. Each part has every `parts`-th example, so that all
-    devices share in it.
+    gradient, with the same noise.
 
-    Args: grad_fn: the same of a whole batch. parts: must divide the batch, whose
-      examples need their `index` in it.
+    Args: grad_fn: the same of a whole batch. parts: see `split`; the batch's examples
+      need their `index` in it.
     """
     if parts == 1:
         return grad_fn
 
     def grads_in_parts(params, frozen, batch, key):
-        split = jax.tree.map(
-            lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), batch
-        )
-
         def add(total, part):
             grads, metrics = grad_fn(params, frozen, part, key)
             return jax.tree.map(jnp.add, total, grads), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, metrics = jax.lax.scan(add, zeros, split)
+        total, metrics = jax.lax.scan(add, zeros, split(batch, parts))
         grads = jax.tree.map(lambda g: g / parts, total)
         return grads, jax.tree.map(jnp.mean, metrics)
 

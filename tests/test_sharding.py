@@ -158,6 +158,33 @@ def test_memory_of_a_step_is_kept_for_the_next():
     assert faults["kept"] < 0.3 * faults["as it comes"]  # JAX 0.8: up to 0.21
 
 
+LEVELS = """
+import jax, jax.numpy as jnp
+from gift_jax import losses, sharding
+from gift_jax.methods import gift
+
+def update(w, opt, frozen, batch, key):
+    return w + (batch @ w).mean(), opt, {"lower/loss": w.sum()}
+
+mesh, both = sharding.start(2), gift.make_levels(update, 2)
+batch = jax.ShapeDtypeStruct((16, 64), "float32", sharding=sharding.batch_layout(mesh))
+def halves(w, batch):
+    return both(w, (), None, batch, jax.random.key(0))[0]
+def neighbours(w, batch):
+    batch = batch.reshape(2, 8, 64)  # a half on each device
+    return jax.lax.scan(lambda w, half: (w + (half @ w).mean(), ()), w, batch)[0]
+for f in (halves, neighbours):
+    print(jax.jit(f).lower(jnp.ones((64, 64)), batch).compile().as_text().count(HALF))
+"""
+
+
+def test_all_devices_share_in_every_update_of_a_level():
+    product = "= f32[4,64]{1,0} dot("  # of a device's rows of an update
+    command = [sys.executable, "-c", LEVELS.replace("HALF", repr(product))]
+    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert [int(line) for line in told.split()] == [1, 0]
+
+
 @pytest.mark.parametrize(
     "parts, shape, wanted",
     [

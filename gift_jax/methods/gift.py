@@ -190,8 +190,8 @@ def make_level(
 def make_levels(update: Callable, steps: int) -> Callable:
     """Returns `steps` updates of one level in one scan, each on its part of the batch.
 
-    The batch's leading axis is steps * B; metrics are those of the last update. With 0
-    steps nothing changes and no metric is reported.
+    The batch's leading axis is steps * B, see `losses.split`; metrics are those of the
+    last update. With 0 steps nothing changes and no metric is reported.
     """
 
     def updates(params, opt, frozen, batch, key):
@@ -202,7 +202,7 @@ def make_levels(update: Callable, steps: int) -> Callable:
             params, opt, metrics = update(*carry, frozen, *part)
             return (params, opt), metrics
 
-        parts = jax.tree.map(lambda a: a.reshape(steps, -1, *a.shape[1:]), batch)
+        parts = losses.split(batch, steps)
         # One update uses the key itself, as the unrolled and the joint gradient do.
         keys = jax.random.split(key, steps) if steps > 1 else key[None]
         if steps == 1:  # no loop: faster on CPU, and easier to read in a profile
