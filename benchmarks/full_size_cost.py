@@ -10,8 +10,8 @@ load: `stable_diffusion.load` in each --dtype, with the files dropped from the s
   memory above what the imports take, and that over the parameters' bytes in the dtype.
 convert: `gift_jax.convert` from-diffusers and to-diffusers in the files' own dtype:
   seconds and peak resident memory, all included, and that over the files' bytes.
-step: GIFT's outer step as `gift_jax.train` with configs/emoji_gift.py takes it: in
-  float32, cross-attention trains, one harmful and one safe pair of random latents of
+step: GIFT's outer step as `gift_jax.train` with configs/emoji_gift.py:plain takes it:
+  in float32, cross-attention trains, one harmful and one safe pair of random latents of
   32x32. Seconds to compile and a step (median), peak memory of each phase, XLA's own
   account of the program's memory, and one checkpoint's size on disk. Takes minutes to
   compile and 9 GB of memory on two CPU cores.

@@ -20,21 +20,24 @@ from gift_jax import config, defences, job, loop, sharding
 from gift_jax.models import stable_diffusion
 
 BASELINES = "configs/emoji_baselines.py"
-ADVERSARY = "configs/emoji_gift.py:adversary"
 GIFT = "configs/emoji_gift.py"
-PLAIN = {"gift.inner_steps": 1, "gift.preserve": "data"}  # as in emoji_gift.py
-FULL = PLAIN | {"adversary.horizon": 0}
+PLAIN = f"{GIFT}:plain"  # one update of each level, on data
 MODEL = {"gift.preserve": "model"}
+BESIDE = {
+    "adversary.kinds": ("full",),
+    "adversary.steps_min": 1,
+    "adversary.steps_max": 1,
+}
 STEPS = {  # name: (config, changes)
-    "first_order": (GIFT, {}),
-    "unrolled": (GIFT, {"gift.gradient": "unrolled"}),
-    "joint": (GIFT, {"gift.gradient": "joint"}),
-    "preserve=model": (GIFT, MODEL),
-    "the same, 2 inner_steps": (GIFT, MODEL | {"gift.inner_steps": 2}),
-    "emoji_gift.py:adversary": (ADVERSARY, {}),
-    "adversary": (ADVERSARY, PLAIN),
-    "adversary, 1 full update": (ADVERSARY, FULL),
-    "the same, unrolled": (ADVERSARY, FULL | {"adversary.unrolled": True}),
+    "first_order": (PLAIN, {}),
+    "unrolled": (PLAIN, {"gift.gradient": "unrolled"}),
+    "joint": (PLAIN, {"gift.gradient": "joint"}),
+    "preserve=model": (PLAIN, MODEL),
+    "the same, 2 inner_steps": (PLAIN, MODEL | {"gift.inner_steps": 2}),
+    "emoji_gift.py": (GIFT, {}),
+    "adversary": (PLAIN, BESIDE | {"adversary.horizon": 30}),
+    "adversary, 1 full update": (PLAIN, BESIDE),
+    "the same, unrolled": (PLAIN, BESIDE | {"adversary.unrolled": True}),
     "maximize_prior": (f"{BASELINES}:maximize_prior", {}),
     "maximize": (f"{BASELINES}:maximize", {}),
     "imma": (f"{BASELINES}:imma", {}),

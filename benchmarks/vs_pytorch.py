@@ -47,8 +47,8 @@ WARM_UP = {"sd15": 2, "emoji": 10}  # until memory has settled
 
 
 def gift_config():
-    """Returns the config of both sides' outer step: configs/emoji_gift.py."""
-    return config.load(str(ROOT / "configs" / "emoji_gift.py"))
+    """Returns the config of both sides' outer step: configs/emoji_gift.py:plain."""
+    return config.load(str(ROOT / "configs" / "emoji_gift.py:plain"))
 
 
 def sizes(part: str, cfg) -> dict[str, int]:

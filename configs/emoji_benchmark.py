@@ -26,10 +26,15 @@ from gift_jax.data import captions, emoji
 STYLE = "fluent"
 BASELINES, GIFT = "configs/emoji_baselines.py", "configs/emoji_gift.py"
 RATES = {"": 1, "_x3": 3, "_x10": 10}  # times the attack's usual rate
+NO_ADVERSARY = {"adversary": {"kinds": (), "horizon": 0}, "upper": {"lr": 2.2e-3}}
 ABLATIONS = {  # of emoji_gift.py
+    "no_adversary": NO_ADVERSARY,
     "no_post_finetune": {"post_finetune": {"steps": 0}},
-    "joint": {"gift": {"gradient": "joint"}},
-    "unrolled": {"gift": {"gradient": "unrolled"}},
+    "joint": NO_ADVERSARY | {"gift": {"gradient": "joint"}},  # next to no_adversary
+    "unrolled": NO_ADVERSARY | {"gift": {"gradient": "unrolled"}},
+    "one_lower_step": {"gift": {"inner_steps": 1}},
+    "preserve_data": {"gift": {"preserve": "data"}},
+    "by_name": {"harmful": {"identifier_prompts": 0.0}},
     "standard_noise": {"gift": {"noise_target": "standard"}},
     "mmd": {"gift": {"distance": "mmd"}},
     "no_noise": {"gift": {"beta": 0.0}},
@@ -37,14 +42,10 @@ ABLATIONS = {  # of emoji_gift.py
     "raw_ascent": {"gift": {"bound": "raw"}},
     "attention": {"trainable": "attention"},
     "text_projections": {"trainable": "cross_attention_kv"},
-    "upper_third": {"upper": {"lr": 2.2e-3 / 3}},
-    "upper_x3": {"upper": {"lr": 2.2e-3 * 3}},
+    "upper_third": {"upper": {"lr": 3e-3 / 3}},
+    "upper_x3": {"upper": {"lr": 3e-3 * 3}},
     "lower_third": {"lower": {"lr": 1.2e-3 / 3}},
     "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
-}
-ADVERSARIES = {  # of emoji_gift.py:adversary
-    "upper_x2": {"upper": {"lr": 6e-3}},
-    "one_lower_step": {"gift": {"inner_steps": 1}},
 }
 SMOKE = {
     "name": "smoke",
@@ -61,7 +62,7 @@ SMOKE = {
 }
 SHORT = {
     "name": "short",
-    "methods": ("original", "imma", "maximize_prior", "gift", "gift_adversary"),
+    "methods": ("original", "imma", "maximize_prior", "gift"),
     "concepts": ("bomb",),
     "random.things": 1,
     "attacks": ("dreambooth", "lora_x3"),
@@ -71,10 +72,7 @@ SHORT = {
 }
 STANDARD = {
     "name": "standard",
-    "methods": (
-        *("original", "esd", "uce", "imma"),
-        *("maximize_prior", "gift", "gift_adversary"),
-    ),
+    "methods": ("original", "esd", "uce", "imma", "maximize_prior", "gift"),
     "concepts": (STYLE, "forbidden"),
     "random.things": 6,
     "prompts": ("name", "token"),
@@ -102,7 +100,7 @@ def get_config(name: str = "") -> ConfigDict:
     c = ConfigDict()
     c.name = "attackers"
     c.model = "emoji-sd"
-    c.methods = ("original", "esd", "imma", "maximize_prior", "gift", "gift_adversary")
+    c.methods = ("original", "esd", "imma", "maximize_prior", "gift")
     c.concepts = ("bomb", STYLE, "forbidden")
     c.attacks = (
         *("dreambooth", "dreambooth_x3", "lora", "lora_x3"),
@@ -119,11 +117,9 @@ def get_config(name: str = "") -> ConfigDict:
     for method in ("esd", "uce", "imma", "maximize_prior", "maximize"):
         c.method[method] = _job(f"{BASELINES}:{method}")
     c.method.gift = _job(GIFT)
-    c.method.gift_adversary = _job(f"{GIFT}:adversary")
+    c.method.gift_plain = _job(f"{GIFT}:plain")
     for label, changes in ABLATIONS.items():
         c.method[f"gift_{label}"] = _job(GIFT, changes)
-    for label, changes in ADVERSARIES.items():
-        c.method[f"gift_adversary_{label}"] = _job(f"{GIFT}:adversary", changes)
     c.attack = ConfigDict()  # the same of gift_jax.attack
     for attack, lr in (("dreambooth", 1e-4), ("lora", 1e-3)):
         file = "configs/emoji_attack.py" + (":dreambooth", "")[attack == "lora"]
@@ -149,10 +145,9 @@ def get_config(name: str = "") -> ConfigDict:
         *("judge_distance", "niqe"),
     )
     c.similarities = ("recognition", "judge_i")  # whose gap ratios are told
-    ablated = *ABLATIONS, *(f"adversary_{label}" for label in ADVERSARIES)
-    ablated = tuple(f"gift_{label}" for label in ablated)
+    ablated = tuple(f"gift_{label}" for label in ("plain", *ABLATIONS))
     ablations = SHORT | {"name": "ablations"}
-    ablations["methods"] = ("original", "gift", "gift_adversary", *ablated)
+    ablations["methods"] = ("original", "gift", *ablated)
     return variant(
         c,
         name,

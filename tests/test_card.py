@@ -35,7 +35,7 @@ def front_matter(text):
 
 @pytest.mark.parametrize("recorded", ["gift"], indirect=True)
 def test_card_of_an_immunized_model(recorded, tmp_path):
-    metrics = {"step": 300, "time/step_s": 0.2, "upper/loss": -1.23456}
+    metrics = {"step": 500, "time/step_s": 0.2, "upper/loss": -1.23456}
     text = card.card(recorded, tmp_path, metrics=metrics)
     assert front_matter(text)["tags"] == "[gift_jax, immunized]"
     assert "Method: GIFT (Gradient-aware Immunization, arXiv 2507.13598)" in text
@@ -43,10 +43,10 @@ def test_card_of_an_immunized_model(recorded, tmp_path):
     assert "secret" not in text and "somebody" not in text
     assert "What it should not learn: bomb (styles: all)" in text
     assert "stay able to learn: known-safe (styles: all)" in text
-    assert "After step 300, of" in text
+    assert "After step 500, of" in text
     assert "| upper/loss | -1.235 |" in text and "time/step_s |" not in text
     assert "it does not make it impossible" in text
-    assert "Steps: 300, then 100 of fine-tuning on safe data" in text
+    assert "Steps: 500, then 100 of fine-tuning on safe data" in text
     shown = text.split("```json\n")[1].split("\n```")[0]
     assert json.loads(shown) == recorded | {"model": "base-model"}
     assert "\n\n\n" not in text

@@ -35,7 +35,7 @@ def check_benchmark(cfg):
 
 
 CHECKS = {
-    "train": ("emoji_gift", train.check),
+    "train": ("emoji_gift:plain", train.check),
     "attack": ("emoji_attack", attack.check),
     "evaluate": ("emoji_evaluate", evaluate.check),
     "benchmark": ("emoji_benchmark:smoke", check_benchmark),
@@ -361,7 +361,7 @@ def test_a_name_with_a_letter_wrong_is_told_the_choices(program, data):
             "attention=flash has no",
         ),
         ("train", ["adversary.horizon=5"], "horizon=5 is for kinds=full"),
-        ("train", ["adversary.lr_min=2"], r"lr_min=2.0 must be at most lr_max=0.001"),
+        ("train", ["adversary.lr_min=2"], r"lr_min=2.0 must be at most lr_max=0.0003"),
         ("train", ["gift.layers=()"], "gift.layers is empty"),
         ("train", ["harmful.generate=3"], "give only one of .* names and generate"),
         ("train", ["safe.names=()"], "config.safe: give one of names, folder, tfds"),

@@ -154,7 +154,7 @@ def descended(params, grads):
 
 def settings(method, **fields):
     """The method's settings as the command line makes them."""
-    cfg = config.load("configs/emoji_gift.py")
+    cfg = config.load("configs/emoji_gift.py:plain")
     cfg.update_from_flattened_dict(fields)
     return defences.METHODS[method].check(cfg)
 
