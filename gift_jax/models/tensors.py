@@ -16,6 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gift_jax import files
 from gift_jax.config import UserError, one_line, shown
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -132,7 +133,7 @@ def _read_header(file):
             )
         raw = f.read(length)
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_no_repeats)
+        header = files.parse_json(raw.decode())
         if not isinstance(header, dict):
             raise ValueError(f"a {type(header).__name__}, not an object")
     except (ValueError, RecursionError) as error:
@@ -167,13 +168,6 @@ def _read_header(file):
             "copy it again"
         )
     return entries, metadata
-
-
-def _no_repeats(items):
-    found = dict(items)
-    if len(found) != len(items):
-        raise ValueError("a name appears twice")
-    return found
 
 
 def _entry(file, name, info, start):

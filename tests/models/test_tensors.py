@@ -89,7 +89,7 @@ def overlap(header):
         (overlap, "begins at byte"),
         (lambda header: header.pop("ids") and None, "begins at byte|ends at byte"),
         (lambda header: "[1, 2]", "its header is not JSON"),
-        (lambda header: '{"a": {}, "a": {}}', "a name appears twice"),
+        (lambda header: '{"a": {}, "a": {}}', "'a' appears twice"),
         (lambda header: "[" * 100_000, "its header is not JSON"),
         (lambda header: "\x00\xff", "its header is not JSON"),
     ],
