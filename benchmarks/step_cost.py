@@ -23,11 +23,7 @@ BASELINES = "configs/emoji_baselines.py"
 GIFT = "configs/emoji_gift.py"
 PLAIN = f"{GIFT}:plain"  # one update of each level, on data
 MODEL = {"gift.preserve": "model"}
-BESIDE = {
-    "adversary.kinds": ("full",),
-    "adversary.steps_min": 1,
-    "adversary.steps_max": 1,
-}
+FULL = {"adversary.kinds": ("full",)}  # one update, from the start at every step
 STEPS = {  # name: (config, changes)
     "first_order": (PLAIN, {}),
     "unrolled": (PLAIN, {"gift.gradient": "unrolled"}),
@@ -35,9 +31,9 @@ STEPS = {  # name: (config, changes)
     "preserve=model": (PLAIN, MODEL),
     "the same, 2 inner_steps": (PLAIN, MODEL | {"gift.inner_steps": 2}),
     "emoji_gift.py": (GIFT, {}),
-    "adversary": (PLAIN, BESIDE | {"adversary.horizon": 30}),
-    "adversary, 1 full update": (PLAIN, BESIDE),
-    "the same, unrolled": (PLAIN, BESIDE | {"adversary.unrolled": True}),
+    "adversary": (PLAIN, FULL | {"adversary.horizon": 30}),
+    "adversary, 1 full update": (PLAIN, FULL),
+    "the same, unrolled": (PLAIN, FULL | {"adversary.unrolled": True}),
     "maximize_prior": (f"{BASELINES}:maximize_prior", {}),
     "maximize": (f"{BASELINES}:maximize", {}),
     "imma": (f"{BASELINES}:imma", {}),

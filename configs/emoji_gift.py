@@ -10,16 +10,7 @@ Hardware: two CPU cores. Every constant is ours: the publication states none.
 from gift_jax import fields
 from gift_jax.config import ConfigDict, variant
 
-ADVERSARY = {  # one that fine-tunes beside the training, for 30 steps on average
-    "adversary.kinds": ("full",),
-    "adversary.horizon": 30,
-    "adversary.steps_min": 1,
-    "adversary.steps_max": 1,
-    "adversary.lr_min": 1e-4,  # DreamBooth's usual rate, up to three times that
-    "adversary.lr_max": 3e-4,
-    "adversary.safe_weight": 0.0,  # twice the cost of a step, and no gain in trials
-}
-PLAIN = {  # the published levels alone: a third of the time, and holds less
+PLAIN = {  # the published levels alone: less than half the time, and holds less
     "adversary.kinds": (),
     "adversary.horizon": 0,
     "gift.inner_steps": 1,
@@ -40,7 +31,9 @@ def get_config(name: str = "") -> ConfigDict:
     c.gift.inner_steps = 2  # with one, what moves the attacker takes safe things along
     for level, lr in ((c.lower, 1.2e-3), (c.upper, 3e-3)):
         level.update(lr=lr, warmup_frac=0.05, weight_decay=0.0, schedule="cosine")
-    c.update_from_flattened_dict(ADVERSARY)
+    c.adversary.update(kinds=("full",), horizon=30, steps_min=1, steps_max=1)
+    c.adversary.update(lr_min=1e-4, lr_max=3e-4)  # DreamBooth's rate to three times it
+    c.adversary.safe_weight = 0.0  # twice the cost of a step, and no gain in trials
     c.harmful.identifier_prompts = 0.5  # attackers give what they teach a new name
     c.safe.identifier_prompts = 0.1
     c.post_finetune.update(steps=100, lr=4e-4, schedule="cosine")  # mends what is safe

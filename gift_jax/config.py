@@ -17,7 +17,7 @@ import os
 import pathlib
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
@@ -232,6 +232,29 @@ def one_line(text: Any) -> str:
 def escaped(text: str) -> str:
     """Returns a text, line ends and other control characters as Python writes them."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class RepeatsError(ValueError):
+    """A name that appears twice."""
+
+
+def check_once(names: Iterable[str]) -> None:
+    """Raises RepeatsError naming the first name that appears twice."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise RepeatsError(f"{shown(name)} appears twice")
+        seen.add(name)
+
+
+def parse_json(text: str) -> Any:
+    """Returns what JSON of a stranger says; ValueError where it says a name twice."""
+
+    def once(items):
+        check_once(name for name, _ in items)
+        return dict(items)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def prepare_workdir(

@@ -14,13 +14,13 @@ import pathlib
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
 from absl import logging
 
-from gift_jax.config import UserError, shown
+from gift_jax.config import UserError
 
 # What the user can do something about, and what.
 CURES = {
@@ -53,29 +53,6 @@ def told(error: OSError, path: Any = "") -> str | None:
 
 
 # --- files ----------------------------------------------------------------------------
-
-
-class RepeatsError(ValueError):
-    """A name that appears twice."""
-
-
-def check_once(names: Iterable[str]) -> None:
-    """Raises RepeatsError naming the first name that appears twice."""
-    seen = set()
-    for name in names:
-        if name in seen:
-            raise RepeatsError(f"{shown(name)} appears twice")
-        seen.add(name)
-
-
-def parse_json(text: str) -> Any:
-    """Returns what JSON of a stranger says; ValueError where it says a name twice."""
-
-    def once(items):
-        check_once(name for name, _ in items)
-        return dict(items)
-
-    return json.loads(text, object_pairs_hook=once)
 
 
 @contextlib.contextmanager

@@ -201,9 +201,9 @@ def test_chips_send_each_other_the_gradients_alone(tiny_folder, tmp_path):
     found = {}
     for topology in ("v5e:2x2", "v5e:2x4"):
         out = tmp_path / f"{topology[4:]}.json"
-        flags = f"--config.model={tiny_folder}", f"--topology={topology}"
-        flags = f"--config={GIFT}:plain", *flags
-        code, told, said = run(*flags, "--batch-per-chip=2", f"--out={out}")
+        flags = f"--config={GIFT}:plain", f"--config.model={tiny_folder}"
+        flags += f"--topology={topology}", "--batch-per-chip=2", f"--out={out}"
+        code, told, said = run(*flags)
         assert code == 0, said
         assert "all-reduce" in told and "roofline" in told
         found[topology] = json.loads(out.read_text())

@@ -160,7 +160,7 @@ def test_memory_of_a_step_is_kept_for_the_next():
 
 LEVELS = """
 import jax, jax.numpy as jnp
-from gift_jax import losses, sharding
+from gift_jax import sharding
 from gift_jax.methods import gift
 
 def update(w, opt, frozen, batch, key):

@@ -12,7 +12,7 @@ import pathlib
 
 from absl import logging
 
-from gift_jax import files
+from gift_jax import config
 from gift_jax.config import UserError, one_line, shown
 from gift_jax.data import pictures
 
@@ -29,24 +29,24 @@ def check(spec):
     root = _root(spec)
     if not os.path.isdir(root):  # unlike pathlib's, of any name
         raise UserError(f"{spec.field}.folder={one_line(spec.folder)} is not a folder")
-    listed = [root / name for name in METADATA if (root / name).exists()]
-    if len(listed) > 1:
+    files = [root / name for name in METADATA if (root / name).exists()]
+    if len(files) > 1:
         raise UserError(
             f"{spec.field}.folder={one_line(spec.folder)} has both "
             f"{' and '.join(METADATA)}; it must have at most one: remove the other"
         )
-    if not listed and not spec.prompt.strip():
+    if not files and not spec.prompt.strip():
         raise UserError(
             f"{spec.field}.prompt is empty; a folder without metadata.csv or "
             "metadata.jsonl needs one prompt"
         )
-    for file in listed:
+    for file in files:
         _check_own(spec, root, file)
         if not file.is_file():  # to read a pipe would wait for a writer
             raise UserError(
                 f"{spec.field}.folder: {one_line(file)} must be a file; remove it"
             )
-    return listed[0] if listed else None
+    return files[0] if files else None
 
 
 def listing(spec):
@@ -164,7 +164,7 @@ def _rows(file, where):
 def _csv(text, where):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        files.check_once(reader.fieldnames or ())
+        config.check_once(reader.fieldnames or ())
         for row in reader:
             if None in row:
                 raise UserError(
@@ -172,7 +172,7 @@ def _csv(text, where):
                     f"columns ({len(reader.fieldnames)}); quote captions with commas"
                 )
             yield reader.line_num, row
-    except (csv.Error, files.RepeatsError) as error:
+    except (csv.Error, config.RepeatsError) as error:
         line = reader.reader.line_num
         raise UserError(
             f"{where}, line {line}: malformed CSV ({error}); mend the line"
@@ -185,7 +185,7 @@ def _jsonl(text, where):
         if not line.strip():
             continue
         try:
-            row = files.parse_json(line)
+            row = config.parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where}, line {number}: malformed JSON ({error}); mend the line"

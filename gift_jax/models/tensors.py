@@ -16,8 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gift_jax import files
-from gift_jax.config import UserError, one_line, shown
+from gift_jax.config import UserError, one_line, parse_json, shown
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -133,7 +132,7 @@ def _read_header(file):
             )
         raw = f.read(length)
     try:
-        header = files.parse_json(raw.decode())
+        header = parse_json(raw.decode())
         if not isinstance(header, dict):
             raise ValueError(f"a {type(header).__name__}, not an object")
     except (ValueError, RecursionError) as error:
