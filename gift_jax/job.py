@@ -34,6 +34,7 @@ from gift_jax.models.kernels import Kernels
 EMBEDDED = pathlib.Path(__file__).parent / "assets" / "emoji-sd"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCHEDULES = ("constant", "cosine")
+_NEEDED = {"flash": "tpu", "cudnn": "gpu"}  # by which attention
 _MOST_OF_PAST = 0.999999  # Adam's b1 and b2: at 1 nothing new counts
 
 
@@ -186,8 +187,7 @@ def load_configured(cfg: Any, workdir: pathlib.Path, mesh: Mesh | None = None):
         resolution=cfg.resolution,
     )
     samples.check(model, cfg.samples)
-    how = kernels_of(cfg, mesh) if mesh else Kernels(cfg.attention)
-    return model.replace(kernels=how)
+    return model.replace(kernels=kernels_of(cfg, mesh))
 
 
 def _pinned(workdir: pathlib.Path) -> str:
@@ -196,9 +196,21 @@ def _pinned(workdir: pathlib.Path) -> str:
     return tensors.read_json(path).get("revision", "") if path.exists() else ""
 
 
-def kernels_of(cfg: Any, mesh: Mesh) -> Kernels:
-    """Returns how a training job computes its layers on a mesh."""
-    return Kernels(cfg.attention, remat=cfg.remat).on(mesh)
+def kernels_of(cfg: Any, mesh: Mesh | None) -> Kernels:
+    """Returns how a job computes its layers; mesh: that of one that trains.
+
+    Raises: UserError for an attention that the devices or the type do not have.
+    """
+    how = Kernels(cfg.attention)
+    if mesh:
+        how = dataclasses.replace(how, remat=cfg.remat).on(mesh)
+    field, needed = f"config.attention={how.attention}", _NEEDED.get(how.attention)
+    if needed and how.device != needed:
+        devices = f"a {needed.upper()}, and this is a {how.device.upper()}"
+        raise UserError(f"{field} needs {devices}; try auto")
+    if how.attention == "cudnn" and cfg.compute_dtype == "float32":
+        raise UserError(f"{field} needs config.compute_dtype=bfloat16; or try auto")
+    return how
 
 
 def denoiser(model: stable_diffusion.StableDiffusion) -> Denoiser:

@@ -174,6 +174,26 @@ def folder_spec(folder, rng, **fields):
     return group(folder=str(folder), prompt="a dog", **fields)
 
 
+@pytest.mark.parametrize(
+    "attention, platform, dtype, message",
+    [
+        ("flash", "cpu", "bfloat16", "flash needs a TPU, and this is a CPU; try auto"),
+        ("cudnn", "tpu", "bfloat16", "cudnn needs a GPU, and this is a TPU; try auto"),
+        ("cudnn", "gpu", "float32", "cudnn needs config.compute_dtype=bfloat16"),
+        ("cudnn", "gpu", "bfloat16", ""),
+        ("chunked", "tpu", "float32", ""),
+    ],
+)
+def test_attention_fits_the_devices(monkeypatch, attention, platform, dtype, message):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    cfg = ConfigDict({"attention": attention, "compute_dtype": dtype})
+    if message:
+        with pytest.raises(UserError, match="^config.attention=" + message):
+            job.kernels_of(cfg, None)
+    else:
+        assert job.kernels_of(cfg, None).attention == attention
+
+
 def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, copies=2)
     data = job.read_pairs(tiny, spec, "safe", tiny.image_size)

@@ -29,8 +29,8 @@ class Kernels:
     """Which of several ways to compute a model's layers; hashable.
 
     Attributes:
-      attention: plain; chunked, over queries; flash (TPU); cudnn (GPU, 16 bits); or
-        auto: the one for the platform, the shape and the type.
+      attention: plain; chunked, over queries; flash (TPU) or cudnn (GPU, 16 bits) where
+        they have a kernel; or auto: what suits the platform, the shape and the type.
       conv: xla; matmul, unfold and one matrix product; or auto: matmul on CPUs where
         the unfolded image is small.
       remat: what the backward pass finds: none of it computed again; block: the outputs
@@ -54,8 +54,9 @@ class Kernels:
 
     @property
     def device(self) -> str:
-        """The platform that is computed for."""
-        return self.platform or jax.default_backend()
+        """The platform that is computed for: cpu, gpu or tpu."""
+        device = self.platform or jax.default_backend()
+        return "gpu" if device == "cuda" else device
 
     def on(self, mesh: Mesh) -> "Kernels":
         """Returns the same for the devices of a mesh."""
@@ -78,7 +79,7 @@ class Kernels:
 
         Source: Vaswani et al. 2017, eq. 1; as diffusers' `AttnProcessor` computes it.
         """
-        kind = self._attention_for(q_BNHD, k_BMHD)
+        kind = self.attention_for(q_BNHD, k_BMHD)
         if kind == "flash":
             return _flash(q_BNHD, k_BMHD, v_BMHD, self.mesh)
         if kind == "cudnn":
@@ -89,17 +90,29 @@ class Kernels:
             return _chunked(q_BNHD, k_BMHD, v_BMHD)
         return _plain(q_BNHD, k_BMHD, v_BMHD)
 
-    def _attention_for(self, q, k) -> str:
-        if self.attention != "auto":
+    def attention_for(self, q, k) -> str:
+        """Returns the kind for queries "B N H D" and keys "B M H D".
+
+        What flash or cudnn have no kernel for is plain, asked for or not.
+        """
+        if self.attention in ("plain", "chunked"):
             return self.attention
         (_, N, _, D), M = q.shape, k.shape[1]
-        if self.device == "tpu":
-            fits = N == M and N >= _FLASH_TOKENS and N % _FLASH_BLOCK == 0
-            return "flash" if fits else "plain"
-        if self.device in ("gpu", "cuda"):
-            fits = q.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
-            return "cudnn" if fits else "plain"
-        return "chunked" if self.device == "cpu" else "plain"
+        kind = self.attention
+        if kind == "auto":
+            kind = {"tpu": "flash", "gpu": "cudnn", "cpu": "chunked"}.get(self.device)
+        if kind == "flash":
+            least, block = _FLASH_TOKENS, _FLASH_BLOCK
+            if self.attention != "auto":
+                least = block = _LANES
+            fits = N == M and N >= least and N % block == 0
+        elif kind == "cudnn":
+            # of an odd number of rows (77 of text) JAX refuses the gradient
+            even = N % 2 == 0 and M % 2 == 0
+            fits = even and q.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
+        else:
+            fits = kind == "chunked"
+        return kind if fits else "plain"
 
     def takes_matmul(self, shape, kernel, stride) -> bool:
         """Says whether a convolution is to be one matrix product.

@@ -81,23 +81,47 @@ def test_flash_equals_plain(rng):
             assert distance(a, b) < 2 * tolerance
 
 
+@pytest.mark.parametrize("attention", ["auto", "cudnn"])
+def test_gradient_is_traced_where_cudnn_has_none(rng, monkeypatch, attention):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_000)
+    how = Kernels(attention, platform="gpu")
+    kinds = []
+    for keys in (64, 77):
+        qkv = draw(rng, "bfloat16", tokens=256, keys=keys, size=40)
+        kinds.append(how.attention_for(*qkv[:2]))
+        shapes = jax.eval_shape(functools.partial(value_and_grads, how), qkv)
+        assert [a.shape for a in shapes] == [a.shape for a in (qkv[0], *qkv)]
+    assert kinds == ["cudnn", "plain"]
+    with pytest.raises(NotImplementedError, match="Q 256, KV 77"):
+        jax.eval_shape(jax.grad(_sum_of_cudnn), *qkv)
+
+
+def _sum_of_cudnn(*qkv):
+    return jax.nn.dot_product_attention(*qkv, implementation="cudnn").sum()
+
+
 @pytest.mark.parametrize(
     "platform, tokens, keys, dtype, wanted",
     [
         ("tpu", 4096, 4096, "bfloat16", "flash"),
         ("tpu", 4096, 77, "bfloat16", "plain"),
         ("tpu", 256, 256, "bfloat16", "plain"),
-        ("gpu", 256, 77, "bfloat16", "cudnn"),
+        ("gpu", 256, 256, "bfloat16", "cudnn"),
+        ("cuda", 256, 256, "bfloat16", "cudnn"),
+        ("gpu", 256, 77, "bfloat16", "plain"),  # its gradient is refused
         ("gpu", 256, 77, "float32", "plain"),
         ("cpu", 4096, 4096, "float32", "chunked"),
+        ("metal", 4096, 4096, "float32", "plain"),
     ],
 )
 def test_auto_attention_is_chosen_by_platform(platform, tokens, keys, dtype, wanted):
     q = jax.ShapeDtypeStruct((2, tokens, 8, 40), dtype)
     k = jax.ShapeDtypeStruct((2, keys, 8, 40), dtype)
     how = Kernels(platform=platform)
-    assert how._attention_for(q, k) == wanted
-    twice = how.twice_differentiable()._attention_for(q, k)
+    assert how.attention_for(q, k) == wanted
+    twice = how.twice_differentiable().attention_for(q, k)
     assert twice == ("chunked" if platform == "cpu" else "plain")
 
 
