@@ -27,6 +27,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from rich.console import Console
@@ -95,6 +96,17 @@ def _cpu_devices(jobs: Matrix, cells: list[Cell]) -> int:
     return sharding.cpu_devices_for(batches, {"data": 0, "fsdp": 1, "tensor": 1})
 
 
+def _told_versions(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns what cells were made with and on: a long run may see several of each."""
+    told: dict[str, set[str]] = {}
+    for cell in cells:
+        made = cell.get("versions", {}) | {"device": cell.get("device", "")}
+        for name, value in made.items():
+            told.setdefault(name, set()).add(value)
+    found = {name: ", ".join(sorted(v - {""})) for name, v in told.items()}
+    return {name: value for name, value in found.items() if value} or config.versions()
+
+
 class Bench:
     """Does the matrix's cells, and keeps what they share: metrics, compiled steps."""
 
@@ -153,6 +165,8 @@ class Bench:
         found |= dataclasses.asdict(cell) | {"config": self._config(cell)}
         found["family"] = self.matrix.attack_kind(cell.attack)
         found |= {"metrics": self._panel.said, "skipped": self._panel.skipped}
+        found["device"] = jax.devices()[0].device_kind
+        found["versions"] = config.versions()
         files.write_json(folder / "cell.json", found)
         self._clear(cell.folder)
         return found
@@ -260,16 +274,18 @@ class Bench:
         """Writes results.json, results.md and the grids; returns the first's path."""
         by_cell = {cell: self.result(cell) for cell in self.matrix.cells}
         found = list(by_cell.values())
+        versions = _told_versions(found)
         said: dict[str, Any] = {"metrics": {}, "skipped": {}}
         for one in found:
             del one["config"]
+            one.pop("versions", None)
             for name, parts in said.items():
                 parts |= one.pop(name)
         results = {
             "name": self._cfg.name,
             "command": command,
             "config": json.loads(json.dumps(self._cfg.to_dict())),
-            "versions": config.versions(),
+            "versions": versions,
             **said,
             "summary": summary.summarise(found, tuple(self._cfg.similarities)),
             "cells": found,

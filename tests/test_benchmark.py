@@ -4,6 +4,7 @@
 import json
 import pathlib
 
+import jax
 import light_copy
 import numpy as np
 import pytest
@@ -104,7 +105,9 @@ def test_results_say_how_they_were_made_and_what_was_taken(smoke, folder):
     assert results["command"].startswith("python -m gift_jax.benchmark --config=")
     how = results["metrics"]["judge_i"]["how"]
     assert {"backbone", "version", "resolution"} <= set(how)
-    assert results["config"]["samples"]["seed"] == 2 and results["versions"]["jax"]
+    assert results["config"]["samples"]["seed"] == 2
+    assert results["versions"]["jax"] == jax.__version__
+    assert results["versions"]["device"] == "cpu" == results["cells"][0]["device"]
     assert {(r["method"], r["metric"], r["over"]) for r in results["summary"]} == {
         ("uce", metric, over)
         for metric in ("recognition", "judge_i")
@@ -123,6 +126,17 @@ def test_results_say_how_they_were_made_and_what_was_taken(smoke, folder):
     assert arms[0] != arms[1] and arms[0] > 0
     expected = 1 - max(0.0, arms[1]) / arms[0]
     assert row["harmful"]["value"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_versions_and_devices_of_every_cell_are_told_together():
+    cells = [
+        {"device": "cpu", "versions": {"jax": "1"}},
+        {"device": "NVIDIA H100", "versions": {"jax": "2"}},
+        {},  # of a run from before cells said it
+    ]
+    told = benchmark._told_versions(cells)
+    assert told == {"jax": "1, 2", "device": "NVIDIA H100, cpu"}
+    assert benchmark._told_versions([{}]) == config.versions()
 
 
 def test_same_command_does_nothing_more_and_other_settings_are_refused(smoke, folder):
