@@ -3,22 +3,25 @@
 
     python benchmarks/vs_pytorch.py --parts emoji-step --parts emoji-sampling
     python benchmarks/vs_pytorch.py --model runs/sd15 --parts sd15-step-32 --repeats 5
+    python benchmarks/vs_pytorch.py --parts sd15-step-64 --dtype bfloat16 --batch 4
 
 Parts:
   sd15-step-32, -64     GIFT's outer step (a lower and an upper update of the
-                        cross-attention, one pair each, representation noising) on
-                        latents of that side, from cached latents and text states
+                        cross-attention, --batch pairs each, representation noising)
+                        on latents of that side, from cached latents and text states
   sd15-encode-32, -64   the same, PyTorch's side encoding the picture and the prompt
                         anew in every update, as the published IMMA script does
   emoji-step            a pretraining step of emoji-sd's UNet, batch of 64
   emoji-gift            GIFT's outer step on emoji-sd, 12 malicious and 24 safe pairs
   emoji-sampling        24 pictures of emoji-sd, 25 DDIM steps, guided, decoded
 
-Both sides in float32, eager PyTorch and diffusers, the same weights, batch and cores,
-each in a process of its own, taking turns; one prepares and warms up while the other
-waits. Prints one JSON object: seconds (median), their ratio, and peak memory. Without
---model the sd15 parts write a random one first (see random_sd.py). Needs torch
-(`pip install 'gift_jax[test]'`); the sd15 parts need 20 GB of memory.
+Eager PyTorch and diffusers, the same weights, batch and cores or GPU, each in a process
+of its own, taking turns; one prepares and warms up while the other waits. Both sides in
+float32 (on a GPU with TF32 products, as is JAX's default), the sd15 parts also in
+bfloat16: what does not train is kept in 16 bits, PyTorch's side with autocast. Prints
+one JSON object: seconds (median), their ratio, and peak memory (the GPU's where there
+is one). Without --model the sd15 parts write a random one first (see random_sd.py).
+Needs torch (`pip install 'gift_jax[test]'`); the sd15 parts need 20 GB of memory.
 """
 
 import argparse
@@ -51,10 +54,10 @@ def gift_config():
     return config.load(str(ROOT / "configs" / "emoji_gift.py:plain"))
 
 
-def sizes(part: str, cfg) -> dict[str, int]:
-    """Returns the pairs of each level."""
+def sizes(part: str, cfg, batch: int = 1) -> dict[str, int]:
+    """Returns the pairs of each level. Args: batch: those of the sd15 parts."""
     if part.startswith("sd15"):
-        return {"safe": 1, "harmful": 1}
+        return {"safe": batch, "harmful": batch}
     return {group: cfg[group].batch for group in ("safe", "harmful")}
 
 
@@ -71,14 +74,14 @@ def random_pairs(count: int, latents: tuple, text: tuple) -> dict[str, np.ndarra
 # --- this package ---------------------------------------------------------------------
 
 
-def ours(part: str, folder: str):
+def ours(part: str, folder: str, dtype: str, batch: int):
     """Returns a function that does the part's work once and waits for it."""
     import jax
 
     from gift_jax import job, sharding
 
     mesh = sharding.start(sharding.cores() if part.startswith("emoji") else 1)
-    model = job.load_model(folder)
+    model = job.load_model(folder, dtype)
     if part == "emoji-sampling":
         return _our_sampling(model, mesh)
     if part == "emoji-step":
@@ -87,7 +90,7 @@ def ours(part: str, folder: str):
     side = int(part[-2:]) if part.startswith("sd15") else model.latent_shape[-1]
     step, state, frozen = gift_step(model, cfg)
     state, frozen = sharding.replicate(mesh, (state, frozen))
-    pairs = sharding.split(mesh, gift_pairs(model, sizes(part, cfg), side))
+    pairs = sharding.split(mesh, gift_pairs(model, sizes(part, cfg, batch), side))
     key = sharding.replicate(mesh, jax.random.key(0))
     del model  # but for what is frozen
 
@@ -197,17 +200,32 @@ def _our_sampling(model, mesh):
 # --- PyTorch --------------------------------------------------------------------------
 
 
-def theirs(part: str, folder: str):
-    """Returns the same for PyTorch and diffusers, eager, on all cores."""
+def theirs(part: str, folder: str, dtype: str, batch: int):
+    """Returns the same for PyTorch and diffusers, eager, on all cores or the GPU."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as is JAX's default
+    torch.set_default_device(_torch_device())
     torch.manual_seed(0)
     if part == "emoji-sampling":
         return _their_sampling(folder)
     if part == "emoji-step":
         return _their_training(folder)
-    return _their_gift(part, folder)
+    return _their_gift(part, folder, dtype, batch)
+
+
+def _torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait_for_torch() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _their_pipeline(folder: str):
@@ -216,7 +234,7 @@ def _their_pipeline(folder: str):
 
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, safety_checker=None
-    )
+    ).to(_torch_device())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -233,7 +251,7 @@ def _their_sampling(folder: str):
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             output_type="np",
-        )
+        )  # on the host, and so waited for
 
     return run
 
@@ -258,11 +276,12 @@ def _their_training(folder: str):
         torch.nn.functional.mse_loss(out, d["eps"]).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
+        _wait_for_torch()
 
     return run
 
 
-def _their_gift(part: str, folder: str):
+def _their_gift(part: str, folder: str, dtype: str, batch: int):
     """GIFT's outer step, straightforwardly."""
     import torch
     from diffusers.models.attention import BasicTransformerBlock
@@ -270,10 +289,12 @@ def _their_gift(part: str, folder: str):
     cfg, pipe = gift_config(), _their_pipeline(folder)
     unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
     for module in (unet, vae, text_encoder):
-        module.requires_grad_(False)
+        module.requires_grad_(False).to(getattr(torch, dtype))
     trained = [p for name, p in unet.named_parameters() if ".attn2." in name]
     for parameter in trained:
+        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    mixed = torch.autocast(_torch_device(), torch.bfloat16, enabled=dtype == "bfloat16")
     optimizers = {level: torch.optim.AdamW(trained, cfg[level].lr) for level in LEVELS}
     hiddens, watched = (
         [],
@@ -283,7 +304,7 @@ def _their_gift(part: str, folder: str):
             if isinstance(module, BasicTransformerBlock)
         ],
     )
-    abar = pipe.scheduler.alphas_cumprod
+    abar = pipe.scheduler.alphas_cumprod.to(_torch_device())
     length, width = pipe.tokenizer.model_max_length, text_encoder.config.hidden_size
     sd15 = part.startswith("sd15")
     side = int(part[-2:]) if sd15 else unet.config.sample_size
@@ -293,24 +314,28 @@ def _their_gift(part: str, folder: str):
             k: torch.tensor(a)
             for k, a in random_pairs(n, shape, (length, width)).items()
         }
-        for group, n in sizes(part, cfg).items()
+        for group, n in sizes(part, cfg, batch).items()
     }
     anew = "encode" in part
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    picture = torch.rand(1, 3, side * factor, side * factor) * 2 - 1
+    picture = torch.rand(batch, 3, side * factor, side * factor) * 2 - 1
 
+    @mixed
     def losses(group):
         pair = pairs[group]
         if anew:
             with torch.no_grad():
-                z = vae.encode(picture).latent_dist.sample() * vae.config.scaling_factor
+                z = (
+                    vae.encode(picture.to(vae.dtype)).latent_dist.sample()
+                    * vae.config.scaling_factor
+                )
                 ids = pipe.tokenizer(
-                    ["a photo of sks purse"],
+                    ["a photo of sks purse"] * batch,
                     padding="max_length",
                     max_length=length,
                     truncation=True,
                     return_tensors="pt",
-                ).input_ids
+                ).input_ids.to(_torch_device())
                 text = text_encoder(ids)[0]
         else:
             z = pair["mean"] + pair["std"] * torch.randn_like(pair["mean"])
@@ -320,7 +345,7 @@ def _their_gift(part: str, folder: str):
         signal = abar[t].view(-1, 1, 1, 1)
         z_t = signal.sqrt() * z + (1 - signal).sqrt() * eps
         out = unet(z_t, t, text).sample
-        return (out - eps).square().flatten(1).mean(1)
+        return (out.float() - eps).square().flatten(1).mean(1)
 
     def update(level, loss):
         loss.backward()
@@ -341,12 +366,14 @@ def _their_gift(part: str, folder: str):
             handle.remove()
         noising = 0.0
         for h in hiddens:
+            h = h.float()
             fixed = h.detach()
             std, mean = torch.std_mean(fixed, (0, 1), correction=0, keepdim=True)
             noise = mean + std * torch.randn_like(fixed)
             noising = noising + (h - noise).square().mean()
         ascent = -torch.clamp(loss, max=cfg.gift.cap).mean()
         update("upper", ascent + cfg.gift.beta * noising / len(hiddens))
+        _wait_for_torch()
 
     return run
 
@@ -354,40 +381,66 @@ def _their_gift(part: str, folder: str):
 # --- taking turns ---------------------------------------------------------------------
 
 
-def serve(side: str, part: str, folder: str) -> None:
+def serve(side: str, part: str, folder: str, dtype: str, batch: int) -> None:
     """Does the work once for every line that comes, and says how long it took."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
-    run = {"gift_jax": ours, "pytorch": theirs}[side](part, folder)
+    run = {"gift_jax": ours, "pytorch": theirs}[side](part, folder, dtype, batch)
     for _ in range(WARM_UP[part.split("-")[0]]):
         run()
-    print("ready", file=answers, flush=True)
+    print(f"ready on {_device(side)}", file=answers, flush=True)
     for _ in sys.stdin:
         clock = time.perf_counter()
         run()
         print(time.perf_counter() - clock, file=answers, flush=True)
-    print(_peak_gb(), file=answers, flush=True)
+    print(_peak_gb(side), file=answers, flush=True)
 
 
-def _peak_gb() -> float:
+def _device(side: str) -> str:
+    if side == "gift_jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    import torch
+
+    found = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if found else "cpu"
+
+
+def _peak_gb(side: str) -> float:
+    """Returns the most memory that the process has held: the GPU's, or its own."""
+    if side == "gift_jax":
+        import jax
+
+        stats = jax.devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            return round(stats["peak_bytes_in_use"] / 1e9, 2)
+    elif _torch_device() == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return round(1024 * int(line.split()[1]) / 1e9, 2)
     return float("nan")
 
 
-def measure(part: str, folder: str, repeats: int) -> dict:
+def measure(part: str, folder: str, repeats: int, dtype: str, batch: int) -> dict:
     """Returns seconds, ratio and memory of both sides of one part."""
-    children = {}
+    children, devices = {}, {}
+    environ = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"} | os.environ  # a GPU's, shared
     for side in SIDES:
         command = [sys.executable, __file__, f"--side={side}", f"--parts={part}"]
         children[side] = subprocess.Popen(
-            [*command, f"--model={folder}"],
+            [*command, f"--model={folder}", f"--dtype={dtype}", f"--batch={batch}"],
+            env=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        if children[side].stdout.readline() != "ready\n":
+        said = children[side].stdout.readline().strip()
+        devices[side] = said.removeprefix("ready on ")
+        if said == devices[side]:
             raise config.UserError(f"{part}, {side} failed; its error is above")
     seconds = {side: [] for side in SIDES}
     for _ in range(repeats):
@@ -406,6 +459,7 @@ def measure(part: str, folder: str, repeats: int) -> dict:
         "seconds": {side: round(s, 4) for side, s in median.items()},
         "range": spread,
         "peak_GB": peak,
+        "device": devices,
     }
 
 
@@ -416,21 +470,27 @@ def main() -> int:
     flags.add_argument("--parts", action="append", choices=PARTS, help="default: all")
     flags.add_argument("--model", default="", help="a folder of SD 1.5")
     flags.add_argument("--repeats", type=int, default=7)
+    flags.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of sd15"
+    )
+    flags.add_argument("--batch", type=int, default=1, help="pairs a level, of sd15")
     flags.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = flags.parse_args()
     config.at_least("--repeats", args.repeats, 1)
+    config.at_least("--batch", args.batch, 1)
     if args.side:
-        serve(args.side, args.parts[0], args.model)
+        serve(args.side, args.parts[0], args.model, args.dtype, args.batch)
         return 0
     from gift_jax import job
 
     parts, found = args.parts or PARTS, {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as temp:
         for part in parts:
-            folder = str(job.EMBEDDED)
+            folder, dtype = str(job.EMBEDDED), "float32"
             if part.startswith("sd15"):
                 folder = args.model or _random_model(pathlib.Path(temp) / "sd15")
-            found[part] = measure(part, folder, args.repeats)
+                dtype = args.dtype
+            found[part] = measure(part, folder, args.repeats, dtype, args.batch)
             print(json.dumps({part: found[part]}), file=sys.stderr, flush=True)
     print(json.dumps(found, indent=1))
     return 0
