@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The panel: every metric's values, what it skips, what it says of itself."""
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
@@ -125,3 +126,16 @@ def test_classifier_names_what_it_does_not_know():
     with pytest.raises(UserError, match="1 pictures, but 2 sets"):
         classifier.recognition(things, images, [{"bomb"}, {"bomb"}])
     assert things.how["version"] == judge.load().version
+
+
+def test_measured_in_all_of_float32_on_any_device(monkeypatch, exhibit):
+    seen = []
+
+    def measure(x):
+        yield from ()
+        seen.append(jax.make_jaxpr(lambda a: a @ a)(np.eye(2)))
+
+    monkeypatch.setitem(panel.METRICS, "sharpness", lambda _: measure)
+    panel.Panel(settings("sharpness")).measure(exhibit)
+    assert "Precision.HIGHEST" in str(seen[0])
+    assert "Precision.HIGHEST" not in str(jax.make_jaxpr(lambda a: a @ a)(np.eye(2)))
