@@ -60,6 +60,7 @@ NOT_IMPORTED = {  # by gift_jax, though a plain install asks for them
 }
 EXTRAS = {
     "cuda12": "JAX on NVIDIA GPUs. Brings NVIDIA's libraries, under NVIDIA's terms.",
+    "cuda13": "The same for drivers that know CUDA 13 (580 and newer).",
     "tpu": "JAX on Cloud TPUs. Brings libtpu, under Google's terms.",
     "nudity": "The metric `nudity`; nothing else of gift_jax needs it.",
     "test": "What the tests and the linter need, with the extra `nudity`.",

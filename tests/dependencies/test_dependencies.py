@@ -15,7 +15,7 @@ from distributions import ROOT, canonical, closure, plain, requirements, split
 
 COMMAND = [sys.executable, ROOT / "tests" / "dependencies"]
 DIRECT = {canonical(split(line)[0]) for line in requirements()}
-EXTRAS = ("nudity", "cuda12", "tpu", "test")
+EXTRAS = ("nudity", "cuda12", "cuda13", "tpu", "test")
 
 
 def imported():
