@@ -265,7 +265,7 @@ def prepare_workdir(
     Of several processes the first one writes.
 
     Args: base: content hash of the model that the run starts from; recorded, and
-      compared when the run is resumed.
+      compared when the run is resumed, for then it may lie in another folder.
     Raises: UserError if the folder belongs to a run of another config (the number of
       steps and the pace of logging may change) or cannot be written.
     """
@@ -284,6 +284,8 @@ def prepare_workdir(
             old = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error}); delete it") from error
+        if base and old.get("base_sha256") == base and "model" in new:
+            old["model"] = new["model"]  # the same, wherever it lies
         changed = differences(old, new)
         if changed:
             raise UserError(

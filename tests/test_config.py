@@ -234,6 +234,20 @@ def test_workdir_of_another_config_is_refused(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_workdir_goes_on_with_the_same_model_in_another_place(tmp_path):
+    first, moved = make_config(), make_config()
+    for cfg, where in ((first, "runs/a/export"), (moved, "/elsewhere/a/export")):
+        with cfg.unlocked():
+            cfg.model = where
+    config.prepare_workdir(first, tmp_path, base="123")
+    config.prepare_workdir(moved, tmp_path, base="123")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model"] == "/elsewhere/a/export"
+    message = said(config.prepare_workdir, first, tmp_path, "456")
+    assert "base_sha256 was 123, is 456; model was /elsewhere/a/export" in message
+    assert "model was" in said(config.prepare_workdir, first, tmp_path)
+
+
 def test_workdir_may_go_on_for_more_steps(tmp_path):
     config.prepare_workdir(make_config(), tmp_path)
     cfg = make_config()
