@@ -303,14 +303,18 @@ class Bench:
     def _picture(self, by_cell: dict[Cell, Any], concept: str, side: str) -> None:
         """Writes a grid with a row for each attack and method of one side."""
         mine = [c for c in by_cell if (c.concept, c.side) == (concept, side)]
-        mine.sort(key=lambda c: (BEFORE, *self._cfg.attacks).index(c.attack))
+        attacks, prompts = (BEFORE, *self._cfg.attacks), matrix.PROMPTS
+        mine.sort(key=lambda c: (attacks.index(c.attack), prompts.index(c.prompt)))
         rows, labels = [], []
         for cell in mine:
             found = by_cell[cell]
             point = found["points"][-1]
             sheet = self._workdir / point["sheet"]
             rows.append(grid.read_sheet(sheet, point["num"])[:_SHOWN])
-            labels.append(f"{cell.attack}: {cell.method} ({recognised.told(found)})")
+            attack = cell.attack
+            if len(self._cfg.prompts) > 1 and attack != BEFORE:
+                attack += f" by {cell.prompt}"
+            labels.append(f"{attack}: {cell.method} ({recognised.told(found)})")
         path = self._workdir / f"{concept}_{side}.png".replace(" ", "_")
         grid.save_grid(rows, path, row_labels=labels)
         logging.info("pictures: %s", path)
