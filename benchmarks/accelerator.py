@@ -13,9 +13,10 @@ Parts:
              from float32 on the CPU
   steps      twenty of GIFT's outer steps on emoji-sd, here and on the CPU: how far the
              parameters end from each other, of what they moved
-  remat      the full-size outer step in bfloat16 for each `remat`: seconds a step and
-             peak memory. --model: a folder of SD 1.5 (benchmarks/random_sd.py writes
-             one); --batch: pairs of each group
+  remat      the full-size outer step in bfloat16 for each `remat`: seconds a step, and
+             by the compiler's account its temporaries, TFLOP and bytes accessed.
+             --model: a folder of SD 1.5 (benchmarks/random_sd.py writes one); --batch:
+             pairs of each group
 
 Distances are norms of differences over norms. In float32 products use what JAX takes by
 default (TF32 on NVIDIA GPUs since Ampere) and, as "highest", all of float32. Times are
@@ -117,7 +118,7 @@ def measure_attention(args) -> dict:
 
 
 def _attentions(arrays, repeats: int) -> dict:
-    """Returns what the kinds of attention are like, by the kind that is taken.
+    """Returns what the kinds of attention are like, by name and what each takes.
 
     Args: arrays: queries, keys, values and the gradient of what comes of them.
     """
@@ -137,9 +138,8 @@ def _attentions(arrays, repeats: int) -> dict:
         kernels = Kernels(kind)
         out, grads = attend(kernels, *arrays)
         run = functools.partial(attend, kernels, *arrays)
-        found[
-            kind if kind != "auto" else f"auto: {kernels.attention_for(*arrays[:2])}"
-        ] = {
+        taken = kernels.attention_for(*arrays[:2])
+        found[kind if taken == kind else f"{kind}: {taken}"] = {
             "values": distance(out, values),
             "gradients": distance(grads, gradients),
             "seconds": seconds(run, repeats),
@@ -210,7 +210,7 @@ def measure_steps(args) -> dict:
 
 
 def measure_remat(args) -> dict:
-    """Returns seconds a step, GB and TFLOP for each `remat`, compiled side by side."""
+    """Returns what a step costs with each `remat`, compiled side by side."""
     if not args.model:
         raise config.UserError("--model='' must be a folder of SD 1.5 for remat")
     cfg, found = vs_pytorch.gift_config(), {}

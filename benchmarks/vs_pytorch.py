@@ -224,7 +224,7 @@ def _torch_device() -> str:
 def _wait_for_torch() -> None:
     import torch
 
-    if torch.cuda.is_available():
+    if _torch_device() == "cuda":
         torch.cuda.synchronize()
 
 
@@ -403,8 +403,7 @@ def _device(side: str) -> str:
         return jax.devices()[0].device_kind
     import torch
 
-    found = torch.cuda.is_available()
-    return torch.cuda.get_device_name() if found else "cpu"
+    return torch.cuda.get_device_name() if _torch_device() == "cuda" else "cpu"
 
 
 def _peak_gb(side: str) -> float:

@@ -50,7 +50,8 @@ class Judge:
         for first in range(0, len(images), BATCH):
             rows = np.minimum(np.arange(first, first + BATCH), len(images) - 1)
             x_BHWC = images[rows].astype(np.float32) / 127.5 - 1.0
-            parts.append(np.asarray(self.embed_images(x_BHWC)))
+            with jax.default_matmul_precision("highest"):  # as the panel's metrics
+                parts.append(np.asarray(self.embed_images(x_BHWC)))
         return np.concatenate(parts)[: len(images)]
 
     def recognition(self, images: np.ndarray, concept: str) -> float:
