@@ -12,7 +12,7 @@ M(original). Harmful: 1 means that the attack reaches nothing, 0 that the defenc
 changed nothing. Benign: what an honest user loses, best near 0. In brackets the 95%
 bootstrap interval over concepts. Bold: the best of a column (highest harmful, benign
 nearest to 0). Worst case: the lowest harmful ratio over a family's learning
-rates{prompts}, with the attack that reached it."""
+rates{prompts}, with the attack that reached it; the attacker picks what works."""
 
 
 def markdown(runs: Sequence[results.Run], metric: str = "", over: str = "") -> str:
@@ -34,8 +34,11 @@ def _of_run(run, metric: str, over: str) -> Iterable[str]:
         higher = data["metrics"].get(name, {}).get("higher", "")
         yield f"## {escape(name)}" + (f" (higher: {escape(higher)})" if higher else "")
         for part in _first(tables.overs(data), over) if name in with_gaps else ():
+            table = tables.gap_table(data, name, part)
             yield f"Gap ratio, {escape(part)} of the trajectory"
-            yield _gap_rows(data, name, part)
+            yield _gap_rows(data, table)
+            yield f"Worst case, harmful, {escape(part)} of the trajectory"
+            yield _worst_rows(data, table)
         before = tables.before_table(data, name)
         if before:
             yield "Before any attack"
@@ -50,17 +53,18 @@ def _of_run(run, metric: str, over: str) -> Iterable[str]:
     yield _lines([("package", "version"), *data["versions"].items()])
 
 
-def _gap_rows(data, metric: str, over: str) -> str:
-    table = tables.gap_table(data, metric, over)
-    heads, columns = [], []
-    for (prompt, family), numbers in table.worst.items():
-        if not prompt:
-            heads.append(f"worst case: {family}")
-            columns.append(numbers)
-    for (match, side), numbers in table.columns.items():
-        heads.append(f"{results.match_label(data, match)}, {side}")
-        columns.append(numbers)
-    return _grid(heads, tables.defended(data), columns)
+def _gap_rows(data, table: tables.Table) -> str:
+    heads = [f"{results.match_label(data, m)}, {side}" for m, side in table.columns]
+    return _grid(heads, tables.defended(data), list(table.columns.values()))
+
+
+def _worst_rows(data, table: tables.Table) -> str:
+    several = len(results.prompts(data)) > 1
+    heads = [
+        f"{family} ({prompt or 'any prompt'})" if several else family
+        for prompt, family in table.worst
+    ]
+    return _grid(heads, tables.defended(data), list(table.worst.values()))
 
 
 def _grid(heads, names, columns) -> str:

@@ -191,18 +191,21 @@ def test_markdown_has_the_pages_numbers(odd):
     for metric, overs in run["gaps"].items():
         of_metric = text.split(f"\n## {metric}")[1]
         for over, tables_ in overs.items():
-            block = of_metric.split(f"Gap ratio, {over} of the trajectory")[1]
-            lines = block.strip().split("\n\n")[0].splitlines()
-            cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
-            table, worst = tables_[""], tables_[""]["worst"][""]
+            table, worst = tables_[""], tables_[""]["worst"].values()
             sides = [table[side][i] for i in range(6) for side in ("harmful", "benign")]
-            columns = [*worst.values(), *sides]
-            assert len(cells[0]) == 1 + len(columns)
-            for j, column in enumerate(columns, 1):
-                for i, number in enumerate(column):
-                    assert cells[2 + i][j].strip() == in_markdown(number)
-                    compared += 1
-    assert compared == 2 * 3 * 2 * (3 + 12)
+            for head, columns in (
+                ("Gap ratio", sides),
+                ("Worst case, harmful", [c for of in worst for c in of.values()]),
+            ):
+                block = of_metric.split(f"{head}, {over} of the trajectory")[1]
+                lines = block.strip().split("\n\n")[0].splitlines()
+                cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+                assert len(cells[0]) == 1 + len(columns)
+                for j, column in enumerate(columns, 1):
+                    for i, number in enumerate(column):
+                        assert cells[2 + i][j].strip() == in_markdown(number)
+                        compared += 1
+    assert compared == 2 * 3 * 2 * (3 * 3 + 12)  # worst of any prompt and of each
     assert markdown.escape(MARKUP) in text and MARKUP not in text
 
 
