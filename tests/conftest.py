@@ -5,14 +5,16 @@ import os
 import pathlib
 import sys
 
+import quick_compile
+
 # random_sd.py, a command that writes model folders, is also what writes the tests'
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=2"
-    + " --xla_backend_optimization_level=0"  # most of the time goes into compiling
+    + " --xla_force_host_platform_device_count=2 "
+    + quick_compile.flags()  # most of the time goes into compiling
 )
 
 import jax  # noqa: E402

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import quick_compile
 from tiny_model import write_pictures
 
 import gift_jax
@@ -24,7 +25,7 @@ def trained(tiny_folder, tmp_path_factory, pytestconfig):
     pictures = write_pictures(tmp_path_factory.mktemp("pictures"), 8, 3)
     cache = pytestconfig.cache.mkdir("devices")
     env = os.environ | {"GIFT_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
-    env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env |= {"XLA_FLAGS": quick_compile.flags()}
     found = {}
     for name, devices in (("one", 1), ("eight", 8), ("again", 8)):
         workdir = tmp_path_factory.mktemp(name)

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import quick_compile
 import safetensors.numpy
 from tiny_model import write_pictures
 
@@ -46,7 +47,7 @@ def start(tiny_folder, pictures, pytestconfig):
         argv += flags
         cache = pytestconfig.cache.mkdir("hosts")
         env = os.environ | {"GIFT_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
-        env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        env |= {"XLA_FLAGS": quick_compile.flags()}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
