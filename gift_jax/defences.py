@@ -78,8 +78,14 @@ def check_gift(cfg) -> gift.Settings:
     for layer in g.layers:
         config.choice("config.gift.layers", layer, tuple(hooks.CAPTURE_KINDS))
     lows = {"inner_steps": 0, "outer_steps": 1, "beta": 0, "cap": 0, "joint_weight": 0}
+    lows["safe_limit"] = 0
     for name, low in lows.items():
         config.at_least(f"config.gift.{name}", g[name], low)
+    if g.safe_limit and (g.gradient != "first_order" or not g.inner_steps):
+        raise config.UserError(
+            f"config.gift.safe_limit={g.safe_limit} is for gift.gradient=first_order "
+            "and at least one inner step; set --config.gift.safe_limit=0"
+        )
     attack = check_adversary(cfg.adversary)
     if attack.kinds and attack.horizon and g.gradient != "first_order":
         raise config.UserError(
@@ -108,7 +114,11 @@ def check_maximize_prior(cfg) -> gift.Settings:
 def check_maximize(cfg) -> gift.Settings:
     """Ascent alone: neither noising nor a lower level."""
     return dataclasses.replace(
-        check_gift(cfg), beta=0.0, inner_steps=0, gradient="first_order"
+        check_gift(cfg),
+        beta=0.0,
+        inner_steps=0,
+        gradient="first_order",
+        safe_limit=0.0,
     )
 
 

@@ -25,6 +25,7 @@ def gift() -> ConfigDict:
     c.gift.distance = "mse"  # or mmd
     c.gift.layers = ("transformer",)  # kinds of layers, see models/hooks.py
     c.gift.preserve = "data"  # or model: what it predicted before for the safe pairs
+    c.gift.safe_limit = 0.0  # of the lower loss: above it the upper level fades; or 0
     c.gift.joint_weight = 1.0  # of the lower level, gradient=joint only
     c.adversary = ConfigDict()  # fine-tuning simulated inside the step of gift
     c.adversary.kinds = ("",)[:0]  # full, lora or both; (): none, as published

@@ -205,6 +205,7 @@ RANGES = {  # the least and the most of what has both ends, everywhere that it i
     "beta": (0, math.inf),
     "cap": (0, math.inf),
     "joint_weight": (0, math.inf),
+    "safe_limit": (0, math.inf),
     "safe_weight": (0, math.inf),
     "guidance": (1, math.inf),
     "generate_guidance": (1, math.inf),
@@ -349,6 +350,11 @@ def test_a_name_with_a_letter_wrong_is_told_the_choices(program, data):
         ),
         ("train", ["accumulate=3", "adversary.kinds=full"], "accumulate=3 is for gift"),
         ("train", ["accumulate=2", "gift.gradient=joint"], "accumulate=2 is for gift"),
+        (
+            "train",
+            ["gift.safe_limit=0.1", "gift.gradient=joint"],
+            "safe_limit=0.1 is for gift.gradient=first_order",
+        ),
         ("train", ["accumulate=2", "method=esd"], "accumulate=2 is not for method=esd"),
         (
             "train",

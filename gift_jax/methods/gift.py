@@ -44,7 +44,8 @@ class Settings:
       bound, cap: of the ascent, see `losses.bounded_ascent`. noise_target, distance:
       see `losses.representation_noising`. layers: kinds of layers to noise, see
       `hooks.CAPTURE_KINDS`. joint_weight: lambda of `joint`. preserve: of PRESERVE: the
-      safe pairs, or what the model predicted for them. attack: the adversary's.
+      safe pairs, or what the model predicted for them. safe_limit: of the lower loss,
+      see `granted`; 0 for none. attack: the adversary's.
       accumulate: parts of a level's batch, see `losses.in_parts`; first_order only.
       concepts: names of the malicious ones, to log the loss of each of several.
     """
@@ -60,6 +61,7 @@ class Settings:
     layers: tuple[str, ...] = ("transformer",)
     joint_weight: float = 1.0
     preserve: str = "data"
+    safe_limit: float = 0.0
     attack: adversary.Settings = adversary.Settings()
     accumulate: int = 1
     concepts: tuple[str, ...] = ()
@@ -260,13 +262,26 @@ def make_step(
             )
             frozen = {**frozen, "shift": attacker["shift"]}
             others["attacker"] = attacker
-        params, opt_upper, m_upper = upper(
+        moved, opt_upper, m_upper = upper(
             params, state.opt["upper"], frozen, batch["harmful"], k_upper
         )
-        new = _next(state, params, opt_lower, opt_upper)
+        if s.safe_limit:
+            share = granted(m_lower["lower/loss"], s.safe_limit)
+            moved = jax.tree.map(lambda p, q: p + share * (q - p), params, moved)
+            m_upper["upper/granted"] = share
+        new = _next(state, moved, opt_lower, opt_upper)
         return new.replace(opt=new.opt | others), m_lower | m_upper
 
     return gift_step
+
+
+def granted(lower_loss: jax.Array, limit: float) -> jax.Array:
+    """Returns the share of the upper level's movement that the lower one still allows.
+
+    1 up to the limit, none from twice the limit on, linear between: past a point the
+    lower level cannot mend any more what the upper one breaks.
+    """
+    return jnp.clip(2.0 - lower_loss / limit, 0.0, 1.0)
 
 
 def hypergradient(lower: Callable, upper_loss: Loss) -> Callable:

@@ -277,6 +277,32 @@ def test_unrolled_gradient_survives_a_parameter_without_gradient(toy):
     assert np.isfinite(float(metrics["upper/grad_norm"]))
 
 
+# --- the limit of the safe loss -------------------------------------------------------
+
+
+@pytest.mark.parametrize("times, share", [(1.25, 1.0), (1 / 1.25, 0.75), (0.4, 0.0)])
+def test_above_its_limit_the_safe_loss_holds_the_upper_level_back(toy, times, share):
+    """limit = times the safe loss: the upper level moves by a share of itself."""
+    rates = {"lower": optax.sgd(0.01), "upper": optax.sgd(0.1), "cap": 100.0}
+    state, step = toy.step(**rates)
+    free, metrics = step(state, toy.frozen, toy.batch, KEY)
+    assert "upper/granted" not in metrics
+    halt, _ = toy.step(**rates | {"upper": optax.sgd(0.0)})[1](
+        state, toy.frozen, toy.batch, KEY
+    )
+    limit = times * float(metrics["lower/loss"])
+    _, step = toy.step(**rates, safe_limit=limit)
+    new, told = step(state, toy.frozen, toy.batch, KEY)
+    np.testing.assert_allclose(told["upper/granted"], share, atol=1e-5)
+    moved, would = (
+        difference(new.params, halt.params),
+        difference(free.params, halt.params),
+    )
+    assert norm(would) > 1e-3
+    assert_close(moved, jax.tree.map(lambda d: share * d, would), 1e-3, 1e-6)
+    assert float(told["upper/loss"]) == float(metrics["upper/loss"])
+
+
 # --- joint ----------------------------------------------------------------------------
 
 
