@@ -26,14 +26,23 @@ from gift_jax.data import captions, emoji
 STYLE = "fluent"
 BASELINES, GIFT = "configs/emoji_baselines.py", "configs/emoji_gift.py"
 RATES = {"": 1, "_x3": 3, "_x10": 10}  # times the attack's usual rate
-NO_ADVERSARY = {"adversary": {"kinds": (), "horizon": 0}, "upper": {"lr": 2.2e-3}}
+
+
+def _no_adversary(**gift):
+    """The levels alone, at the rate that is best for them."""
+    attacker = {"kinds": (), "horizon": 0}
+    levels = {"safe_limit": 0.0, **gift}  # which joint has no place for
+    return {"adversary": attacker, "gift": levels, "upper": {"lr": 2.2e-3}}
+
+
 ABLATIONS = {  # of emoji_gift.py
-    "no_adversary": NO_ADVERSARY,
+    "no_adversary": _no_adversary(),
     "no_post_finetune": {"post_finetune": {"steps": 0}},
-    "joint": NO_ADVERSARY | {"gift": {"gradient": "joint"}},  # next to no_adversary
-    "unrolled": NO_ADVERSARY | {"gift": {"gradient": "unrolled"}},
+    "joint": _no_adversary(gradient="joint"),  # next to no_adversary
+    "unrolled": _no_adversary(gradient="unrolled"),
+    "no_safe_limit": {"gift": {"safe_limit": 0.0}},
     "one_lower_step": {"gift": {"inner_steps": 1}},
-    "preserve_data": {"gift": {"preserve": "data"}},
+    "preserve_data": {"gift": {"preserve": "data", "safe_limit": 0.0}},
     "by_name": {"harmful": {"identifier_prompts": 0.0}},
     "standard_noise": {"gift": {"noise_target": "standard"}},
     "mmd": {"gift": {"distance": "mmd"}},
