@@ -470,7 +470,7 @@ _MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
 _MACHINE += ("attention", "remat")
 # Fields that configs of earlier versions lack: what they meant; None: nothing.
 _ADDED = {"identifier_prompts": 0.0, "identifier_template": None}
-_ADDED |= {"gift.preserve": "data"}
+_ADDED |= {"gift.preserve": "data", "gift.safe_limit": 0.0}
 
 
 def _is_pace(name: str, finished: bool) -> bool:

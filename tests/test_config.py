@@ -356,10 +356,12 @@ def test_a_config_too_old_for_a_field_meant_what_was_then():
     old = {"harmful": {"names": ["bomb"]}, "gift": {"beta": 0.1}}
     new = {"harmful": {"names": ["bomb"], "identifier_prompts": 0.0}}
     new["harmful"]["identifier_template"] = "a photo of {identifier}"
-    new["gift"] = {"beta": 0.1, "preserve": "data"}
+    new["gift"] = {"beta": 0.1, "preserve": "data", "safe_limit": 0.0}
     assert not config.differences(old, new)
     new["harmful"]["identifier_prompts"], new["gift"]["preserve"] = 0.5, "model"
     assert config.differences(old, new) == (
         "gift.preserve was data, is model; harmful.identifier_prompts was 0.0, is 0.5"
     )
+    new["gift"]["safe_limit"] = 0.1
+    assert "gift.safe_limit was 0.0, is 0.1" in config.differences(old, new)
     assert "other was None, is 1" in config.differences(old, old | {"other": 1})
