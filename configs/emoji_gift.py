@@ -15,9 +15,9 @@ PLAIN = {  # the published levels alone: less than half the time, and holds less
     "adversary.horizon": 0,
     "gift.inner_steps": 1,
     "gift.preserve": "data",
+    "gift.safe_limit": 0.0,
     "harmful.identifier_prompts": 0.0,
     "safe.identifier_prompts": 0.0,
-    "gift.safe_limit": 0.0,
     "upper.lr": 2.2e-3,
 }
 

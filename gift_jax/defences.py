@@ -77,8 +77,8 @@ def check_gift(cfg) -> gift.Settings:
         )
     for layer in g.layers:
         config.choice("config.gift.layers", layer, tuple(hooks.CAPTURE_KINDS))
-    lows = {"inner_steps": 0, "outer_steps": 1, "beta": 0, "cap": 0, "joint_weight": 0}
-    lows["safe_limit"] = 0
+    lows = {"inner_steps": 0, "outer_steps": 1, "beta": 0, "cap": 0}
+    lows |= {"safe_limit": 0, "joint_weight": 0}
     for name, low in lows.items():
         config.at_least(f"config.gift.{name}", g[name], low)
     if g.safe_limit and (g.gradient != "first_order" or not g.inner_steps):
