@@ -23,6 +23,17 @@ from gift_jax import files, hosts
 from gift_jax.config import UserError
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """False: the loop asks at each step, through `hosts.asked_to_stop`.
+
+        Orbax asks again when a save in the background ends, with that save's step.
+        Where SIGTERM came then, the processes agreed on a step that this one had passed
+        already, and waited for one another for ever.
+        """
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, newest last; saving is asynchronous and atomic.
 
@@ -34,7 +45,7 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self.every = every
         with _disk_errors(self.folder):
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
                 item_handlers={

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gift_jax import checkpoint, loop
@@ -84,6 +86,17 @@ def test_saving_is_not_disturbed_by_donation(store):
     assert float(wrecked.params["b"][0]) == -1
     restored, _ = store.restore(make_state(0.0, size=2**20))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), saved)
+
+
+def test_a_save_does_not_ask_which_step_all_stop_at(store, monkeypatch):
+    """JAX takes the step that it is asked with for the step that the run is at."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    assert ocp.utils.reached_preemption(1) is None and asked == [1]  # Orbax's way
+    for step in (2, 4):
+        store.save(step, make_state(), {})
+    store.close()
+    assert asked == [1]
 
 
 def test_checkpoint_of_another_shape_is_refused(store):
