@@ -47,7 +47,7 @@ def start(tiny_folder, pictures, pytestconfig):
         argv += flags
         cache = pytestconfig.cache.mkdir("hosts")
         env = os.environ | {"GIFT_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
-        env |= {"XLA_FLAGS": quick_compile.flags()}
+        env |= {"XLA_FLAGS": quick_compile.flags(), "PYTHONFAULTHANDLER": "1"}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -74,9 +74,22 @@ def start(tiny_folder, pictures, pytestconfig):
 
 
 def ended(processes, within=TOGETHER_S):
-    """Returns (exit codes, what each wrote to stderr)."""
-    said = [process.communicate(timeout=within)[1] for process in processes]
+    """Returns (exit codes, what each wrote to stderr); of a hang, where they stand."""
+    try:
+        said = [process.communicate(timeout=within)[1] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            for child in _children(process):
+                os.kill(child, signal.SIGABRT)  # which PYTHONFAULTHANDLER answers
+        said = [process.communicate(timeout=60)[1] for process in processes]
+        pytest.fail(f"not ended in {within} s\n" + "\n--- next\n".join(said))
     return [process.returncode for process in processes], said
+
+
+def _children(process):
+    """Returns a process's children's ids; of Linux, elsewhere none."""
+    told = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in told.read_text().split()] if told.exists() else []
 
 
 def wait_for(path, processes):
