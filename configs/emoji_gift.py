@@ -30,7 +30,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.gift.cap = 20.0  # hinge: no gradient from an example whose loss is above this
     c.gift.preserve = "model"  # a target without noise: safe things are kept better
     c.gift.inner_steps = 2  # with one, what moves the attacker takes safe things along
-    c.gift.safe_limit = 0.08  # two of eight things ran away without, none of two with
+    c.gift.safe_limit = 0.08  # two of eight concepts ran away without, none with
     for level, lr in ((c.lower, 1.2e-3), (c.upper, 3e-3)):
         level.update(lr=lr, warmup_frac=0.05, weight_decay=0.0, schedule="cosine")
     c.adversary.update(kinds=("full",), horizon=30, steps_min=1, steps_max=1)
