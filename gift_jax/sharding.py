@@ -36,6 +36,7 @@ _MALLOPT = (  # of malloc.h
     (-2, 2**27),  # M_TOP_PAD: and let it grow by 128 MB at a time
 )
 _CACHE_BYTES = 4 * 2**30  # of compiled programs, some MB each
+_CACHE_FROM_S = 0.0  # of compiling: also what is quick, as there are hundreds
 _BATCH = PartitionSpec(("data", "fsdp"))
 
 
@@ -74,7 +75,7 @@ def prepare(cpu_devices: int = 1) -> None:
     _tidy(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)  # and its lock
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHE_FROM_S)
     _keep_memory()
 
 

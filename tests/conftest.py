@@ -33,6 +33,7 @@ def pytest_configure(config):
     cache = config.cache.mkdir("jax-" + os.environ.get("PYTEST_XDIST_WORKER", "alone"))
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    sharding._CACHE_FROM_S = 0.5  # most quick programs are needed once
     logging.set_verbosity(logging.WARNING)
     sharding._MALLOPT = ()  # much is compiled here, and few steps are taken
 

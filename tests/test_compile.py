@@ -31,8 +31,15 @@ class Taken(Exception):  # noqa: N818 - stops a run where its first step would b
     pass
 
 
-@pytest.mark.parametrize("method", ["gift", "imma"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "method, dtype",
+    [
+        ("gift", "bfloat16"),
+        ("imma", "float32"),
+        pytest.param("gift", "float32", marks=pytest.mark.slow),
+        pytest.param("imma", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_the_step_that_train_takes(
     tiny_folder, tmp_path, monkeypatch, method, dtype
 ):

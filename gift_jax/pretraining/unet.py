@@ -72,8 +72,16 @@ def augmented_latents(key, encode, emoji, rows, cfg) -> dict[str, np.ndarray]:
     Args: encode: images "B H W 3" in [-1, 1] -> (mean, std) "B C h w".
     Returns: mean, std: float32 "N V C h w".
     """
-    encode = jax.jit(encode)
     size = 64
+
+    def moved(key, x_BHWC):
+        never = jnp.zeros(size, bool)
+        x_BHWC = augment.augment(
+            key, x_BHWC, never, flip=0.0, shift=cfg.shift, scale=cfg.scale
+        )
+        return encode(x_BHWC)
+
+    encode_as_is, encode_moved = jax.jit(encode), jax.jit(moved)
     mean, std = [], []
     for variant in range(cfg.variants):
         chunks = []
@@ -82,11 +90,9 @@ def augmented_latents(key, encode, emoji, rows, cfg) -> dict[str, np.ndarray]:
             x = jnp.asarray(emoji.images[some], jnp.float32) / 127.5 - 1.0
             if variant:
                 k = jax.random.fold_in(jax.random.fold_in(key, variant), first)
-                never = jnp.zeros(size, bool)
-                x = augment.augment(
-                    k, x, never, flip=0.0, shift=cfg.shift, scale=cfg.scale
-                )
-            chunks.append(jax.device_get(encode(x)))
+                chunks.append(jax.device_get(encode_moved(k, x)))
+            else:
+                chunks.append(jax.device_get(encode_as_is(x)))
         mean.append(np.concatenate([c[0] for c in chunks])[: len(rows)])
         std.append(np.concatenate([c[1] for c in chunks])[: len(rows)])
     return {"mean": np.stack(mean, 1), "std": np.stack(std, 1)}

@@ -220,7 +220,9 @@ def test_step_leaves_the_frozen_parameters_alone(tiny_setup, stepper):
     jax.tree.map(np.testing.assert_array_equal, before, tiny_setup.frozen)
 
 
-@pytest.mark.parametrize("axis", sharding.AXES)
+@pytest.mark.parametrize(  # of data, test_devices has the whole run
+    "axis", [pytest.param("data", marks=pytest.mark.slow), "fsdp", "tensor"]
+)
 def test_one_and_two_devices_take_the_same_step(tiny_setup, stepper, axis):
     one, m_one = stepper(1e-2, 1e-2)
     two, m_two = stepper(1e-2, 1e-2, axis)
