@@ -90,9 +90,10 @@ def augmented_latents(key, encode, emoji, rows, cfg) -> dict[str, np.ndarray]:
             x = jnp.asarray(emoji.images[some], jnp.float32) / 127.5 - 1.0
             if variant:
                 k = jax.random.fold_in(jax.random.fold_in(key, variant), first)
-                chunks.append(jax.device_get(encode_moved(k, x)))
+                latents = encode_moved(k, x)
             else:
-                chunks.append(jax.device_get(encode_as_is(x)))
+                latents = encode_as_is(x)
+            chunks.append(jax.device_get(latents))
         mean.append(np.concatenate([c[0] for c in chunks])[: len(rows)])
         std.append(np.concatenate([c[1] for c in chunks])[: len(rows)])
     return {"mean": np.stack(mean, 1), "std": np.stack(std, 1)}

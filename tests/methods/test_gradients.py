@@ -170,13 +170,13 @@ ATTACK = {
     "adversary.lora_lr_max": ADAM_RATE,
     "adversary.safe_weight": 0.5,
 }
-UPPER_ONLY = {"gift.beta": 0.0, "adversary.safe_weight": 0.0}  # as emoji_gift.py has it
+AT_UPPER = ATTACK | {"adversary.safe_weight": 0.0}  # alone, as in emoji_gift.py
 CASES = {
     "gift": ("gift", {"gift.beta": 0.5, "gift.bound": "log"}),  # noise is matched
     "standard": ("gift", {"gift.beta": 0.5, "gift.noise_target": "standard"}),
     "maximize_prior": ("maximize_prior", {"gift.cap": 1e3}),
     "maximize": ("maximize", {"gift.bound": "raw"}),
-    "full": ("gift", {"adversary.kinds": ("full",), **ATTACK, **UPPER_ONLY}),
+    "full": ("gift", {"gift.beta": 0.0, "adversary.kinds": ("full",), **AT_UPPER}),
     "full_both": ("gift", {"gift.beta": 0.0, "adversary.kinds": ("full",), **ATTACK}),
     "lora": ("gift", {"gift.beta": 0.0, "adversary.kinds": ("lora",), **ATTACK}),
 }
