@@ -187,6 +187,7 @@ def run(command: str, signum: int, kills: int, seed: int, folder: pathlib.Path) 
                 waited.append(stop(process, signum, log))
                 check_after_kill(workdir, wanted)
                 told = f"{sum(at.values())} of {kills} kills: {dict(at)}"
+                told += f"; the last took {waited[-1]:.1f} s"
                 print(told, file=sys.stderr, flush=True)
                 continue
         if code:
