@@ -3,7 +3,8 @@
 
 While steps are taken, `collected` notes the signal and the loop saves before it stops.
 At all other times there is nothing to save, and the process ends: at once where Python
-runs, and after `GRACE_S` where it is inside a compilation, which no exception reaches.
+runs, and after `GRACE_S` where it is inside a compilation, which no exception reaches,
+or in a callback (of the garbage collector, a `__del__`), which lets none out.
 """
 
 import contextlib
@@ -32,13 +33,13 @@ class StoppedBySignal(BaseException):  # noqa: N818 - an event, not an error
 
 
 class _Guard:
-    """A thread that ends the process where a signal is not heard in time.
+    """A thread that ends the process where a signal has not done so in time.
 
-    Attributes: heard: whether Python has seen the last signal.
+    Attributes: collected: set when the loop has noted the signal, and will stop itself.
     """
 
     def __init__(self):
-        self.heard = threading.Event()
+        self.collected = threading.Event()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -49,7 +50,7 @@ class _Guard:
             (signum,) = os.read(reader, 1)
             if signum not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            if not self.heard.wait(GRACE_S) and not _patient:
+            if not self.collected.wait(GRACE_S) and (_ending or not _patient):
                 event = StoppedBySignal(signum, saved=False)
                 print(f"{event}; run the same command to go on", file=sys.stderr)
                 sys.stderr.flush()
@@ -58,6 +59,7 @@ class _Guard:
 
 _guard: _Guard | None = None
 _patient = False  # steps are being taken, whose end is worth any wait
+_ending = False  # `_end` has raised; what is still there after a while has swallowed it
 
 
 def watch() -> None:
@@ -69,15 +71,11 @@ def watch() -> None:
 
 
 def _end(signum, frame):
-    _heard()
+    global _ending
+    _ending = True
     if signum == signal.SIGINT:
         signal.default_int_handler(signum, frame)
     raise StoppedBySignal(signum, saved=False)
-
-
-def _heard() -> None:
-    if _guard:
-        _guard.heard.set()
 
 
 def be_patient(patient: bool) -> None:
@@ -99,7 +97,8 @@ def collected() -> Iterator[list[int]]:
     def handle(signum, frame):
         if not _patient:
             _end(signum, frame)
-        _heard()
+        if _guard:
+            _guard.collected.set()
         received.append(signum)
         signal.signal(signum, signal.default_int_handler)
         logging.warning("signal %d: saving a checkpoint, then stopping", signum)

@@ -36,6 +36,13 @@ IN_A_LOOP = """with stopping.collected() as received:
         print("received", received)
     return 0"""
 
+SWALLOWED = """class Callback:
+        def __del__(self):
+            time.sleep(1)
+    Callback()
+    stopping.be_patient({patient})
+    time.sleep(60)"""
+
 
 def end(signum, work, patient=False):
     """Returns (exit code, seconds until then, stderr) of one that gets a signal."""
@@ -66,6 +73,17 @@ def test_what_does_not_look_at_signals_is_ended_after_a_while():
     found, seconds, error = end(signal.SIGTERM, BUSY.format(n=2_000_000_000))
     assert found == 143 and 0.5 <= seconds < 30
     assert error == "stopped by signal 15; run the same command to go on\n"
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("patient", [False, True])  # as if steps began after it
+def test_what_swallows_the_exception_is_ended_after_a_while(signum, code, patient):
+    found, seconds, error = end(signum, SWALLOWED.format(patient=patient))
+    assert "Exception ignored in" in error  # or nothing was swallowed
+    assert found == code and seconds < 30
+    assert error.endswith(
+        f"stopped by signal {signum:d}; run the same command to go on\n"
+    )
 
 
 def test_a_step_is_waited_for():
