@@ -13,7 +13,7 @@ import safetensors.numpy
 from PIL import Image
 from tiny_model import write_pictures
 
-from gift_jax import convert, train
+from gift_jax import checkpoint, convert, hosts, stopping, train
 from gift_jax.config import UserError
 from gift_jax.config import load as load_config
 from gift_jax.models import stable_diffusion, tensors, weights
@@ -173,12 +173,22 @@ def test_export_differs_from_the_base_in_the_trained_tensors_only(
         ("--config.gift.gradient=joint", "--config.gift.distance=mmd"),
     ],
 )
-def test_resumed_run_exports_what_a_straight_one_does(main, tmp_path, flags):
+def test_resumed_run_exports_what_a_straight_one_does(
+    main, tmp_path, monkeypatch, flags
+):
     flags = (*flags, "--config.samples.num=0")
     straight = main(tmp_path / "a", *flags)
-    halfway = main(tmp_path / "b", *flags, "--config.steps=1")
-    assert changed_tensors(straight / "export", halfway / "export")
+    with monkeypatch.context() as stopped:  # not by fewer steps: another schedule and
+        # so another program, which may round otherwise
+        stopped.setattr(hosts, "asked_to_stop", lambda done: done == 1)
+        with pytest.raises(stopping.StoppedBySignal):
+            main(tmp_path / "b", *flags)
+    halfway = checkpoint.read_params(tmp_path / "b" / "checkpoints")
+    assert halfway[0] == 1 and not (tmp_path / "b" / "export").exists()
     resumed = main(tmp_path / "b", *flags)
+    step, params = checkpoint.read_params(resumed / "checkpoints")
+    assert step == 2
+    assert any((params[path] != halfway[1][path]).any() for path in params)
     assert not changed_tensors(straight / "export", resumed / "export")
     assert logged(straight) == logged(resumed)
 
