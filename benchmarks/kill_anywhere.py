@@ -166,7 +166,9 @@ def stop(process: subprocess.Popen, signum: int, log: pathlib.Path, at: str) -> 
     code = process.wait()
     # Before the command has begun, and after its end, Python's own handler is gone.
     ended = [-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM]
-    if code not in ended + [0] * (at == "after the export"):
+    if at == "after the export":
+        ended.append(0)
+    if code not in ended:
         raise Differs(f"exit code {code} ({at}): {log.read_text()[-2000:]}")
     return time.perf_counter() - began
 

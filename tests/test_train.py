@@ -178,17 +178,17 @@ def test_resumed_run_exports_what_a_straight_one_does(
 ):
     flags = (*flags, "--config.samples.num=0")
     straight = main(tmp_path / "a", *flags)
-    with monkeypatch.context() as stopped:  # not by fewer steps: another schedule and
-        # so another program, which may round otherwise
+    # Fewer steps would be another schedule, and so a program that may round otherwise.
+    with monkeypatch.context() as stopped:
         stopped.setattr(hosts, "asked_to_stop", lambda done: done == 1)
         with pytest.raises(stopping.StoppedBySignal):
             main(tmp_path / "b", *flags)
-    halfway = checkpoint.read_params(tmp_path / "b" / "checkpoints")
-    assert halfway[0] == 1 and not (tmp_path / "b" / "export").exists()
+    step, halfway = checkpoint.read_params(tmp_path / "b" / "checkpoints")
+    assert step == 1 and not (tmp_path / "b" / "export").exists()
     resumed = main(tmp_path / "b", *flags)
     step, params = checkpoint.read_params(resumed / "checkpoints")
     assert step == 2
-    assert any((params[path] != halfway[1][path]).any() for path in params)
+    assert any((params[path] != halfway[path]).any() for path in params)
     assert not changed_tensors(straight / "export", resumed / "export")
     assert logged(straight) == logged(resumed)
 
