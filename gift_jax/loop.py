@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from gift_jax import checkpoint, files, hosts, progress, sharding, stopping
+from gift_jax import checkpoint, files, heap, hosts, progress, sharding, stopping
 
 Metrics = dict[str, jax.Array]
 
@@ -68,6 +68,7 @@ class Options:
 
 
 ON_NAN = ("stop", "restore")
+_COMPILED_S = 5.0  # a first step that takes longer was compiled in this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +241,8 @@ class _Run:
                     jax.block_until_ready(state.step)
                     stopping.be_patient(True)
                     seconds = time.perf_counter() - clock
+                    if seconds > _COMPILED_S:
+                        heap.close_gaps()
                     logging.info("%s: first step took %.1f s", options.name, seconds)
                 last = done == options.steps
                 if hosts.asked_to_stop(done):

@@ -8,7 +8,6 @@ divide evenly, is repeated.
 """
 
 import contextlib
-import ctypes
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gift_jax import heap
 from gift_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -28,12 +28,6 @@ RULES = (  # of a parameter's path: the axes of its last dimensions
     (r"(to_[qkv]|net_0/proj|[qkv]_proj|fc1)/kernel", ("fsdp", "tensor")),
     (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
     (r"(kernel|embedding)", ("fsdp",)),
-)
-_MALLOPT = (  # of malloc.h
-    (-8, 1),  # M_ARENA_MAX: one heap for all threads, as others hold 64 MB at most
-    (-4, 0),  # M_MMAP_MAX: no block with a mapping of its own
-    (-1, -1),  # M_TRIM_THRESHOLD: never shrink the heap,
-    (-2, 2**27),  # M_TOP_PAD: and let it grow by 128 MB at a time
 )
 _CACHE_BYTES = 4 * 2**30  # of compiled programs, some MB each
 _CACHE_FROM_S = 0.0  # of compiling: also what is quick, as there are hundreds
@@ -76,7 +70,7 @@ def prepare(cpu_devices: int = 1) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)  # and its lock
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHE_FROM_S)
-    _keep_memory()
+    heap.keep()
 
 
 def _tidy(folder: pathlib.Path) -> None:
@@ -118,21 +112,6 @@ def cpu_devices_for(parts: Sequence[int], shape: Mapping[str, int]) -> int:
         return n % given == 0 and all(part % pieces == 0 for part in parts)
 
     return next((n for n in range(cores(), given, -1) if fits(n)), given)
-
-
-def _keep_memory() -> None:
-    """Has glibc keep the memory that a step frees, for the next step.
-
-    On CPUs XLA asks anew for the memory of every step. As it comes, glibc gives blocks
-    of that size back to the system, which clears each page that it hands out again: a
-    third of a step's time. Where there is no glibc nothing is done.
-    """
-    mallopt = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    )
-    if mallopt is not None:
-        for option, value in _MALLOPT:
-            mallopt(option, value)
 
 
 def lay_out(devices, shape: Mapping[str, int] | None = None) -> Mesh:

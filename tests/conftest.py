@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
-from gift_jax import sharding  # noqa: E402
+from gift_jax import heap, sharding  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,7 +35,7 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     sharding._CACHE_FROM_S = 0.5  # most quick programs are needed once
     logging.set_verbosity(logging.WARNING)
-    sharding._MALLOPT = ()  # much is compiled here, and few steps are taken
+    heap.OPTIONS = ()  # much is compiled here, and few steps are taken
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 """The mesh, the rules by parameter path, and what does not fit."""
 
 import os
-import platform
 import subprocess
 import sys
 
@@ -129,33 +128,6 @@ def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
     assert run() == (asked, asked - 1, "")
     assert len(program.read_bytes()) > len(whole) // 2  # older JAX varies some bytes
     assert run() == (asked, asked, "")
-
-
-FAULTS = """
-import resource, sys
-import jax, jax.numpy as jnp
-from gift_jax import sharding
-if sys.argv[1] == "kept":
-    sharding.prepare()
-x = jnp.ones((2048, 2048))  # 16 MB
-step = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))
-for count in range(24):
-    jax.block_until_ready(step(x))
-    if count == 11:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_memory_of_a_step_is_kept_for_the_next():
-    faults = {}
-    for how in ("as it comes", "kept"):
-        command = [sys.executable, "-c", FAULTS, how]
-        told = subprocess.run(command, capture_output=True, check=True, text=True)
-        faults[how] = int(told.stdout)
-    assert faults["as it comes"] > 10_000  # 4 kB each
-    assert faults["kept"] < 0.3 * faults["as it comes"]  # JAX 0.8: up to 0.21
 
 
 LEVELS = """
