@@ -272,8 +272,9 @@ def _bytes(kind: str, dims: str) -> int:
 def fit(attempt, low: int = 1, limit: int = 4096) -> dict[str, Any]:
     """Returns the report of the largest batch a chip that fits.
 
-    Memory grows nearly in proportion to the batch: two programs say how, and the
-    answer is then tried, with its neighbours, until one fits and the next does not.
+    Temporaries grow nearly in proportion to the batch: one program says where memory
+    may be full, two say how it grows, and the answer is tried, with its neighbours,
+    until one fits and the next does not.
 
     Args: attempt: batch -> report, or DoesNotFit. low: the first to try.
     Raises: DoesNotFit if not even one does.
@@ -300,12 +301,17 @@ def fit(attempt, low: int = 1, limit: int = 4096) -> dict[str, Any]:
 
 
 def _guess(fitting, too_large) -> int:
-    """Returns the batch at which memory is full, by a line through two of the sizes."""
+    """Returns the batch at which memory is full, by a line through two of the sizes.
+
+    With one program alone, as if its temporaries were in proportion to the batch.
+    """
     used = {b: r["hbm_bytes"]["used"] for b, r in fitting.items()}
     used |= {b: size for b, size in too_large.items() if math.isfinite(size)}
     capacity = next(iter(fitting.values()))["hbm_bytes"]["capacity"]
     if len(used) == 1:
-        return 2 * max(used)
+        [(batch, report)] = fitting.items()
+        slope = max(1.0, report["hbm_bytes"]["temporaries"] / batch)
+        return int(batch + (capacity - used[batch]) / slope)
     a, b = sorted(used)[-2:]
     slope = max(1.0, (used[b] - used[a]) / (b - a))
     return int(a + (capacity - used[a]) / slope)

@@ -140,7 +140,8 @@ def memory_of(fixed, each, capacity, tried):
         used = fixed + each * batch + 0.01 * each * batch % 7  # nearly a line
         if used > capacity:
             raise ahead.DoesNotFit(used)
-        return {"hbm_bytes": {"used": used, "capacity": capacity}, "batch": batch}
+        sizes = {"used": used, "capacity": capacity, "temporaries": 0.8 * each * batch}
+        return {"hbm_bytes": sizes, "batch": batch}
 
     return attempt
 
