@@ -42,6 +42,8 @@ _SIZES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8, "s16": 2, "u16": 2}
 _COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 _COLLECTIVE = re.compile(rf" = (\(.*?\)|\S+) ({_COLLECTIVES})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+_ATTENTION = re.compile(r"%splash_mha_(fwd|dq|dkv)\S* = \((.*?)\) custom-call\(")
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of those kernels
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
 
 
@@ -228,13 +230,15 @@ def compile_lowered(lowered):
 def account(compiled, chip: Chip) -> dict[str, Any]:
     """Returns memory, work and collectives of a compiled program, all of one chip."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    hlo = compiled.as_text()
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    flops, moved = cost["flops"], cost["bytes accessed"]
+    flops = cost["flops"] + attention_flops(hlo)
+    moved = cost["bytes accessed"]
     compute, memory_s = flops / chip.flops, moved / chip.bandwidth
     roofline = max(compute, memory_s)
     return {
@@ -245,8 +249,18 @@ def account(compiled, chip: Chip) -> dict[str, Any]:
         "roofline_ms": round(1e3 * roofline, 3),
         "compute_fraction": round(compute / roofline, 3),
         "limited_by": "compute" if compute >= memory_s else "memory",
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(hlo),
     }
+
+
+def attention_flops(hlo: str) -> int:
+    """Returns FLOP of a compiled program's attention kernels, which XLA leaves out."""
+    total = 0
+    for kind, results in _ATTENTION.findall(hlo):
+        shapes = [dims.split(",") for _, dims in _SHAPE.findall(results)]
+        *many, N, D = map(int, max(shapes, key=len))  # the first of those with "B H"
+        total += _PRODUCTS[kind] * 2 * math.prod(many) * N * N * D
+    return total
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:

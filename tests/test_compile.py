@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from gift_jax import ahead, config, job, loop, sharding, train
+from gift_jax import compile as compile_command
 from gift_jax.config import UserError
 
 ROOT = pathlib.Path(train.__file__).parents[1]
@@ -132,6 +133,15 @@ def test_collectives_are_counted_once_with_what_they_return():
     }
 
 
+def test_flops_of_attention_kernels_are_added():
+    two = "(f32[4,512,128]{2,1,0}, bf16[4,8,512,40]{3,2,1,0}, f32[4,8,512]{2,1,0})"
+    hlo = f"  %splash_mha_fwd_residuals.1 = {two} custom-call(%a), op\n"
+    each = 2 * 4 * 8 * 512 * 512 * 40
+    assert ahead.attention_flops(hlo) == 2 * each
+    hlo += f"  %splash_mha_dkv_no_residuals = {two} custom-call(%a)\n"
+    assert ahead.attention_flops(hlo + HLO) == (2 + 4) * each
+
+
 def memory_of(fixed, each, capacity, tried):
     """A stand-in for compiling: batch -> report, or DoesNotFit."""
 
@@ -227,3 +237,33 @@ def test_chips_send_each_other_the_gradients_alone(tiny_folder, tmp_path):
     assert few["bytes_accessed"] == pytest.approx(many["bytes_accessed"], rel=0.02)
     memory = (one["hbm_bytes"]["temporaries"] for one in found.values())
     assert next(memory) == pytest.approx(next(memory), rel=0.02)
+
+
+KERNEL = """
+import json
+import jax, jax.numpy as jnp
+from gift_jax import ahead, sharding
+from gift_jax.models.kernels import Kernels
+mesh = sharding.lay_out(ahead.devices_of("v5e:2x2"))
+where = sharding.batch_layout(mesh)
+q = jax.ShapeDtypeStruct((4, 4096, 8, 40), jnp.bfloat16, sharding=where)
+for attention in ("plain", "auto"):
+    how = Kernels(attention).on(mesh)
+    grads = jax.grad(lambda *qkv: how.attend(*qkv).astype(float).sum(), (0, 1, 2))
+    compiled = jax.jit(grads, out_shardings=where).lower(q, q, q).compile()
+    print(json.dumps(ahead.account(compiled, ahead.CHIPS["v5e"])))
+"""
+
+
+@needs_compiler
+def test_flash_attention_compiles_and_moves_a_fraction():
+    environ = compile_command.environment()
+    command = [sys.executable, "-c", KERNEL]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    plain, flash = map(json.loads, done.stdout.splitlines())
+    assert flash["bytes_accessed"] < 0.1 * plain["bytes_accessed"]
+    memory = [one["hbm_bytes"]["temporaries"] for one in (flash, plain)]
+    assert memory[0] < 0.1 * memory[1]
+    products = 2 + 3 + 4  # forward, and two kernels backward
+    assert flash["flops"] == pytest.approx(products * 2 * 8 * 4096**2 * 40, rel=0.02)

@@ -21,7 +21,7 @@ _MAX_COLUMNS_BYTES = 256 * 2**20  # above, an unfolded image costs more than it 
 _MAX_SCORES_BYTES = 32 * 2**20  # above, on CPUs, attention goes in chunks of queries
 _FLASH_TOKENS = 1024  # from so many on; below, XLA's own attention moves fewer bytes
 _FLASH_BLOCK = 512
-_LANES = 128  # of a TPU: what a head's size is padded to
+_LANES = 128  # of a TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Kernels:
         """
         kind = self.attention_for(q_BNHD, k_BMHD)
         if kind == "flash":
-            return _flash(q_BNHD, k_BMHD, v_BMHD, self.mesh)
+            return _flash(q_BNHD, k_BMHD, v_BMHD, self.mesh, self.device == "cpu")
         if kind == "cudnn":
             return jax.nn.dot_product_attention(
                 q_BNHD, k_BMHD, v_BMHD, implementation="cudnn"
@@ -171,27 +171,30 @@ def _chunked(q_BNHD, k_BMHD, v_BMHD):
     return jnp.moveaxis(out, 0, 1).reshape(B, N, H, D)
 
 
-def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None):
-    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     def attend_shard(q, k, v):
-        D = q.shape[-1]
-        room = (0, -D % _LANES)
-
-        def heads_first(a):
-            return jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, 0), room))
-
-        block = math.gcd(_FLASH_BLOCK, q.shape[1])
-        sizes = {
-            field.name: 1 if field.name == "block_b" else block
-            for field in dataclasses.fields(flash.BlockSizes)
-        }
-        out = flash.flash_attention(
-            *(heads_first(a) for a in (q, k, v)),
-            sm_scale=D**-0.5,
-            block_sizes=flash.BlockSizes(**sizes),
+        N, H, D = q.shape[1:]
+        fields = {field.name for field in dataclasses.fields(splash.BlockSizes)}
+        blocks = {name for name in fields if name.startswith("block_")}
+        sizes = dict.fromkeys(blocks, math.gcd(_FLASH_BLOCK, N))
+        # with tokens last, a head of 40 or 80 is not padded to a TPU's 128 lanes
+        layouts = dict.fromkeys(fields - blocks, splash.QKVLayout.SEQ_MINOR)
+        layouts["use_fused_bwd_kernel"] = False
+        everything = masks.MultiHeadMask([masks.FullMask((N, N))] * H)
+        attend_one = splash.make_splash_mha_single_device(
+            everything,
+            block_sizes=splash.BlockSizes(**sizes, **layouts),
+            interpret=interpret,
         )
-        return jnp.swapaxes(out[..., :D], 1, 2)
+        q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * q.dtype.type(D**-0.5), k, v))
+        return jnp.swapaxes(jax.vmap(attend_one)(q, k, v), 1, 2)
 
     if mesh is None or mesh.size == 1:
         return attend_shard(q_BNHD, k_BMHD, v_BMHD)
