@@ -35,6 +35,8 @@ def measure(variant: str, topology: str, batch: int, model: str, attention: str)
     from gift_jax.models import hooks, partition, published, stable_diffusion
     from gift_jax.models.kernels import Kernels
 
+    if variant != "stock":
+        sharding.prepare()  # with the flags of libtpu
     mesh = sharding.lay_out(ahead.devices_of(topology))
     outline = stable_diffusion.outline(published.MODELS[model], jnp.bfloat16, 512)
     unet = outline.unet

@@ -28,7 +28,8 @@ from gift_jax.config import UserError
 _CHILD = "GIFT_JAX_COMPILE_INTO"  # in the child's environment: where its report goes
 _KEPT = (  # of the environment
     *("HOME", "LANG", "LC_ALL", "PATH", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV"),
-    *("GIFT_JAX_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "TPU_LIBRARY_PATH"),
+    *("GIFT_JAX_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "LIBTPU_INIT_ARGS"),
+    "TPU_LIBRARY_PATH",
 )
 
 

@@ -177,3 +177,17 @@ def test_cores_become_devices_as_far_as_batches_divide(
     monkeypatch.setattr(sharding, "cores", lambda: 4)
     shape = dict(zip(sharding.AXES, shape, strict=True))
     assert sharding.cpu_devices_for(parts, shape) == wanted
+
+
+def test_flags_of_the_tpu_compiler_are_set_unless_they_are_given():
+    code = "from gift_jax import sharding; sharding.prepare()\n"
+    code += "import os; print(os.environ['LIBTPU_INIT_ARGS'])"
+    told = []
+    for given in ({}, {"LIBTPU_INIT_ARGS": "--mine"}):
+        environ = {k: v for k, v in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, capture_output=True, check=True, text=True, env=environ | given
+        )
+        told.append(done.stdout.strip())
+    assert told == [" ".join(sharding._TPU_FLAGS), "--mine"]
