@@ -5,8 +5,9 @@
 
 One forward and backward pass for the cross-attention parameters, bfloat16, 64x64
 latents, compiled here for v5e without a TPU (see gift_jax.compile). stock: diffusers'
-modules as they come; the others: ours with that `remat`. Prints one JSON object with
-TFLOP, GB accessed and GB of temporaries a chip, and the ratios to stock if it is there.
+modules as they come; the others: ours with that `remat` and our flags of
+libtpu. Prints one JSON object with TFLOP, GB accessed and GB of temporaries a chip, and
+the ratios to stock if it is there.
 A variant takes several minutes and up to 8 GB. --fit: also the largest batch that fits.
 """
 

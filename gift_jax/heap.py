@@ -35,7 +35,7 @@ def keep() -> None:
     As it comes, glibc gives blocks of that size back to the system, which clears each
     page that it hands out again: a third of a step's time.
     """
-    if library := _glibc():
+    if library := _library("mallopt"):
         for option, value in OPTIONS:
             library.mallopt(option, value)
 
@@ -47,9 +47,10 @@ def close_gaps() -> None:
     every buffer of every step: a fifth of the steps' time. Their pages go back to the
     system; what fills them is freed at the next call.
     """
-    library = _glibc()
+    library = _library("mallinfo2", "malloc_trim")  # glibc 2.33
     if library is None or not OPTIONS:
         return
+    library.mallinfo2.restype = _Info
     while _filling:
         library.free(_filling.pop())
     library.malloc_trim(0)
@@ -68,16 +69,15 @@ def close_gaps() -> None:
             size = size * 3 // 4
 
 
-def _glibc():
-    """Returns the C library, if it is a glibc that has all that is called here."""
+def _library(*names: str):
+    """Returns the C library, or None if it lacks any of those functions of glibc."""
     if os.name != "posix":
         return None
     library = ctypes.CDLL(None)
-    if not all(hasattr(library, n) for n in ("mallopt", "malloc_trim", "mallinfo2")):
+    if not all(hasattr(library, name) for name in names):
         return None
     library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
     library.malloc.argtypes = [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
     library.sbrk.argtypes = [ctypes.c_ssize_t]
-    library.mallinfo2.restype = _Info
     return library

@@ -56,9 +56,7 @@ def prepare(cpu_devices: int = 1) -> None:
     Turns on the persistent compilation cache, in the `cache_folder`: a second run
     compiles nothing. Processes may share it, and what has not been used for longest is
     dropped at `_CACHE_BYTES`. On TPUs convolutions are computed as they stand, unless
-    the environment's LIBTPU_INIT_ARGS says something else: of a resnet block of 320
-    channels, 64x64, 4 examples, XLA otherwise makes 4 times the bytes accessed, and
-    twice the cycles by its own estimate.
+    the environment's LIBTPU_INIT_ARGS says something else; docs/scaling.md has why.
 
     Args: cpu_devices: into how many devices to divide a machine without accelerator;
       see `cpu_devices_for`.

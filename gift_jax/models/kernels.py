@@ -19,7 +19,7 @@ CHOICES = {
 }
 _MAX_COLUMNS_BYTES = 256 * 2**20  # above, an unfolded image costs more than it saves
 _MAX_SCORES_BYTES = 32 * 2**20  # above, on CPUs, attention goes in chunks of queries
-_FLASH_TOKENS = 1024  # from so many on; below, XLA's own attention moves fewer bytes
+_FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
 _LANES = 128  # of a TPU
 
