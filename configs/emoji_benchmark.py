@@ -6,7 +6,7 @@
 
 Suites (two CPU cores):
     :smoke      one cell of each kind: a minute or two
-    :short      two things, two attacks of 150 steps: under half an hour
+    :short      bomb, two attacks of 150 steps: under half an hour
     (none)      bomb, a style and the forbidden category, every attack: about two hours
     :standard   six random things besides, two prompts, looks along the way, one thing
                 to 1,000 steps: about eight hours, in parts
@@ -73,7 +73,6 @@ SHORT = {
     "name": "short",
     "methods": ("original", "imma", "maximize_prior", "gift"),
     "concepts": ("bomb",),
-    "random.things": 1,
     "attacks": ("dreambooth", "lora_x3"),
     "at": (75,),
     "common.attack.steps": 150,

@@ -366,11 +366,15 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
         choices = ", ".join(CAPTURE_KINDS)
         raise ValueError(f"capture={unknown[0]!r} must be one of {choices}")
     wanted = tuple(cls for kind in capture for cls in CAPTURE_KINDS[kind])
+    above = ()  # the path of the block that is being computed on its own
+
+    def path_of(module):
+        return "/".join(above + module.path)
 
     def compute(next_fun, args, kwargs, module):
         cls = type(module)
         if cls is attention_flax.FlaxAttention:
-            known = (text or {}).get("/".join(module.path))
+            known = (text or {}).get(path_of(module))
             return _attention(module, *args, **kwargs, kernels=kernels, text=known)
         if cls in _CORRECTED:
             return _CORRECTED[cls](module, *args, **kwargs)
@@ -382,17 +386,39 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
                 return out
         return next_fun(*args, **kwargs)
 
+    def alone(module, args, kwargs):
+        """Computes a block as a function of its own, so that it is one on the way back:
+
+        what it computes again there waits for the gradient of its output, and two
+        blocks are never in memory at once.
+        """
+
+        def block(params, args):
+            nonlocal above, hiddens
+            outside, hiddens, above = hiddens, {}, module.path
+            try:
+                out = module.clone(parent=None).apply(params, *args, **kwargs)
+                return out, hiddens
+            finally:
+                hiddens, above = outside, ()
+
+        out, found = jax.checkpoint(block)({"params": module.variables["params"]}, args)
+        if found:
+            hiddens.update(found)
+        return out
+
     def call(next_fun, args, kwargs, context):
         module = context.module
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
+        is_block = isinstance(module, _BLOCKS)
+        if is_block and not above and kernels.remat != "none":
+            return kept("block", alone(module, args, kwargs))
         out = compute(next_fun, args, kwargs, module)
-        if isinstance(module, _BLOCKS):
-            out = kept("block", out)
         if isinstance(module, _STAGES):
             out = kept("stage", out)
         if wanted and isinstance(module, wanted):
-            hiddens["/".join(module.path)] = out
+            hiddens[path_of(module)] = out
         return out
 
     with nn.intercept_methods(call):
