@@ -78,7 +78,7 @@ from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
 )
 
 from gift_jax.models import conv_clip  # noqa: E402
-from gift_jax.models.kernels import Kernels, conv_as_matmul, kept  # noqa: E402
+from gift_jax.models.kernels import Kernels, conv_as_matmul  # noqa: E402
 
 CAPTURE_KINDS = {
     "transformer": (attention_flax.FlaxBasicTransformerBlock,),
@@ -339,14 +339,44 @@ _CORRECTED = {
 _CORRECTED_NORMS = {nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm}
 
 
-_BLOCKS = (resnet_flax.FlaxResnetBlock2D, attention_flax.FlaxBasicTransformerBlock)
-_STAGES = (
-    unet_2d_blocks_flax.FlaxCrossAttnDownBlock2D,
-    unet_2d_blocks_flax.FlaxDownBlock2D,
-    unet_2d_blocks_flax.FlaxUNetMidBlock2DCrossAttn,
+def _up_block(
+    module,
+    hidden_states,
+    res_hidden_states_tuple,
+    temb,
+    encoder_hidden_states=None,
+    deterministic=True,
+):
+    """diffusers' up blocks; each resnet joins what comes from below and the skip.
+
+    So that only their parts are kept for the way back.
+    """
+    skips = list(res_hidden_states_tuple)
+    attentions = getattr(module, "attentions", [None] * len(module.resnets))
+    for resnet, attention in zip(module.resnets, attentions, strict=True):
+        parts = hidden_states, skips.pop()
+        hidden_states = resnet(parts, temb, deterministic=deterministic)
+        if attention is not None:
+            hidden_states = attention(
+                hidden_states, encoder_hidden_states, deterministic=deterministic
+            )
+    if module.add_upsample:
+        hidden_states = module.upsamplers_0(hidden_states)
+    return hidden_states
+
+
+_BLOCKS = (resnet_flax.FlaxResnetBlock2D, attention_flax.FlaxTransformer2DModel)
+_UP_STAGES = (
     unet_2d_blocks_flax.FlaxCrossAttnUpBlock2D,
     unet_2d_blocks_flax.FlaxUpBlock2D,
 )
+_STAGES = (
+    *_UP_STAGES,
+    unet_2d_blocks_flax.FlaxCrossAttnDownBlock2D,
+    unet_2d_blocks_flax.FlaxDownBlock2D,
+    unet_2d_blocks_flax.FlaxUNetMidBlock2DCrossAttn,
+)
+_COMPUTED_AGAIN = {"none": (), "block": _BLOCKS, "full": _BLOCKS + _STAGES}
 
 
 @contextlib.contextmanager
@@ -366,13 +396,16 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
         choices = ", ".join(CAPTURE_KINDS)
         raise ValueError(f"capture={unknown[0]!r} must be one of {choices}")
     wanted = tuple(cls for kind in capture for cls in CAPTURE_KINDS[kind])
-    above = ()  # the path of the block that is being computed on its own
+    again = _COMPUTED_AGAIN[kernels.remat]
+    above = ()  # the path of the block or stage that is being computed on its own
 
     def path_of(module):
         return "/".join(above + module.path)
 
     def compute(next_fun, args, kwargs, module):
         cls = type(module)
+        if again and cls in _UP_STAGES:
+            return _up_block(module, *args, **kwargs)
         if cls is attention_flax.FlaxAttention:
             known = (text or {}).get(path_of(module))
             return _attention(module, *args, **kwargs, kernels=kernels, text=known)
@@ -387,22 +420,28 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
         return next_fun(*args, **kwargs)
 
     def alone(module, args, kwargs):
-        """Computes a block as a function of its own, so that it is one on the way back:
+        """Computes a block or stage from its inputs, which alone are kept, and so again
 
-        what it computes again there waits for the gradient of its output, and two
+        on the way back: not before the gradient of its output is there, so that two
         blocks are never in memory at once.
         """
+        path = above + module.path
 
-        def block(params, args):
+        def compute_it(params, args):
             nonlocal above, hiddens
-            outside, hiddens, above = hiddens, {}, module.path
+            outside = above, hiddens
+            above, hiddens = path, {}
             try:
-                out = module.clone(parent=None).apply(params, *args, **kwargs)
-                return out, hiddens
+                first, *others = args
+                if isinstance(first, tuple):  # of `_up_block`
+                    first = jnp.concatenate(first, axis=-1)
+                it = module.clone(parent=None)
+                return it.apply(params, first, *others, **kwargs), hiddens
             finally:
-                hiddens, above = outside, ()
+                above, hiddens = outside
 
-        out, found = jax.checkpoint(block)({"params": module.variables["params"]}, args)
+        params = {"params": module.variables["params"]}
+        out, found = jax.checkpoint(compute_it)(params, args)
         if found:
             hiddens.update(found)
         return out
@@ -411,12 +450,9 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
         module = context.module
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        is_block = isinstance(module, _BLOCKS)
-        if is_block and not above and kernels.remat != "none":
-            return kept("block", alone(module, args, kwargs))
+        if isinstance(module, again) and module.path:  # not yet alone
+            return alone(module, args, kwargs)
         out = compute(next_fun, args, kwargs, module)
-        if isinstance(module, _STAGES):
-            out = kept("stage", out)
         if wanted and isinstance(module, wanted):
             hiddens[path_of(module)] = out
         return out
@@ -469,15 +505,15 @@ def apply_unet(
       those of the parameters, e.g. "mid_block/attentions_0/transformer_blocks_0").
     """
 
-    def apply(params, z_BCHW, t_B, c_BLD, text):
-        hiddens = {}
-        with exact(kernels, capture, hiddens, text):
-            args = z_BCHW, t_B, c_BLD
-            out = unet.apply({"params": params}, *args, return_dict=False)[0]
-        return out, hiddens
-
-    t_B = jnp.asarray(t_B)  # the module takes a NumPy array for a scalar
-    return kernels.remember(apply)(params, z_BCHW, t_B, c_BLD, text)
+    hiddens = {}
+    args = (
+        z_BCHW,
+        jnp.asarray(t_B),
+        c_BLD,
+    )  # the module takes a NumPy array for a scalar
+    with exact(kernels, capture, hiddens, text):
+        out = unet.apply({"params": params}, *args, return_dict=False)[0]
+    return out, hiddens
 
 
 def apply_vae_encode(vae, params, x_BCHW, kernels=Kernels()):  # noqa: B008

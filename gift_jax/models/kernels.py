@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 CHOICES = {
@@ -33,9 +32,9 @@ class Kernels:
         they have a kernel; or auto: what suits the platform, the shape and the type.
       conv: xla; matmul, unfold and one matrix product; or auto: matmul on CPUs where
         the unfolded image is small.
-      remat: what the backward pass finds: none of it computed again; block: the outputs
-        of resnet and transformer blocks are kept; full: only what the UNet's stages
-        hand to each other.
+      remat: what the backward pass computes again: none; block: resnets and
+        transformers, from their inputs, one at a time; full: the UNet's stages and then
+        their blocks.
       platform: cpu, gpu or tpu, for auto; "": JAX's default backend.
       mesh: where a batch lies that XLA cannot divide by itself (flash); or None.
     """
@@ -123,22 +122,6 @@ class Kernels:
             return self.conv == "matmul"
         unfolded = math.prod(shape) * math.prod(kernel) // math.prod(stride) * 4
         return self.device == "cpu" and unfolded <= _MAX_COLUMNS_BYTES
-
-    def remember(self, fn):
-        """Returns fn, whose backward pass computes anew what `remat` does not keep.
-
-        What it keeps is what fn gave a name with `kept`.
-        """
-        if self.remat == "none":
-            return fn
-        names = {"block": ("block", "stage"), "full": ("stage",)}[self.remat]
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-        return jax.checkpoint(fn, policy=policy)
-
-
-def kept(name: str, out):
-    """Returns out, to be kept by `Kernels.remember`: of a block or a stage."""
-    return jax.tree.map(lambda a: checkpoint_name(a, name), out)
 
 
 # --- attention ------------------------------------------------------------------------

@@ -181,6 +181,15 @@ def test_what_is_computed_again_is_the_same(tiny, rng, remat):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-8)
 
 
+@pytest.mark.parametrize("remat, stages", [("none", 0), ("block", 0), ("full", 5)])
+def test_blocks_are_computed_again_one_at_a_time(tiny, rng, remat, stages):
+    loss = loss_of(tiny, unet_inputs(rng), Kernels(remat=remat))
+    program = str(jax.make_jaxpr(loss)(tiny.params["unet"]))
+    resnets, transformers = 8, 4
+    expected = 0 if remat == "none" else resnets + transformers + stages
+    assert program.count("differentiated=False") == expected
+
+
 def test_the_unet_in_bfloat16_is_as_exact(tiny_folder, tiny, rng, monkeypatch):
     half = stable_diffusion.load(tiny_folder, jnp.bfloat16)
     inputs = unet_inputs(rng)
