@@ -365,7 +365,13 @@ def _up_block(
     return hidden_states
 
 
-_BLOCKS = (resnet_flax.FlaxResnetBlock2D, attention_flax.FlaxTransformer2DModel)
+_BLOCKS = (
+    resnet_flax.FlaxResnetBlock2D,
+    attention_flax.FlaxTransformer2DModel,
+    # which compute nothing again, but turn their kernels around on the way back
+    resnet_flax.FlaxDownsample2D,
+    resnet_flax.FlaxUpsample2D,
+)
 _UP_STAGES = (
     unet_2d_blocks_flax.FlaxCrossAttnUpBlock2D,
     unet_2d_blocks_flax.FlaxUpBlock2D,

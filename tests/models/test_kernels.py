@@ -185,8 +185,9 @@ def test_what_is_computed_again_is_the_same(tiny, rng, remat):
 def test_blocks_are_computed_again_one_at_a_time(tiny, rng, remat, stages):
     loss = loss_of(tiny, unet_inputs(rng), Kernels(remat=remat))
     program = str(jax.make_jaxpr(loss)(tiny.params["unet"]))
-    resnets, transformers = 8, 4
-    expected = 0 if remat == "none" else resnets + transformers + stages
+    resnets, transformers, resizings = 8, 4, 2
+    blocks = resnets + transformers + resizings
+    expected = 0 if remat == "none" else blocks + stages
     assert program.count("differentiated=False") == expected
 
 
