@@ -426,10 +426,10 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
         return next_fun(*args, **kwargs)
 
     def alone(module, args, kwargs):
-        """Computes a block or stage from its inputs, which alone are kept, and so again
+        """Computes a block or stage, of which its inputs alone are kept.
 
-        on the way back: not before the gradient of its output is there, so that two
-        blocks are never in memory at once.
+        On the way back it is computed again, not before the gradient of its output is
+        there, so that two blocks are never in memory at once.
         """
         path = above + module.path
 
@@ -512,11 +512,8 @@ def apply_unet(
     """
 
     hiddens = {}
-    args = (
-        z_BCHW,
-        jnp.asarray(t_B),
-        c_BLD,
-    )  # the module takes a NumPy array for a scalar
+    t_B = jnp.asarray(t_B)  # the module takes a NumPy array for a scalar
+    args = z_BCHW, t_B, c_BLD
     with exact(kernels, capture, hiddens, text):
         out = unet.apply({"params": params}, *args, return_dict=False)[0]
     return out, hiddens
