@@ -22,7 +22,16 @@ import numpy as np
 import optax
 from absl import logging
 
-from gift_jax import checkpoint, files, heap, hosts, progress, sharding, stopping
+from gift_jax import (
+    checkpoint,
+    files,
+    heap,
+    hosts,
+    progress,
+    sharding,
+    stopping,
+    torchless,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -334,7 +343,8 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         if not hosts.is_first():
             return self
-        import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
+        with torchless.imports():
+            import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
 
         self._file = files.Lines(
             self._path, keep=lambda line: _step_of(line) <= self._start

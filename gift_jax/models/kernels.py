@@ -5,6 +5,7 @@ Axes: B batch, N queries, M keys, H heads, D a head's size, C channels.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,6 +18,7 @@ CHOICES = {
     "remat": ("none", "block", "full"),
 }
 _MAX_COLUMNS_BYTES = 256 * 2**20  # above, an unfolded image costs more than it saves
+_MAX_COLUMNS_SIDE = 32  # of an image that a convolution makes: from 64 on XLA is faster
 _MAX_SCORES_BYTES = 32 * 2**20  # above, on CPUs, attention goes in chunks of queries
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
@@ -31,7 +33,7 @@ class Kernels:
       attention: plain; chunked, over queries; flash (TPU) or cudnn (GPU, 16 bits) where
         they have a kernel; or auto: what suits the platform, the shape and the type.
       conv: xla; matmul, unfold and one matrix product; or auto: matmul on CPUs where
-        the unfolded image is small.
+        the image is small.
       remat: what the backward pass computes again: none; block: resnets and
         transformers, from their inputs, one at a time; full: the UNet's stages and then
         their blocks.
@@ -120,38 +122,114 @@ class Kernels:
         """
         if self.conv != "auto":
             return self.conv == "matmul"
-        unfolded = math.prod(shape) * math.prod(kernel) // math.prod(stride) * 4
-        return self.device == "cpu" and unfolded <= _MAX_COLUMNS_BYTES
+        made = math.prod(shape[1:3]) // math.prod(stride)
+        unfolded = shape[0] * made * shape[3] * math.prod(kernel) * 4
+        small = made <= _MAX_COLUMNS_SIDE**2 and unfolded <= _MAX_COLUMNS_BYTES
+        return self.device == "cpu" and small
 
 
 # --- attention ------------------------------------------------------------------------
 
 
 def _plain(q_BNHD, k_BMHD, v_BMHD):
-    scores = jnp.einsum(
-        "bnhd,bmhd->bhnm", q_BNHD, k_BMHD, preferred_element_type=jnp.float32
-    )
+    scores = _product("bnhd,bmhd->bhnm", q_BNHD, k_BMHD)
     weights = jax.nn.softmax(scores * q_BNHD.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v_BMHD.dtype), v_BMHD)
 
 
+@jax.custom_vjp
 def _chunked(q_BNHD, k_BMHD, v_BMHD):
-    """The same for a part of the queries at a time, each computed again backwards."""
-    (B, N, H, D), M = q_BNHD.shape, k_BMHD.shape[1]
-    wanted = min(N, max(1, math.ceil(B * H * N * M * 4 / _MAX_SCORES_BYTES)))
-    chunks = next(n for n in range(wanted, N + 1) if N % n == 0)
-    if chunks == 1:
-        return _plain(q_BNHD, k_BMHD, v_BMHD)
-    parts = jnp.moveaxis(q_BNHD.reshape(B, chunks, N // chunks, H, D), 1, 0)
-    # what the parts add to the gradient of keys and values is summed in float32
-    k, v = k_BMHD.astype(jnp.float32), v_BMHD.astype(jnp.float32)
+    """The same for a part of the queries at a time; backwards, computed once more.
+
+    Source: Dao et al. 2022 (arXiv:2205.14135), algorithms 2 and 4 without their loops
+    over keys.
+    """
+    return _chunked_forward(q_BNHD, k_BMHD, v_BMHD)[0]
+
+
+def _chunked_forward(q_BNHD, k_BMHD, v_BMHD):
+    k_BHDM, v_BHDM = _tokens_last(k_BMHD), _tokens_last(v_BMHD)
+
+    @jax.checkpoint  # for a second derivative
+    def part(q_BHnD):
+        scores = _scores(q_BHnD, k_BHDM)
+        most = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        kept = most + jnp.log(total)
+        if v_BHDM.dtype == jnp.float32:  # of its rows there are fewer numbers
+            return _product("bhnm,bhdm->bhnd", weights, v_BHDM) / total, kept
+        weights = (weights / total).astype(v_BHDM.dtype)  # rounded as `_plain` does
+        out = _product("bhnm,bhdm->bhnd", weights, v_BHDM)
+        return out.astype(v_BHDM.dtype), kept
+
+    parts = _parts(_chunks(q_BNHD, k_BMHD), q_BNHD)
+    out, log_total = jax.lax.map(part, parts)
+    out_BNHD = _whole(out)
+    return out_BNHD, (q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total)
+
+
+def _chunked_backward(kept, grad_BNHD):
+    q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total = kept
+    k_BHDM, v_BHDM = _tokens_last(k_BMHD), _tokens_last(v_BMHD)
+    scale = q_BNHD.shape[-1] ** -0.5
 
     @jax.checkpoint
-    def part(q):
-        return _plain(q, k.astype(k_BMHD.dtype), v.astype(v_BMHD.dtype))
+    def part(of_keys_and_values, given):
+        q_BHnD, out_BHnD, log_total, grad_BHnD = given
+        weights = jnp.exp(_scores(q_BHnD, k_BHDM) - log_total)
+        rows = _product("bhnd,bhnd->bhn", grad_BHnD, out_BHnD)[..., None]
+        of_weights = _product("bhnd,bhdm->bhnm", grad_BHnD, v_BHDM)
+        of_scores = scale * weights * (of_weights - rows)
+        of_scores = of_scores.astype(q_BHnD.dtype)
+        weights = weights.astype(v_BHDM.dtype)
+        of_q = _product("bhnm,bhdm->bhnd", of_scores, k_BHDM).astype(q_BHnD.dtype)
+        # this order of a product is three times as fast as "bhnm,bhnd->bhmd" on CPUs
+        of_k = _product("bhnd,bhnm->bhdm", q_BHnD, of_scores)
+        of_v = _product("bhnd,bhnm->bhdm", grad_BHnD, weights)
+        of_k = of_keys_and_values[0] + of_k
+        return (of_k, of_keys_and_values[1] + of_v), of_q
 
-    out = jax.lax.map(part, parts)
-    return jnp.moveaxis(out, 0, 1).reshape(B, N, H, D)
+    chunks = len(log_total)
+    given = [_parts(chunks, a) for a in (q_BNHD, out_BNHD, grad_BNHD)]
+    given.insert(2, log_total)
+    nothing = [jnp.zeros(a.shape, jnp.float32) for a in (k_BHDM, v_BHDM)]
+    (of_k, of_v), of_q = jax.lax.scan(part, tuple(nothing), tuple(given))
+    of_k, of_v = (jnp.transpose(a, (0, 3, 1, 2)) for a in (of_k, of_v))
+    return _whole(of_q), of_k.astype(k_BMHD.dtype), of_v.astype(v_BMHD.dtype)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _chunks(q_BNHD, k_BMHD) -> int:
+    """Returns in how many parts of equal size the queries go."""
+    (B, N, H, _), M = q_BNHD.shape, k_BMHD.shape[1]
+    wanted = min(N, max(1, math.ceil(B * H * N * M * 4 / _MAX_SCORES_BYTES)))
+    return next(n for n in range(wanted, N + 1) if N % n == 0)
+
+
+def _parts(chunks: int, a_BNHD):
+    """Returns "chunks B H n D"."""
+    B, N, H, D = a_BNHD.shape
+    parts = a_BNHD.reshape(B, chunks, N // chunks, H, D)
+    return jnp.transpose(parts, (1, 0, 3, 2, 4))
+
+
+def _whole(parts):
+    chunks, B, H, n, D = parts.shape
+    return jnp.transpose(parts, (1, 0, 3, 2, 4)).reshape(B, chunks * n, H, D)
+
+
+def _tokens_last(a_BMHD):
+    return jnp.transpose(a_BMHD, (0, 2, 3, 1))
+
+
+def _scores(q_BHnD, k_BHDM):
+    return _product("bhnd,bhdm->bhnm", q_BHnD, k_BHDM) * q_BHnD.shape[-1] ** -0.5
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None, interpret: bool):
