@@ -59,6 +59,30 @@ def test_chunks_of_queries_equal_the_whole(rng, monkeypatch, dtype, tolerance, k
     assert distance(ours[0], plain[0]) < tolerance
 
 
+def second_derivatives(how: Kernels, qkv, towards):
+    """The Hessian times a vector, forward over reverse and reverse over reverse."""
+
+    def grads(*qkv):
+        def loss(*qkv):
+            return jnp.sum(jnp.sin(how.attend(*qkv)))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*qkv)
+
+    forward = jax.jvp(grads, qkv, towards)[1]
+    return *forward, *jax.vjp(grads, *qkv)[1](towards)
+
+
+def test_chunks_of_queries_have_a_second_derivative(rng, monkeypatch):
+    qkv, towards = (tuple(draw(rng, keys=17)) for _ in range(2))
+    monkeypatch.setattr(kernels, "_MAX_SCORES_BYTES", 2000)
+    ours, plain = (
+        jax.jit(functools.partial(second_derivatives, Kernels(kind)))(qkv, towards)
+        for kind in ("chunked", "plain")
+    )
+    for a, b in zip(ours, plain, strict=True):
+        assert 0 < distance(a, b) < 1e-5
+
+
 def test_scores_are_summed_in_float32(rng):
     q, k, v = draw(rng, "bfloat16", size=64)
     exact = reference(q, k, v)
@@ -129,6 +153,22 @@ def test_auto_attention_is_chosen_by_platform(platform, tokens, keys, dtype, wan
     assert how.attention_for(q, k) == wanted
     twice = how.twice_differentiable().attention_for(q, k)
     assert twice == ("chunked" if platform == "cpu" else "plain")
+
+
+@pytest.mark.parametrize(
+    "image, kernel, stride, matmul",
+    [
+        ((1, 32, 32, 1280), 3, 1, True),
+        ((1, 64, 64, 320), 3, 1, False),  # XLA's own is faster
+        ((1, 64, 64, 320), 3, 2, True),
+        ((8, 224, 224, 3), 16, 16, True),
+        ((64, 32, 32, 1280), 3, 1, False),  # 3 GB unfolded
+    ],
+)
+def test_small_images_are_convolved_by_a_product_on_cpus(image, kernel, stride, matmul):
+    args = image, (kernel, kernel), (stride, stride)
+    assert Kernels(platform="cpu").takes_matmul(*args) == matmul
+    assert not Kernels(platform="tpu").takes_matmul(*args)
 
 
 def test_unknown_names_are_refused():
