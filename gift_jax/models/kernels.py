@@ -19,7 +19,7 @@ CHOICES = {
 }
 _MAX_COLUMNS_BYTES = 256 * 2**20  # above, an unfolded image costs more than it saves
 _MAX_COLUMNS_SIDE = 32  # of an image that a convolution makes: from 64 on XLA is faster
-_MAX_SCORES_BYTES = 32 * 2**20  # above, on CPUs, attention goes in chunks of queries
+_MAX_SCORES_BYTES = 32 * 2**20  # of a chunk of queries, on CPUs; to a quarter, plain
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
 _LANES = 128  # of a TPU
@@ -137,17 +137,24 @@ def _plain(q_BNHD, k_BMHD, v_BMHD):
     return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v_BMHD.dtype), v_BMHD)
 
 
-@jax.custom_vjp
 def _chunked(q_BNHD, k_BMHD, v_BMHD):
+    """The same, in parts where the scores are many."""
+    if _scores_bytes(q_BNHD, k_BMHD) <= _MAX_SCORES_BYTES // 4:
+        return _plain(q_BNHD, k_BMHD, v_BMHD)
+    return _in_parts(q_BNHD, k_BMHD, v_BMHD)
+
+
+@jax.custom_vjp
+def _in_parts(q_BNHD, k_BMHD, v_BMHD):
     """The same for a part of the queries at a time; backwards, computed once more.
 
     Source: Dao et al. 2022 (arXiv:2205.14135), algorithms 2 and 4 without their loops
     over keys.
     """
-    return _chunked_forward(q_BNHD, k_BMHD, v_BMHD)[0]
+    return _in_parts_forward(q_BNHD, k_BMHD, v_BMHD)[0]
 
 
-def _chunked_forward(q_BNHD, k_BMHD, v_BMHD):
+def _in_parts_forward(q_BNHD, k_BMHD, v_BMHD):
     k_BHDM, v_BHDM = _tokens_last(k_BMHD), _tokens_last(v_BMHD)
 
     @jax.checkpoint  # for a second derivative
@@ -169,7 +176,7 @@ def _chunked_forward(q_BNHD, k_BMHD, v_BMHD):
     return out_BNHD, (q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total)
 
 
-def _chunked_backward(kept, grad_BNHD):
+def _in_parts_backward(kept, grad_BNHD):
     q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total = kept
     k_BHDM, v_BHDM = _tokens_last(k_BMHD), _tokens_last(v_BMHD)
     scale = q_BNHD.shape[-1] ** -0.5
@@ -199,14 +206,20 @@ def _chunked_backward(kept, grad_BNHD):
     return _whole(of_q), of_k.astype(k_BMHD.dtype), of_v.astype(v_BMHD.dtype)
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_in_parts.defvjp(_in_parts_forward, _in_parts_backward)
 
 
 def _chunks(q_BNHD, k_BMHD) -> int:
     """Returns in how many parts of equal size the queries go."""
-    (B, N, H, _), M = q_BNHD.shape, k_BMHD.shape[1]
-    wanted = min(N, max(1, math.ceil(B * H * N * M * 4 / _MAX_SCORES_BYTES)))
+    N = q_BNHD.shape[1]
+    wanted = math.ceil(_scores_bytes(q_BNHD, k_BMHD) / _MAX_SCORES_BYTES)
+    wanted = min(N, max(1, wanted))
     return next(n for n in range(wanted, N + 1) if N % n == 0)
+
+
+def _scores_bytes(q_BNHD, k_BMHD) -> int:
+    (B, N, H, _), M = q_BNHD.shape, k_BMHD.shape[1]
+    return B * H * N * M * 4
 
 
 def _parts(chunks: int, a_BNHD):
