@@ -37,7 +37,8 @@ demo: $(VENV)/.installed ## immunize the embedded model, attack it, show the res
 test: lint ## lint, then run the tests (the slow ones: pytest -m slow)
 	if [ -f $(TPU_COMPILER) ]; then \
 		export TPU_LIBRARY_PATH=$(abspath $(TPU_COMPILER)); fi; \
-		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(VENV)/.installed-test ## check style and formatting
 	$(BIN)/ruff check .

@@ -27,6 +27,11 @@ from gift_jax import heap, sharding  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+LONG = (  # files that take a minute and more, longest first
+    *("test_train", "test_attack", "test_hosts", "test_gradients", "test_compile"),
+    *("test_pretrain", "test_benchmark", "test_devices"),
+)
+
 
 def pytest_configure(config):
     """Keeps compiled programs between runs; hushes the progress log."""
@@ -39,6 +44,12 @@ def pytest_configure(config):
     sharding._CACHE_FROM_S = 0.5  # most quick programs are needed once
     logging.set_verbosity(logging.WARNING)
     heap.OPTIONS = ()  # much is compiled here, and few steps are taken
+
+
+def pytest_collection_modifyitems(items):
+    """Long files come first, so that pytest-xdist's processes end together."""
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")
