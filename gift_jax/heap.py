@@ -37,8 +37,8 @@ def keep() -> None:
 
     As it comes, glibc gives blocks of that size back to the system, which clears each
     page that it hands out again: a third of a step's time. Of Linux the heap's pages
-    are wanted in 2 MB, not 4 kB, whose looking up is a tenth of a step: for that the
-    heap grows once, by half of the machine's memory, of which nothing is touched.
+    are wanted in 2 MB, not 4 kB, so that fewer are looked up: for that the heap grows
+    once, by half of the machine's memory, of which nothing is touched.
     """
     library = _library("mallopt", "madvise")
     if library is None or not OPTIONS:
