@@ -6,7 +6,6 @@ Where the library is not glibc nothing is done.
 
 import ctypes
 import os
-import pathlib
 
 OPTIONS = (  # of malloc.h
     (-8, 1),  # M_ARENA_MAX: one heap for all threads, as others hold 64 MB at most
@@ -15,8 +14,6 @@ OPTIONS = (  # of malloc.h
     (-2, 2**27),  # M_TOP_PAD: and let it grow by 128 MB at a time
 )
 _LARGEST, _SMALLEST = 2**26, 2**12  # of what gaps are filled with, bytes
-_DONTNEED, _HUGEPAGE = 4, 14  # of Linux' madvise
-_PAGE = 2**12
 _filling: list[int] = []  # addresses
 
 
@@ -36,18 +33,11 @@ def keep() -> None:
     """Has the heap keep the memory that a step frees, for the next step.
 
     As it comes, glibc gives blocks of that size back to the system, which clears each
-    page that it hands out again: a third of a step's time. Of Linux the heap's pages
-    are wanted in 2 MB, not 4 kB, so that fewer are looked up: for that the heap grows
-    once, by half of the machine's memory, of which nothing is touched.
+    page that it hands out again: a third of a step's time.
     """
-    library = _library("mallopt", "madvise")
-    if library is None or not OPTIONS:
-        return
-    for option, value in OPTIONS:
-        library.mallopt(option, value)
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 2
-    if not _commits_memory():
-        _advise_top(library, room, _HUGEPAGE)
+    if library := _library("mallopt"):
+        for option, value in OPTIONS:
+            library.mallopt(option, value)
 
 
 def close_gaps() -> None:
@@ -57,13 +47,13 @@ def close_gaps() -> None:
     every buffer of every step: a fifth of the steps' time. Their pages go back to the
     system; what fills them is freed at the next call.
     """
-    library = _library("mallinfo2", "malloc_trim", "madvise")  # glibc 2.33
+    library = _library("mallinfo2", "malloc_trim")  # glibc 2.33
     if library is None or not OPTIONS:
         return
     library.mallinfo2.restype = _Info
     while _filling:
         library.free(_filling.pop())
-    library.malloc_trim(2**62)  # but for the end, which would lose its large pages
+    library.malloc_trim(0)
     told = library.mallinfo2()
     end = library.sbrk(0) - told.keepcost  # above it, all is one piece
     left, size = told.fordblks - told.keepcost, _LARGEST
@@ -77,25 +67,6 @@ def close_gaps() -> None:
         else:
             library.free(block)
             size = size * 3 // 4
-    _advise_top(library, told.keepcost - _LARGEST, _DONTNEED)
-
-
-def _advise_top(library, size: int, advice: int) -> None:
-    """Tells Linux something of the heap's last so many bytes, which are nobody's."""
-    block = library.malloc(size) if size > 2 * _PAGE else None
-    if block is not None:  # ours for as long as we speak of it
-        begin = -(-block // _PAGE) * _PAGE
-        end = (block + size) // _PAGE * _PAGE
-        library.madvise(begin, end - begin, advice)
-        library.free(block)
-
-
-def _commits_memory() -> bool:
-    """Says whether memory counts as used before it is touched."""
-    try:
-        return pathlib.Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        return True
 
 
 def _library(*names: str):
@@ -107,8 +78,6 @@ def _library(*names: str):
         return None
     library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
     library.malloc.argtypes = [ctypes.c_size_t]
-    library.malloc_trim.argtypes = [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
     library.sbrk.argtypes = [ctypes.c_ssize_t]
-    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library

@@ -4,7 +4,6 @@
 In processes of their own: glibc's settings stay for as long as a process lives.
 """
 
-import pathlib
 import platform
 import subprocess
 import sys
@@ -72,47 +71,3 @@ def test_what_is_freed_among_the_rest_is_closed():
     assert before > 90
     assert max(once, twice) < 5
     assert 9_900 <= filled == refilled  # what had filled the gaps was freed
-
-
-LARGE_PAGES = """
-import ctypes, pathlib, sys
-from gift_jax import heap
-if sys.argv[1] == "kept":
-    heap.keep()
-library = heap._library()
-
-def of_heap(what):
-    told, ours = 0, False
-    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
-        field = line.split()
-        if not field[0].endswith(":"):
-            ours = field[-1] == "[heap]"
-        elif ours and field[0] == what + ":":
-            told += int(field[1])
-    return told // 1024
-
-blocks = [library.malloc(2**16) for _ in range(1600)]  # 100 MB, below a block's own map
-for block in blocks:
-    ctypes.memset(block, 1, 2**16)
-print(of_heap("AnonHugePages"))
-for block in blocks:
-    library.free(block)
-before = of_heap("Rss")
-heap.close_gaps()
-print(before, of_heap("Rss"))
-"""
-
-
-def test_pages_of_the_heap_are_large_and_go_back_when_gaps_are_closed():
-    setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("Linux gives large pages to nobody here, or to everybody")
-    large = {}
-    for how in ("as it comes", "kept"):
-        command = [sys.executable, "-c", LARGE_PAGES, how]
-        told = subprocess.run(command, capture_output=True, check=True, text=True)
-        large[how], before, after = map(int, told.stdout.split())
-        if how == "kept":
-            assert before > 100 and after < 50, (before, after)
-    assert large["as it comes"] == 0
-    assert large["kept"] > 80  # of 100 MB

@@ -164,9 +164,8 @@ def _in_parts_forward(q_BNHD, k_BMHD, v_BMHD):
         weights = jnp.exp(scores - most)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         kept = most + jnp.log(total)
-        if (
-            v_BHDM.dtype == jnp.float32
-        ):  # dividing the output is less work than the weights
+        if v_BHDM.dtype == jnp.float32:
+            # dividing the output is less work than dividing the weights
             return _product("bhnm,bhdm->bhnd", weights, v_BHDM) / total, kept
         weights = (weights / total).astype(v_BHDM.dtype)  # rounded as `_plain` does
         out = _product("bhnm,bhdm->bhnd", weights, v_BHDM)
