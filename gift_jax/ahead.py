@@ -44,17 +44,19 @@ _COLLECTIVE = re.compile(rf" = (\(.*?\)|\S+) ({_COLLECTIVES})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _ATTENTION = re.compile(r"%splash_mha_(fwd|dq|dkv)\S* = \((.*?)\) custom-call\(")
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of those kernels
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
+_TOO_LARGE = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([GM])")
 
 
 class DoesNotFit(Exception):
     """The program needs more memory than the chip has.
 
-    Attributes: used: bytes, as far as the compiler says.
+    Attributes: used: bytes, as far as the compiler says (of temporaries alone, where
+      it gives up early), or inf.
     """
 
     def __init__(self, used: float):
-        super().__init__(f"needs {used / GB:.1f} GB of a chip")
+        size = f"{used / GB:.1f} GB" if math.isfinite(used) else "more than there is"
+        super().__init__(f"needs {size} of a chip")
         self.used = used
 
 

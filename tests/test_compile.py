@@ -167,6 +167,30 @@ def test_fit_finds_the_largest_batch_in_few_tries(low, largest):
     assert len(tried) <= 8
 
 
+@pytest.mark.parametrize(
+    "said, needs",
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+            "22.0 GB",
+        ),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(20.73G) exceeds available HBM (15.75G).",
+            "22.3 GB",
+        ),
+        ("Ran out of memory.", "more than there is"),
+    ],
+)
+def test_what_does_not_fit_says_how_large_it_is(said, needs):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
+
+    with pytest.raises(ahead.DoesNotFit, match=f"^needs {needs} of a chip$"):
+        ahead.compile_lowered(Lowered())
+
+
 def test_fit_says_so_if_not_even_one_fits():
     with pytest.raises(ahead.DoesNotFit, match="needs 6.0 GB"):
         ahead.fit(memory_of(5e9, 1e9, 1e9, []), 4)
