@@ -78,7 +78,7 @@ from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
 )
 
 from gift_jax.models import conv_clip  # noqa: E402
-from gift_jax.models.kernels import Kernels, conv_as_matmul  # noqa: E402
+from gift_jax.models.kernels import Kernels, conv_as_matmul, in_turn, parts_of  # noqa: E402
 
 CAPTURE_KINDS = {
     "transformer": (attention_flax.FlaxBasicTransformerBlock,),
@@ -385,6 +385,14 @@ _STAGES = (
 _COMPUTED_AGAIN = {"none": (), "block": _BLOCKS, "full": _BLOCKS + _STAGES}
 
 
+def _takes_parts(module, args) -> bool:
+    """Says whether a layer's memory is worth computing it for parts of the tokens."""
+    tokenwise = isinstance(module, attention_flax.FlaxFeedForward) or (
+        isinstance(module, attention_flax.FlaxAttention) and len(args) > 1  # a context
+    )
+    return tokenwise and parts_of(args[0].shape[1]) > 1
+
+
 @contextlib.contextmanager
 def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
     """Within this context Flax modules compute what their PyTorch namesakes compute.
@@ -412,6 +420,8 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
         cls = type(module)
         if again and cls in _UP_STAGES:
             return _up_block(module, *args, **kwargs)
+        if again and module.path and _takes_parts(module, args):
+            return by_parts(module, args, kwargs)
         if cls is attention_flax.FlaxAttention:
             known = (text or {}).get(path_of(module))
             return _attention(module, *args, **kwargs, kernels=kernels, text=known)
@@ -425,11 +435,10 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
                 return out
         return next_fun(*args, **kwargs)
 
-    def alone(module, args, kwargs):
-        """Computes a block or stage, of which its inputs alone are kept.
+    def apart(module, kwargs):
+        """Returns (what the module computes of (variables, args), its variables).
 
-        On the way back it is computed again, not before the gradient of its output is
-        there, so that two blocks are never in memory at once.
+        What that gives is (output, hiddens found within).
         """
         path = above + module.path
 
@@ -446,11 +455,30 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
             finally:
                 above, hiddens = outside
 
-        params = {"params": module.variables["params"]}
+        return compute_it, {"params": module.variables["params"]}
+
+    def alone(module, args, kwargs):
+        """Computes a block or stage, of which its inputs alone are kept.
+
+        On the way back it is computed again, not before the gradient of its output is
+        there, so that two blocks are never in memory at once.
+        """
+        compute_it, params = apart(module, kwargs)
         out, found = jax.checkpoint(compute_it)(params, args)
         if found:
             hiddens.update(found)
         return out
+
+    def by_parts(module, args, kwargs):
+        """Computes a layer that treats tokens alike for some of them at a time."""
+        compute_it, params = apart(module, kwargs)
+        x_BNC, *others = args
+
+        def compute_part(given, part):
+            params, others = given
+            return compute_it(params, (part, *others))[0]
+
+        return in_turn(compute_part, (params, others), x_BNC)
 
     def call(next_fun, args, kwargs, context):
         module = context.module

@@ -22,6 +22,8 @@ _MAX_COLUMNS_SIDE = 32  # of an image that a convolution makes: from 64 on XLA i
 _MAX_SCORES_BYTES = 32 * 2**20  # of a chunk of queries, on CPUs; to a quarter, plain
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
+_TURN_TOKENS = 1024  # of a part, of what is computed in turn
+_MAX_SUMS_BYTES = 256 * 2**20  # of what flash takes up for some examples of a batch
 _LANES = 128  # of a TPU
 
 
@@ -35,8 +37,9 @@ class Kernels:
       conv: xla; matmul, unfold and one matrix product; or auto: matmul on CPUs where
         the image is small.
       remat: what the backward pass computes again: none; block: resnets and
-        transformers, from their inputs, one at a time; full: the UNet's stages and then
-        their blocks.
+        transformers, from their inputs, one at a time, and of large images what treats
+        tokens alike for some of them at a time; full: the UNet's stages and then their
+        blocks.
       platform: cpu, gpu or tpu, for auto; "": JAX's default backend.
       mesh: where a batch lies that XLA cannot divide by itself (flash); or None.
     """
@@ -211,9 +214,16 @@ _in_parts.defvjp(_in_parts_forward, _in_parts_backward)
 
 def _chunks(q_BNHD, k_BMHD) -> int:
     """Returns in how many parts of equal size the queries go."""
-    N = q_BNHD.shape[1]
-    wanted = math.ceil(_scores_bytes(q_BNHD, k_BMHD) / _MAX_SCORES_BYTES)
-    return next(n for n in range(min(N, wanted), N + 1) if N % n == 0)
+    return _count(q_BNHD.shape[1], _scores_bytes(q_BNHD, k_BMHD), _MAX_SCORES_BYTES)
+
+
+def _count(of: int, whole: int, limit: int) -> int:
+    """Returns in how many equal parts `of` go so that none has more than its limit.
+
+    Args: whole: what all of them together have. Where even one has too much: all.
+    """
+    least = min(of, math.ceil(whole / limit))
+    return next(n for n in range(least, of + 1) if of % n == 0)
 
 
 def _scores_bytes(q_BNHD, k_BMHD) -> int:
@@ -267,7 +277,14 @@ def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None, interpret: bool):
             interpret=interpret,
         )
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * q.dtype.type(D**-0.5), k, v))
-        return jnp.swapaxes(jax.vmap(attend_one)(q, k, v), 1, 2)
+        # the kernel writes each row's sum over all lanes, which are then thrown away
+        count = _count(len(q), len(q) * H * N * _LANES * 4, _MAX_SUMS_BYTES)
+        outs = []
+        for part in zip(*(jnp.split(a, count) for a in (q, k, v)), strict=True):
+            if outs:
+                part, outs[-1] = jax.lax.optimization_barrier((part, outs[-1]))
+            outs.append(jax.vmap(attend_one)(*part))
+        return jnp.swapaxes(jnp.concatenate(outs), 1, 2)
 
     if mesh is None or mesh.size == 1:
         return attend_shard(q_BNHD, k_BMHD, v_BMHD)
@@ -278,6 +295,67 @@ def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None, interpret: bool):
         attend_shard, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
     )
     return attend_shard(q_BNHD, k_BMHD, v_BMHD)
+
+
+# --- in turn --------------------------------------------------------------------------
+
+
+def parts_of(tokens: int) -> int:
+    """Returns in how many parts of equal size, of at most 1,024, tokens go."""
+    return _count(tokens, tokens, _TURN_TOKENS)
+
+
+def in_turn(compute, params, x_BNC):
+    """Returns compute(params, x), for one part of the tokens after the other.
+
+    So in memory is one part, also on the way back: x alone is kept, and a part computed
+    again when the gradient of the part before it is there.
+
+    Args: compute: of a part of x, what it would make of it as part of the whole.
+      params: any tree of floating-point arrays.
+    """
+    count = parts_of(x_BNC.shape[1])
+    example = x_BNC[:, : x_BNC.shape[1] // count]
+    # on the way back the caller's contexts are left, so it is traced here
+    traced, others = jax.closure_convert(compute, params, example)
+    return _in_turn(traced, count, (params, *others), x_BNC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_turn(compute, count, given, x_BNC):
+    made = []
+    for part in jnp.split(x_BNC, count, axis=1):
+        if made:
+            part, made[-1] = jax.lax.optimization_barrier((part, made[-1]))
+        made.append(_compute_part(compute, given, part))
+    return jnp.concatenate(made, axis=1)
+
+
+def _compute_part(compute, given, part):
+    params, *others = given
+    return compute(params, part, *others)
+
+
+def _in_turn_forward(compute, count, given, x_BNC):
+    return _in_turn(compute, count, given, x_BNC), (given, x_BNC)
+
+
+def _in_turn_backward(compute, count, kept, grad_BNC):
+    given, x_BNC = kept
+    of_given, of_x = jax.tree.map(jnp.zeros_like, given), []
+    parts = (jnp.split(a, count, axis=1) for a in (x_BNC, grad_BNC))
+    for part, grad in zip(*parts, strict=True):
+        if of_x:
+            waiting = part, grad, of_x[-1]
+            part, grad, of_x[-1] = jax.lax.optimization_barrier(waiting)
+        _, back = jax.vjp(functools.partial(_compute_part, compute), given, part)
+        of_these, of_part = back(grad)
+        of_given = jax.tree.map(jnp.add, of_given, of_these)
+        of_x.append(of_part)
+    return of_given, jnp.concatenate(of_x, axis=1)
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 # --- convolution ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_model import relative_error
 
@@ -23,6 +24,12 @@ def draw(rng, dtype="float32", tokens=64, keys=64, heads=2, size=8):
 def distance(a, b) -> float:
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def assert_close(ours, theirs):
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-8)
 
 
 def value_and_grads(how: Kernels, qkv):
@@ -92,8 +99,13 @@ def test_scores_are_summed_in_float32(rng):
     assert ours < 0.8 * relative_error(coarse, exact)
 
 
-def test_flash_equals_plain(rng):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_flash_equals_plain(rng, monkeypatch, parts):
     qkv = draw(rng, tokens=256, keys=256, size=40)
+    sums = 2 * 2 * 256 * 128 * 4  # over 128 lanes each, of 2 examples of 2 heads
+    monkeypatch.setattr(kernels, "_MAX_SUMS_BYTES", sums // parts)
+    program = str(jax.make_jaxpr(lambda *qkv: Kernels("flash").attend(*qkv))(*qkv))
+    assert program.count("optimization_barrier") == parts - 1
     ours = value_and_grads(Kernels("flash"), qkv)
     for a, b in zip(ours, value_and_grads(Kernels("plain"), qkv), strict=True):
         assert 0 < distance(a, b) < 1e-5
@@ -177,6 +189,53 @@ def test_unknown_names_are_refused():
             Kernels(**{field: "winograd"})
 
 
+# --- parts of the tokens --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens, parts", [(64, 4), (60, 4), (17, 17), (16, 1)])
+def test_parts_in_turn_equal_the_whole(rng, monkeypatch, tokens, parts):
+    """Values, gradients and a gradient's gradient."""
+    monkeypatch.setattr(kernels, "_TURN_TOKENS", 16)
+    assert kernels.parts_of(tokens) == parts
+    x = jnp.asarray(rng.normal(size=(2, tokens, 8)), jnp.float32)
+    params = {n: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for n in "ab"}
+    sizes = []
+
+    def compute(params, x):
+        sizes.append(x.shape[1])
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    def of(layer):
+        def loss(params, x):
+            return jnp.mean(jnp.sin(layer(params, x)))
+
+        def of_gradient(*args):
+            return optax.tree.norm(jax.grad(loss, (0, 1))(*args), squared=True)
+
+        args = params, x
+        return layer(*args), jax.grad(loss, (0, 1))(*args), jax.grad(of_gradient)(*args)
+
+    in_turn = of(functools.partial(kernels.in_turn, compute))
+    assert set(sizes) == {tokens // parts}
+    assert_close(in_turn, of(compute))
+
+
+def test_parts_in_turn_differentiate_what_they_close_over(rng, monkeypatch):
+    monkeypatch.setattr(kernels, "_TURN_TOKENS", 16)
+    x, a, b = (jnp.asarray(rng.normal(size=(2, 64, 1)), jnp.float32) for _ in range(3))
+    a, b = a[0, 0, 0], b[0, 0, 0]
+
+    def loss(a, b, in_turn):
+        def compute(b, x):
+            return jnp.tanh(a * x) * b
+
+        out = kernels.in_turn(compute, b, x) if in_turn else compute(b, x)
+        return jnp.mean(out**2)
+
+    ours, theirs = (jax.grad(loss, (0, 1))(a, b, how) for how in (True, False))
+    assert_close(ours, theirs)
+
+
 # --- the whole UNet -------------------------------------------------------------------
 
 
@@ -216,9 +275,7 @@ def test_what_is_computed_again_is_the_same(tiny, rng, remat):
     for how, loss in losses.items():
         value[how], grads[how] = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value[remat], value["none"], rtol=1e-6)
-    ours, theirs = (jax.tree.leaves(grads[how]) for how in (remat, "none"))
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-8)
+    assert_close(grads[remat], grads["none"])
 
 
 @pytest.mark.parametrize("remat, stages", [("none", 0), ("block", 0), ("full", 5)])
@@ -229,6 +286,21 @@ def test_blocks_are_computed_again_one_at_a_time(tiny, rng, remat, stages):
     blocks = resnets + transformers + resizings
     expected = 0 if remat == "none" else blocks + stages
     assert program.count("differentiated=False") == expected
+
+
+def test_the_unet_in_parts_of_tokens_is_the_same(tiny, rng, monkeypatch):
+    inputs, params = unet_inputs(rng), tiny.params["unet"]
+    plain = loss_of(tiny, inputs, Kernels("plain"))
+    counts = []
+    for tokens in (64, 16):
+        monkeypatch.setattr(kernels, "_TURN_TOKENS", tokens)
+        loss = loss_of(tiny, inputs, Kernels("plain", remat="block"))
+        counts.append(str(jax.make_jaxpr(loss)(params)).count("custom_vjp_call["))
+    assert counts[0] == 0
+    assert counts[1] == 2 * 3  # two layers of each of the transformers at 8x8
+    found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (loss, plain))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert_close(found[1], expected[1])
 
 
 def test_the_unet_in_bfloat16_is_as_exact(tiny_folder, tiny, rng, monkeypatch):
