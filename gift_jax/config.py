@@ -311,8 +311,9 @@ def _writing(workdir: pathlib.Path):
 
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Runs a command line's main and exits: 0 done, 2 a mistake, 128+n a signal."""
-    from gift_jax import files, loop, stopping  # they import jax
+    from gift_jax import files, heap, loop, stopping  # they import jax
 
+    heap.keep()  # before there are threads
     _log_to_stderr()
     stopping.watch()
     try:

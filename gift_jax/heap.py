@@ -33,7 +33,8 @@ def keep() -> None:
     """Has the heap keep the memory that a step frees, for the next step.
 
     As it comes, glibc gives blocks of that size back to the system, which clears each
-    page that it hands out again: a third of a step's time.
+    page that it hands out again: a third of a step's time. Before a second thread takes
+    memory: a heap of its own stays for others too, and has no room for such blocks.
     """
     if library := _library("mallopt"):
         for option, value in OPTIONS:

@@ -40,6 +40,44 @@ def test_memory_of_a_step_is_kept_for_the_next():
     assert faults["kept"] < 0.3 * faults["as it comes"]  # JAX 0.8: up to 0.21
 
 
+HEAPS = """
+import ctypes, os, sys, threading
+from gift_jax import config, heap, sharding
+if sys.argv[1] == "as it comes":
+    heap.OPTIONS = ()
+
+def heaps():
+    library = ctypes.CDLL(None)
+    library.fopen.restype = ctypes.c_void_p
+    library.fclose.argtypes = [ctypes.c_void_p]
+    library.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    file = library.fopen(b"heaps.xml", b"w")
+    library.malloc_info(0, file)
+    library.fclose(file)
+    with open("heaps.xml") as told:
+        return told.read().count("<heap ")
+
+def main():
+    sharding.prepare()
+    threads = [threading.Thread(target=bytearray, args=(9999,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    print(heaps())
+    return 0
+
+config.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["as it comes", "kept"])
+def test_a_commands_threads_have_one_heap(tmp_path, how):
+    command = [sys.executable, "-c", HEAPS, how]
+    told = subprocess.run(
+        command, capture_output=True, check=True, text=True, cwd=tmp_path
+    )
+    assert int(told.stdout) == 1 if how == "kept" else int(told.stdout) > 1
+
+
 GAPS = """
 from gift_jax import heap
 heap.keep()
