@@ -22,6 +22,8 @@ import time
 
 from gift_jax import compile as compile_command
 from gift_jax import config
+from gift_jax.models.kernels import CHOICES
+from gift_jax.models.published import MODELS
 
 VARIANTS = ("stock", "none", "block", "full")
 _INTO = "TPU_STEP_INTO"
@@ -33,13 +35,13 @@ def measure(variant: str, topology: str, batch: int, model: str, attention: str)
     import jax.numpy as jnp
 
     from gift_jax import ahead, losses, sharding
-    from gift_jax.models import hooks, partition, published, stable_diffusion
+    from gift_jax.models import hooks, partition, stable_diffusion
     from gift_jax.models.kernels import Kernels
 
     if variant != "stock":
         sharding.prepare()  # with the flags of libtpu
     mesh = sharding.lay_out(ahead.devices_of(topology))
-    outline = stable_diffusion.outline(published.MODELS[model], jnp.bfloat16, 512)
+    outline = stable_diffusion.outline(MODELS[model], jnp.bfloat16, 512)
     unet = outline.unet
     remat = "none" if variant == "stock" else variant
     kernels = Kernels(attention, remat=remat).on(mesh)
@@ -97,7 +99,8 @@ def in_child(args, variant: str) -> dict:
         flags = [f"--{name}={getattr(args, name)}" for name in _SHARED]
         flags += ["--fit"] * args.fit
         command = [sys.executable, __file__, f"--variants={variant}", *flags]
-        subprocess.run(command, env=environ, check=True)
+        if code := subprocess.run(command, env=environ).returncode:
+            sys.exit(code)  # it has said why
         return json.loads(into.read_text())
 
 
@@ -111,21 +114,34 @@ def main() -> int:
     flags.add_argument("--variants", action="append", choices=VARIANTS)
     flags.add_argument("--topology", default="v5e:2x2")
     flags.add_argument("--batch", type=int, default=4, help="examples a chip")
-    flags.add_argument("--model", default="sd15")
-    flags.add_argument("--attention", default="auto")
+    flags.add_argument("--model", default="sd15", choices=tuple(MODELS))
+    flags.add_argument("--attention", default="auto", choices=CHOICES["attention"])
     flags.add_argument("--fit", action="store_true")
     args = flags.parse_args()
+    config.at_least("--batch", args.batch, 1)
+    compile_command.check_compiler()
     variants = args.variants or ["stock", "none", "block"]
     if _INTO in os.environ:
         from gift_jax import ahead
 
         def attempt(batch):
             given = args.topology, batch, args.model, args.attention
-            found = measure(variants[0], *given)
+            try:
+                found = measure(variants[0], *given)
+            except ahead.DoesNotFit as error:
+                print(batch, error, file=sys.stderr, flush=True)
+                raise
             print(batch, found["hbm_bytes"], file=sys.stderr, flush=True)
             return found | {"batch": batch}
 
-        found = ahead.fit(attempt, args.batch) if args.fit else attempt(args.batch)
+        ahead.chip_of(args.topology)
+        try:
+            found = ahead.fit(attempt, args.batch) if args.fit else attempt(args.batch)
+        except ahead.DoesNotFit as error:
+            hint = "a smaller --batch" if args.batch > 1 else "--variants=block"
+            raise config.UserError(
+                f"--batch={args.batch}: {variants[0]} {error}; try {hint}"
+            ) from error
         pathlib.Path(os.environ[_INTO]).write_text(json.dumps(found))
         return 0
     found = {variant: in_child(args, variant) for variant in variants}

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     config.at_least("--batch-per-chip", args.batch_per_chip, 0)
     if os.environ.get(_CHILD):
         return _child(cfg, args, pathlib.Path(os.environ[_CHILD]))
-    _check_compiler()
+    check_compiler()
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out={args.out}: no such folder as {args.out.parent}")
     argv = sys.argv[1:] if argv is None else argv
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Raises UserError if the TPU compiler is not there."""
     library = os.environ.get("TPU_LIBRARY_PATH")
     if library and not pathlib.Path(library).is_file():
         raise UserError(f"TPU_LIBRARY_PATH={library} is no file")
