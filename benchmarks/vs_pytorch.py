@@ -19,15 +19,17 @@ Eager PyTorch and diffusers, the same weights, batch and cores or GPU, each in a
 of its own, taking turns; one prepares and warms up while the other waits. Both sides in
 float32 (on a GPU with TF32 products, as is JAX's default), the sd15 parts also in
 bfloat16: what does not train is kept in 16 bits, PyTorch's side with autocast. Prints
-one JSON object: seconds (median), their ratio, and peak memory (the GPU's where there
-is one). Without --model the sd15 parts write a random one first (see random_sd.py).
-Needs torch (`pip install 'gift_jax[test]'`); the sd15 parts need 20 GB of memory.
+one JSON object: seconds (median), their ratio, peak memory (the GPU's where there is
+one), and page faults of a run: many thousands say that memory is given back. Without
+--model the sd15 parts write a random one first (see random_sd.py). Needs torch (`pip
+install 'gift_jax[test]'`); the sd15 parts need 20 GB of memory.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -392,11 +394,14 @@ def serve(side: str, part: str, folder: str, dtype: str, batch: int) -> None:
     for _ in range(WARM_UP[part.split("-")[0]] - 1):
         run()
     print(f"ready on {_device(side)}", file=answers, flush=True)
+    before, runs = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, 0
     for _ in sys.stdin:
         clock = time.perf_counter()
         run()
         print(time.perf_counter() - clock, file=answers, flush=True)
-    print(_peak_gb(side), file=answers, flush=True)
+        runs += 1
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(_peak_gb(side), faults // max(1, runs), file=answers, flush=True)
 
 
 def _device(side: str) -> str:
@@ -449,10 +454,11 @@ def measure(part: str, folder: str, repeats: int, dtype: str, batch: int) -> dic
         for side, child in children.items():
             print("go", file=child.stdin, flush=True)
             seconds[side].append(float(child.stdout.readline()))
-    peak = {}
+    peak, faults = {}, {}
     for side, child in children.items():
         child.stdin.close()
-        peak[side] = float(child.stdout.readline())
+        told = child.stdout.readline().split()
+        peak[side], faults[side] = float(told[0]), int(told[1])
         child.wait()
     median = {side: statistics.median(s) for side, s in seconds.items()}
     spread = {side: [round(min(s), 4), round(max(s), 4)] for side, s in seconds.items()}
@@ -461,6 +467,7 @@ def measure(part: str, folder: str, repeats: int, dtype: str, batch: int) -> dic
         "seconds": {side: round(s, 4) for side, s in median.items()},
         "range": spread,
         "peak_GB": peak,
+        "page_faults": faults,
         "device": devices,
     }
 
