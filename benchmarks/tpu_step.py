@@ -22,7 +22,7 @@ import time
 
 from gift_jax import compile as compile_command
 from gift_jax import config
-from gift_jax.models.kernels import CHOICES
+from gift_jax.models.kernels import CHOICES, Kernels
 from gift_jax.models.published import MODELS
 
 VARIANTS = ("stock", "none", "block", "full")
@@ -36,7 +36,6 @@ def measure(variant: str, topology: str, batch: int, model: str, attention: str)
 
     from gift_jax import ahead, losses, sharding
     from gift_jax.models import hooks, partition, stable_diffusion
-    from gift_jax.models.kernels import Kernels
 
     if variant != "stock":
         sharding.prepare()  # with the flags of libtpu

@@ -41,7 +41,7 @@ def test_memory_of_a_step_is_kept_for_the_next():
 
 
 HEAPS = """
-import ctypes, os, sys, threading
+import ctypes, sys, threading
 from gift_jax import config, heap, sharding
 if sys.argv[1] == "as it comes":
     heap.OPTIONS = ()

@@ -279,12 +279,9 @@ def _flash(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None, interpret: bool):
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * q.dtype.type(D**-0.5), k, v))
         # the kernel writes each row's sum over all lanes, which are then thrown away
         count = _count(len(q), len(q) * H * N * _LANES * 4, _MAX_SUMS_BYTES)
-        outs = []
-        for part in zip(*(jnp.split(a, count) for a in (q, k, v)), strict=True):
-            if outs:
-                part, outs[-1] = jax.lax.optimization_barrier((part, outs[-1]))
-            outs.append(jax.vmap(attend_one)(*part))
-        return jnp.swapaxes(jnp.concatenate(outs), 1, 2)
+        parts = zip(*(jnp.split(a, count) for a in (q, k, v)), strict=True)
+        out = jnp.concatenate(_one_by_one(jax.vmap(attend_one), parts))
+        return jnp.swapaxes(out, 1, 2)
 
     if mesh is None or mesh.size == 1:
         return attend_shard(q_BNHD, k_BMHD, v_BMHD)
@@ -318,22 +315,19 @@ def in_turn(compute, params, x_BNC):
     example = x_BNC[:, : x_BNC.shape[1] // count]
     # on the way back the caller's contexts are left, so it is traced here
     traced, others = jax.closure_convert(compute, params, example)
-    return _in_turn(traced, count, (params, *others), x_BNC)
+
+    def compute_part(given, part):
+        params, *others = given
+        return traced(params, part, *others)
+
+    return _in_turn(compute_part, count, (params, *others), x_BNC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_turn(compute, count, given, x_BNC):
-    made = []
-    for part in jnp.split(x_BNC, count, axis=1):
-        if made:
-            part, made[-1] = jax.lax.optimization_barrier((part, made[-1]))
-        made.append(_compute_part(compute, given, part))
+    parts = zip(jnp.split(x_BNC, count, axis=1), strict=True)
+    made = _one_by_one(functools.partial(compute, given), parts)
     return jnp.concatenate(made, axis=1)
-
-
-def _compute_part(compute, given, part):
-    params, *others = given
-    return compute(params, part, *others)
 
 
 def _in_turn_forward(compute, count, given, x_BNC):
@@ -342,17 +336,28 @@ def _in_turn_forward(compute, count, given, x_BNC):
 
 def _in_turn_backward(compute, count, kept, grad_BNC):
     given, x_BNC = kept
-    of_given, of_x = jax.tree.map(jnp.zeros_like, given), []
-    parts = (jnp.split(a, count, axis=1) for a in (x_BNC, grad_BNC))
-    for part, grad in zip(*parts, strict=True):
-        if of_x:
-            waiting = part, grad, of_x[-1]
-            part, grad, of_x[-1] = jax.lax.optimization_barrier(waiting)
-        _, back = jax.vjp(functools.partial(_compute_part, compute), given, part)
+    of_given = jax.tree.map(jnp.zeros_like, given)
+
+    def of_x(part, grad):
+        nonlocal of_given  # not returned: what nobody asks for is not computed
+        _, back = jax.vjp(compute, given, part)
         of_these, of_part = back(grad)
         of_given = jax.tree.map(jnp.add, of_given, of_these)
-        of_x.append(of_part)
-    return of_given, jnp.concatenate(of_x, axis=1)
+        return of_part
+
+    parts = zip(*(jnp.split(a, count, axis=1) for a in (x_BNC, grad_BNC)), strict=True)
+    grads = jnp.concatenate(_one_by_one(of_x, parts), axis=1)
+    return of_given, grads
+
+
+def _one_by_one(compute, parts) -> list:
+    """Returns compute(*part) of each part, none begun before the one before is done."""
+    made = []
+    for part in parts:
+        if made:
+            part, made[-1] = jax.lax.optimization_barrier((part, made[-1]))
+        made.append(compute(*part))
+    return made
 
 
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
