@@ -12,7 +12,7 @@ What differs as shipped, and is corrected here (float32, against PyTorch):
   the timestep frequencies are computed on the device (here: constants of the program);
   DINOv2's layer scale is also multiplied by the square of its initial value.
 And, equal in value but faster: nearest upsampling without a gather, and, on CPU,
-convolutions as one matrix product each.
+convolutions as one matrix product each and the sums of norms as such.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
     FlaxViTModule,
 )
 
-from gift_jax.models import conv_clip  # noqa: E402
+from gift_jax.models import conv_clip, norms  # noqa: E402
 from gift_jax.models.kernels import Kernels, conv_as_matmul, in_turn, parts_of  # noqa: E402
 
 CAPTURE_KINDS = {
@@ -216,15 +216,16 @@ def _standardise(x, axes, eps):
     return centred * jax.lax.rsqrt(var + eps)
 
 
-def _affine(module, y, dtype):
+def _affine(y, scale, bias):
     shape = (1,) * (y.ndim - 1) + (-1,)
-    if module.use_scale:
-        scale = module.get_variable("params", "scale")
-        y = y * scale.astype(jnp.float32).reshape(shape)
-    if module.use_bias:
-        bias = module.get_variable("params", "bias")
-        y = y + bias.astype(jnp.float32).reshape(shape)
-    return y.astype(dtype)
+    return y * scale.reshape(shape) + bias.reshape(shape)
+
+
+def _scale_and_bias(module):
+    """Returns both, float32 "C"; the bias may be 0."""
+    scale = module.get_variable("params", "scale")
+    bias = module.get_variable("params", "bias") if module.use_bias else 0.0 * scale
+    return scale.astype(jnp.float32), bias.astype(jnp.float32)
 
 
 def _norm_dtype(module, x):
@@ -233,25 +234,49 @@ def _norm_dtype(module, x):
     return jnp.result_type(x, module.get_variable("params", "scale"))
 
 
-def _group_norm(module, x):
+def _group_norm(module, x, kernels):
     in_transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
     eps = 1e-6 if in_transformer else module.epsilon
-    groups, channels = module.num_groups, x.shape[-1]
-    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
-    y = _standardise(grouped, (1, 3), eps).reshape(x.shape)
-    return _affine(module, y, _norm_dtype(module, x))
+    groups, (B, *positions, C) = module.num_groups, x.shape
+    scale, bias = _scale_and_bias(module)
+    x_BNC = x.astype(jnp.float32).reshape(B, math.prod(positions), C)
+    if kernels.sums_by_matmul:
+        y = norms.group_norm(x_BNC, scale, bias, groups, eps)
+    else:
+        grouped = x_BNC.reshape(B, -1, groups, C // groups)
+        y = _standardise(grouped, (1, 3), eps).reshape(x_BNC.shape)
+        y = _affine(y, scale, bias)
+    return y.reshape(x.shape).astype(_norm_dtype(module, x))
 
 
-def _layer_norm(module, x):
-    y = _standardise(x.astype(jnp.float32), (-1,), module.epsilon)
-    return _affine(module, y, _norm_dtype(module, x))
+def _layer_norm(module, x, kernels):
+    scale, bias = _scale_and_bias(module)
+    y = x.astype(jnp.float32)
+    if kernels.sums_by_matmul:
+        y = norms.layer_norm(y.reshape(-1, y.shape[-1]), scale, bias, module.epsilon)
+    else:
+        y = _affine(_standardise(y, (-1,), module.epsilon), scale, bias)
+    return y.reshape(x.shape).astype(_norm_dtype(module, x))
 
 
-def _geglu(module, x, deterministic=True):
-    projected = module.proj(x)
-    linear, gate = jnp.split(projected, 2, axis=-1)
-    gated = linear * jax.nn.gelu(gate, approximate=False)
+def _geglu(module, x, deterministic=True, *, kernels):
+    linear, gate = _halves(module.proj, x, kernels)
+    gated = linear * kernels.gelu(gate)
     return module.dropout_layer(gated, deterministic=deterministic)
+
+
+def _halves(dense, x, kernels):
+    """Returns both halves of the channels that a dense layer makes.
+
+    On CPUs the layer is halved where it is the smaller; its gradient is one of halves,
+    which need not be joined and turned around.
+    """
+    if kernels.device != "cpu" or math.prod(x.shape) < x.shape[-1] ** 2:
+        return jnp.split(dense(x), 2, axis=-1)
+    kernel, bias = (dense.variables["params"][name] for name in ("kernel", "bias"))
+    x, kernel, bias = dense.promote_dtype(x, kernel, bias, dtype=dense.dtype)
+    halves = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True)
+    return [x @ k + jnp.broadcast_to(b, (*x.shape[:-1], *b.shape)) for k, b in halves]
 
 
 def _timesteps(module, t_B):
@@ -320,17 +345,15 @@ def _conv(module, x_BHWC, kernels):
         and _pair(module.kernel_dilation) == (1, 1)
         and padding is not None
     )
-    shape = x_BHWC.shape, module.kernel_size, stride
-    if not plain or not kernels.takes_matmul(*shape):
-        return None
     weight = module.get_variable("params", "kernel")
+    if not plain or not kernels.takes_matmul(x_BHWC.shape, weight.shape, stride):
+        return None
     bias = module.get_variable("params", "bias") if module.use_bias else None
     arrays = module.promote_dtype(x_BHWC, weight, bias, dtype=module.dtype)
     return conv_as_matmul(*arrays, stride, padding)
 
 
 _CORRECTED = {
-    attention_flax.FlaxGEGLU: _geglu,
     embeddings_flax.FlaxTimesteps: _timesteps,
     modeling_flax_dinov2.FlaxDinov2LayerScale: _layer_scale,
     resnet_flax.FlaxUpsample2D: _upsample,
@@ -427,8 +450,10 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
             return _attention(module, *args, **kwargs, kernels=kernels, text=known)
         if cls in _CORRECTED:
             return _CORRECTED[cls](module, *args, **kwargs)
+        if cls is attention_flax.FlaxGEGLU:
+            return _geglu(module, *args, **kwargs, kernels=kernels)
         if cls in _CORRECTED_NORMS and module.has_variable("params", "scale"):
-            return _CORRECTED_NORMS[cls](module, *args, **kwargs)
+            return _CORRECTED_NORMS[cls](module, *args, kernels=kernels, **kwargs)
         if cls is nn.Conv and module.has_variable("params", "kernel"):
             out = _conv(module, args[0], kernels)
             if out is not None:

@@ -15,10 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 CHOICES = {
     "attention": ("auto", "plain", "chunked", "flash", "cudnn"),
     "conv": ("auto", "xla", "matmul"),
+    "norm": ("auto", "xla", "matmul"),
     "remat": ("none", "block", "full"),
 }
-_MAX_COLUMNS_BYTES = 256 * 2**20  # above, an unfolded image costs more than it saves
-_MAX_COLUMNS_SIDE = 32  # of an image that a convolution makes: from 64 on XLA is faster
+_CONV_POSITIONS = 16  # that a convolution makes of an image: XLA's is slow with fewer,
+_CONV_ROWS = 2  # and with fewer positions of all examples than so many a channel
 _MAX_SCORES_BYTES = 32 * 2**20  # of a chunk of queries, on CPUs; to a quarter, plain
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
@@ -35,7 +36,8 @@ class Kernels:
       attention: plain; chunked, over queries; flash (TPU) or cudnn (GPU, 16 bits) where
         they have a kernel; or auto: what suits the platform, the shape and the type.
       conv: xla; matmul, unfold and one matrix product; or auto: matmul on CPUs where
-        the image is small.
+        there are few positions for the channels.
+      norm: xla; matmul, sums as matrix products; or auto: matmul on CPUs.
       remat: what the backward pass computes again: none; block: resnets and
         transformers, from their inputs, one at a time, and of large images what treats
         tokens alike for some of them at a time; full: the UNet's stages and then their
@@ -46,6 +48,7 @@ class Kernels:
 
     attention: str = "auto"
     conv: str = "auto"
+    norm: str = "auto"
     remat: str = "none"
     platform: str = ""
     mesh: Mesh | None = None
@@ -118,17 +121,35 @@ class Kernels:
             fits = kind == "chunked"
         return kind if fits else "plain"
 
+    def gelu(self, x):
+        """Returns x times the normal distribution function of x, not approximated.
+
+        Source: Hendrycks and Gimpel 2016 (arXiv:1606.08415), as PyTorch computes it.
+        """
+        if self.device != "cpu":
+            return jax.nn.gelu(x, approximate=False)
+        # erfc, of which that is made, takes CPUs three times as long
+        return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+    @property
+    def sums_by_matmul(self) -> bool:
+        """Says whether the sums of norms are to be matrix products."""
+        if self.norm != "auto":
+            return self.norm == "matmul"
+        return self.device == "cpu"
+
     def takes_matmul(self, shape, kernel, stride) -> bool:
         """Says whether a convolution is to be one matrix product.
 
-        Args: shape: of the image, "B H W C". kernel, stride: (height, width).
+        Args: shape: of the image, "B H W C". kernel: "h w C_in C_out". stride: (height,
+          width).
         """
         if self.conv != "auto":
             return self.conv == "matmul"
         made = math.prod(shape[1:3]) // math.prod(stride)
-        unfolded = shape[0] * made * shape[3] * math.prod(kernel) * 4
-        small = made <= _MAX_COLUMNS_SIDE**2 and unfolded <= _MAX_COLUMNS_BYTES
-        return self.device == "cpu" and small
+        few = made < _CONV_POSITIONS or shape[0] * made < _CONV_ROWS * kernel[3]
+        apart = kernel[:2] == stride  # nothing is unfolded
+        return self.device == "cpu" and (few or apart)
 
 
 # --- attention ------------------------------------------------------------------------

@@ -131,26 +131,84 @@ def test_matmul_convolution_equals_xla(rng, kernel, stride, padding):
     )
 
 
-def test_auto_convolution_keeps_large_images_with_xla():
-    conv = nn.Conv(8, (3, 3), padding=((1, 1), (1, 1)))
-    small, large = (jax.ShapeDtypeStruct((1, n, n, 64), np.float32) for n in (16, 512))
-    params = jax.eval_shape(conv.init, jax.random.key(0), small)
+def test_auto_convolution_is_a_product_for_few_positions():
+    conv = nn.Conv(64, (3, 3), padding=((1, 1), (1, 1)))
+    few, many = (jax.ShapeDtypeStruct((1, n, n, 64), np.float32) for n in (8, 16))
+    params = jax.eval_shape(conv.init, jax.random.key(0), few)
 
     def program(x):
         with hooks.exact():
             return str(jax.make_jaxpr(conv.apply)(params, x))
 
-    assert "conv_general_dilated" not in program(small)
-    assert "conv_general_dilated" in program(large)
+    assert "conv_general_dilated" not in program(few)
+    assert "conv_general_dilated" in program(many)
 
 
-def test_norms_keep_precision_far_from_zero(rng):
+NORMS = {
+    "layers": nn.LayerNorm(epsilon=1e-6),
+    "layers, no bias": nn.LayerNorm(epsilon=1e-6, use_bias=False),
+    "groups": nn.GroupNorm(8, epsilon=1e-5),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 24), (1, 30, 24), (3, 24)])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_norms_by_products_equal_xla(rng, norm, shape):
+    x, towards = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    params = norm.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: p + rng.normal(size=p.shape), params)
+
+    def results(how):
+        def loss(params, x):
+            with hooks.exact(Kernels(norm=how)):
+                y = norm.apply(params, 3.0 + x)
+            return jnp.sum(jnp.sin(y)), y
+
+        def curvature(x):
+            gradient = jax.grad(lambda x: loss(params, x)[0])
+            return jax.jvp(gradient, (x,), (towards,))[1]
+
+        grads, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return (y, grads, curvature(x)), str(jax.make_jaxpr(loss)(params, x))
+
+    (ours, program), (theirs, xlas) = results("matmul"), results("xla")
+    assert "dot_general" in program
+    assert "dot_general" not in xlas
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_a_gated_layer_in_halves_equals_the_whole(rng):
+    layer = hooks.attention_flax.FlaxGEGLU(16)
+    x = rng.normal(size=(2, 12, 16)).astype(np.float32) * 3
+    params = layer.init(jax.random.key(0), x)
+    bias = rng.normal(size=(128,)).astype(np.float32)
+    params["params"]["proj"]["bias"] = bias
+
+    def result(platform):
+        def loss(params, x):
+            with hooks.exact(Kernels(platform=platform)):
+                y = layer.apply(params, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        value = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return value, str(jax.make_jaxpr(loss)(params, x))
+
+    (ours, program), (theirs, whole) = result("cpu"), result("tpu")
+    assert program.count("dot_general[") == 2 * whole.count("dot_general[")
+    assert "erfc" in whole and "erfc" not in program
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("how", ["xla", "matmul"])
+def test_norms_keep_precision_far_from_zero(rng, how):
     x = (1000 + rng.normal(size=(2, 8, 8, 64))).astype(np.float32)
     mean = x.astype(np.float64).mean(-1, keepdims=True)
     expected = (x - mean) / np.sqrt(x.astype(np.float64).var(-1, keepdims=True) + 1e-6)
     norm = nn.LayerNorm(epsilon=1e-6)
     params = norm.init(jax.random.key(0), x)
-    with hooks.exact():
+    with hooks.exact(Kernels(norm=how)):
         ours = norm.apply(params, x)
     assert relative_error(norm.apply(params, x), expected) > 1e-3
     assert relative_error(ours, expected) < 1e-4
