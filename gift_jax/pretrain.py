@@ -186,7 +186,7 @@ def _scale(model, params, pictures) -> float:
 
     @jax.jit
     def encode(params, x_BCHW):
-        return hooks.apply_vae_encode(model, params, x_BCHW, vae_stage.KERNELS)[0]
+        return hooks.apply_vae_encode(model, params, x_BCHW)[0]
 
     rows = np.flatnonzero(~pictures.held_out)[::7]
     x_BHWC = jnp.asarray(pictures.images[rows], jnp.float32) / 127.5 - 1.0
@@ -205,9 +205,7 @@ def _unet(cfg, workdir, pictures, words, clip, vae, mesh):
 
     def encode(x_BHWC):
         x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
-        mean, logvar = hooks.apply_vae_encode(
-            encoder, vae_params, x_BCHW, kernels=vae_stage.KERNELS
-        )
+        mean, logvar = hooks.apply_vae_encode(encoder, vae_params, x_BCHW)
         scale = vae_config["scaling_factor"]
         return scale * mean, scale * jnp.exp(0.5 * logvar)
 
