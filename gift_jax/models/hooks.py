@@ -11,8 +11,8 @@ What differs as shipped, and is corrected here (float32, against PyTorch):
   GroupNorm and LayerNorm use E[x^2] - E[x]^2 for the variance, which cancels;
   the timestep frequencies are computed on the device (here: constants of the program);
   DINOv2's layer scale is also multiplied by the square of its initial value.
-And, equal in value but faster: nearest upsampling without a gather, and, on CPU,
-convolutions as one matrix product each and the sums of norms as such.
+And, equal in value but faster: nearest upsampling without a gather, and, on CPUs, what
+`Kernels` says of convolutions, norms and gated layers.
 """
 
 import contextlib

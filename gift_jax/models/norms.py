@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group and layer normalisation for CPUs: sums as matrix products, and few of them.
+"""Group and layer normalisation, fast on CPUs: sums are matrix products.
 
-XLA's own sums over parts of several axes, and of products that it computes on the way,
-take CPUs up to ten times as long. The gradients are written out, with one pass over
-what they sum instead of one for each sum; they may be differentiated again.
+XLA's own sums, of parts of several axes or of products that it computes on the way,
+take a CPU up to ten times as long. Gradients are written out, so that they share their
+sums; they may be differentiated again.
 
 All is float32. The variance is the mean of (x - mean)^2 (PyTorch's `group_norm` and
 `layer_norm`). Axes: B batch, N positions, C channels, G groups.

@@ -130,8 +130,13 @@ def gradient(loss, params, names):
     return dict(zip(leaves, grads, strict=True)), value.item()
 
 
-def assert_same(grads, expected):
-    """Same names, each within 1e-4 of the other's norm."""
+# An attacker's Adam divides gradients near zero by their size, and so magnifies what
+# they were rounded by.
+AFTER_ADAM = 3e-4
+
+
+def assert_same(grads, expected, tolerance=1e-4):
+    """Same names, each within a part of the other's norm."""
     found = {
         tensors.torch_name(path): tensors.to_torch_layout(path, np.asarray(g))
         for path, g in grads.items()
@@ -141,7 +146,7 @@ def assert_same(grads, expected):
     assert scale > 1e-4
     for name, other in expected.items():
         error = np.linalg.norm(found[name] - other.numpy())
-        assert error < 1e-4 * max(float(other.norm()), 1e-3 * scale), name
+        assert error < tolerance * max(float(other.norm()), 1e-3 * scale), name
 
 
 def names_of(paths):
@@ -251,6 +256,7 @@ SLOW = ("full_both", "lora", "standard")
 def test_gift_and_its_kin(ours, theirs, case):
     denoiser, unet, abar, batch = ours
     s = settings(CASES[case][0], **CASES[case][1])
+    tolerance = AFTER_ADAM if s.attack.kinds else 1e-4
     trainable, frozen = partition.select(unet, "cross_attention")
     psi = names_of(trainable)
     step = jax.jit(gift.make_step(denoiser, s, recorder(), recorder()))
@@ -284,7 +290,7 @@ def test_gift_and_its_kin(ours, theirs, case):
             return loss + s.attack.safe_weight * learned
 
         grads, _ = gradient(lower, params, psi)
-        assert_same(new.opt["lower"], grads)
+        assert_same(new.opt["lower"], grads, tolerance)
         params = descended(params, grads)
 
     k_loss, k_noise = jax.random.split(k_upper)
@@ -302,7 +308,7 @@ def test_gift_and_its_kin(ours, theirs, case):
         )
 
     grads, value = gradient(upper, params, psi)
-    assert_same(new.opt["upper"], grads)
+    assert_same(new.opt["upper"], grads, tolerance)
     np.testing.assert_allclose(metrics["upper/loss"], value, rtol=1e-4)
     assert ("lower/loss" in metrics) == bool(s.inner_steps)
 
