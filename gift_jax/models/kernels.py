@@ -19,7 +19,7 @@ CHOICES = {
     "remat": ("none", "block", "full"),
 }
 _CONV_POSITIONS = 16  # that a convolution makes of an image: XLA's is slow with fewer,
-_CONV_ROWS = 2  # and with fewer positions of all examples than so many a channel
+_CONV_ROWS = 2  # or fewer of all examples than so many a channel (cpu_layers.py)
 _MAX_SCORES_BYTES = 32 * 2**20  # of a chunk of queries, on CPUs; to a quarter, plain
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which way to compute a layer is the fastest on this CPU, with this jaxlib?
+
+    python benchmarks/cpu_layers.py --parts conv --parts norm --cores 1
+
+Parts: conv, 3x3, by XLA or as one matrix product (`Kernels.conv`), forwards and each
+way backwards; norm, of groups and of channels, by XLA or as products (`Kernels.norm`),
+forwards and with gradients of all that goes in; gate, the gated layer of a transformer,
+as here and as XLA has it. Shapes of emoji-sd, 32 examples, and of Stable Diffusion 1.5,
+one. The rules of `gift_jax/models/kernels.py` are made of this; where a newer jaxlib
+says otherwise, they should follow. Prints one JSON object, milliseconds: the medians of
+--repeats turns. On CPUs alone.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from gift_jax import config
+
+CONVS = (  # the image, the channels made
+    ((32, 8, 8, 64), 64),
+    ((32, 8, 8, 192), 64),
+    ((32, 4, 4, 128), 128),
+    ((32, 2, 2, 192), 192),
+    ((1, 64, 64, 320), 320),
+    ((1, 32, 32, 320), 320),
+    ((1, 32, 32, 640), 640),
+    ((1, 16, 16, 1280), 1280),
+    ((1, 8, 8, 1280), 1280),
+)
+NORMS = ((32, 64, 64), (32, 64, 192), (32, 16, 320), (1, 4096, 320), (1, 256, 1280))
+GATES = ((32, 64, 64), (32, 16, 128), (1, 1024, 640))
+
+
+def convolutions():
+    """Yields (name, ways, arguments) of each convolution."""
+    import jax
+
+    from gift_jax.models import kernels
+
+    def by_xla(x, w):
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=names
+        )
+
+    def by_product(x, w):
+        return kernels.conv_as_matmul(x, w, None, (1, 1), ((1, 1), (1, 1)))
+
+    for image, made in CONVS:
+        x, w = draw(*image), draw(3, 3, image[-1], made)
+        ways = {}
+        for name, f in {"xla": by_xla, "matmul": by_product}.items():
+            ways[name] = lambda x, w, g, f=f: f(x, w)
+            ways[f"{name}, of the image"] = lambda x, w, g, f=f: jax.vjp(
+                lambda x: f(x, w), x
+            )[1](g)
+            ways[f"{name}, of the kernel"] = lambda x, w, g, f=f: jax.vjp(
+                lambda w: f(x, w), w
+            )[1](g)
+        yield f"conv {image} to {made}", ways, (x, w, draw(*image[:3], made))
+
+
+def layers(part: str):
+    """Yields the same of each norm or gated layer."""
+    import flax.linen as nn
+    import jax
+
+    from gift_jax.models import hooks
+    from gift_jax.models.kernels import Kernels
+
+    def ways_of(module, how: dict):
+        ways = {}
+        for name, kernels in how.items():
+
+            def apply(params, x, kernels=kernels):
+                with hooks.exact(kernels):
+                    return module.apply(params, x)
+
+            ways[name] = lambda params, x, g, f=apply: f(params, x)
+            ways[f"{name}, with gradients"] = lambda params, x, g, f=apply: jax.vjp(
+                f, params, x
+            )[1](g)
+        return ways
+
+    for shape in NORMS if part == "norm" else GATES:
+        channels, x = shape[-1], draw(*shape)
+        made, how = shape, {way: Kernels(norm=way) for way in ("xla", "matmul")}
+        modules = {"groups": nn.GroupNorm(32), "channels": nn.LayerNorm()}
+        if part == "gate":
+            made = (*shape[:-1], 4 * channels)
+            how = {"as here": Kernels(), "xla": Kernels(platform="tpu")}
+            modules = {"gate": hooks.attention_flax.FlaxGEGLU(channels)}
+        for name, module in modules.items():
+            params = module.init(jax.random.key(0), x)
+            yield f"{name} {shape}", ways_of(module, how), (params, x, draw(*made))
+
+
+def draw(*shape):
+    import jax.numpy as jnp
+
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def measure(ways: dict, args: tuple, repeats: int) -> dict[str, float]:
+    """Returns the milliseconds of each way; they take turns."""
+    import jax
+
+    compiled = {name: jax.jit(f) for name, f in ways.items()}
+    for f in compiled.values():
+        for _ in range(2):
+            jax.block_until_ready(f(*args))
+    seconds = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, f in compiled.items():
+            clock = time.perf_counter()
+            jax.block_until_ready(f(*args))
+            seconds[name].append(time.perf_counter() - clock)
+    return {k: round(1e3 * statistics.median(s), 3) for k, s in seconds.items()}
+
+
+def main() -> int:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("conv", "norm", "gate")
+    flags.add_argument("--parts", action="append", choices=parts, help="default: all")
+    flags.add_argument("--cores", type=int, default=1, help="XLA's threads")
+    flags.add_argument("--repeats", type=int, default=9)
+    args = flags.parse_args()
+    config.at_least("--cores", args.cores, 1)
+    config.at_least("--repeats", args.repeats, 1)
+    os.environ["NPROC"] = str(args.cores)  # before JAX starts
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    import jaxlib
+
+    from gift_jax import sharding
+
+    sharding.prepare()
+    found = {"jaxlib": jaxlib.__version__, "cores": args.cores}
+    for part in args.parts or parts:
+        for name, ways, given in convolutions() if part == "conv" else layers(part):
+            found[name] = measure(ways, given, args.repeats)
+            line = json.dumps({name: found[name]})
+            print(line, file=sys.stderr, flush=True)
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    config.run_main(main)
