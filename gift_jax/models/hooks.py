@@ -224,7 +224,9 @@ def _affine(y, scale, bias):
 def _scale_and_bias(module):
     """Returns both, float32 "C"; the bias may be 0."""
     scale = module.get_variable("params", "scale")
-    bias = module.get_variable("params", "bias") if module.use_bias else 0.0 * scale
+    bias = jnp.zeros_like(scale)
+    if module.use_bias:
+        bias = module.get_variable("params", "bias")
     return scale.astype(jnp.float32), bias.astype(jnp.float32)
 
 
@@ -271,7 +273,8 @@ def _halves(dense, x, kernels):
     On CPUs the layer is halved where it is the smaller; its gradient is one of halves,
     which need not be joined and turned around.
     """
-    if kernels.device != "cpu" or math.prod(x.shape) < x.shape[-1] ** 2:
+    rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
+    if kernels.device != "cpu" or rows < channels:
         return jnp.split(dense(x), 2, axis=-1)
     kernel, bias = (dense.variables["params"][name] for name in ("kernel", "bias"))
     x, kernel, bias = dense.promote_dtype(x, kernel, bias, dtype=dense.dtype)
