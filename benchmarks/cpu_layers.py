@@ -6,13 +6,16 @@
 Parts: conv, 3x3, by XLA or as one matrix product (`Kernels.conv`), forwards and each
 way backwards; norm, of groups and of channels, by XLA or as products (`Kernels.norm`),
 forwards and with gradients of all that goes in; gate, the gated layer of a transformer,
-as here and as XLA has it. Shapes of emoji-sd, 32 examples, and of Stable Diffusion 1.5,
-one. The rules of `gift_jax/models/kernels.py` are made of this; where a newer jaxlib
-says otherwise, they should follow. Prints one JSON object, milliseconds: the medians of
---repeats turns. On CPUs alone.
+as here and as XLA has it; attention, as here and with all scores at once; product, of
+few or many rows and a dense layer's kernel. Attention and products also as PyTorch has
+them, where it is installed. Shapes of emoji-sd, 32 examples, and of Stable Diffusion
+1.5, one. The rules of `gift_jax/models/kernels.py` are made of this; where a newer
+jaxlib says otherwise, they should follow. Prints one JSON object, milliseconds: the
+medians of --repeats turns. On CPUs alone.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -20,6 +23,7 @@ import sys
 import time
 
 import numpy as np
+import vs_pytorch
 
 from gift_jax import config
 
@@ -36,6 +40,11 @@ CONVS = (  # the image, the channels made
 )
 NORMS = ((32, 64, 64), (32, 64, 192), (32, 16, 320), (1, 4096, 320), (1, 256, 1280))
 GATES = ((32, 64, 64), (32, 16, 128), (1, 1024, 640))
+ATTENTIONS = ((1, 4096, 8, 40), (1, 1024, 8, 80), (1, 256, 8, 160))
+PRODUCTS = (  # rows, channels, channels made
+    *((16, 11520, 1280), (64, 11520, 1280), (256, 11520, 1280)),
+    *((64, 1280, 1280), (1024, 320, 1280), (4096, 4096, 4096)),
+)
 
 
 def convolutions():
@@ -65,6 +74,66 @@ def convolutions():
                 lambda w: f(x, w), w
             )[1](g)
         yield f"conv {image} to {made}", ways, (x, w, draw(*image[:3], made))
+
+
+def attention():
+    """Yields the same of attention of tokens to themselves, "B N H D"."""
+    import jax
+
+    from gift_jax.models.kernels import Kernels
+
+    for shape in ATTENTIONS:
+        ways = {}
+        for name, kernels in {
+            "as here": Kernels(),
+            "plain": Kernels(attention="plain"),
+        }.items():
+            ways[name] = lambda q, k, v, g, f=kernels.attend: f(q, k, v)
+            ways[f"{name}, with gradients"] = lambda q, k, v, g, f=kernels.attend: (
+                jax.vjp(f, q, k, v)[1](g)
+            )
+        args = draw(*shape), draw(*shape), draw(*shape), draw(*shape)
+        if torch := installed_torch():
+            q, k, v, g = (torch.tensor(np.asarray(a)).transpose(1, 2) for a in args)
+            attend, given = torch.nn.functional.scaled_dot_product_attention, (q, k, v)
+
+            def forwards(*_, attend=attend, given=given):
+                with torch.no_grad():
+                    return attend(*given)
+
+            def both(*_, attend=attend, given=given, g=g):
+                leaves = [a.detach().requires_grad_() for a in given]
+                return torch.autograd.grad(attend(*leaves), leaves, g)
+
+            ways |= {"pytorch": forwards, "pytorch, with gradients": both}
+        yield f"attention {shape}", ways, args
+
+
+def products():
+    """Yields the same of products with a dense layer's kernel, and its transpose."""
+    for rows, channels, made in PRODUCTS:
+        x, w, g = draw(rows, channels), draw(channels, made), draw(rows, made)
+        ways = {
+            "xla": lambda x, w, g: x @ w,
+            "xla, of the rows": lambda x, w, g: g @ w.T,
+        }
+        if torch := installed_torch():
+            a, b, c = (torch.tensor(np.asarray(array)) for array in (x, w, g))
+            ways |= {
+                "pytorch": lambda *_, a=a, b=b: a @ b,
+                "pytorch, of the rows": lambda *_, b=b, c=c: c @ b.T,
+            }
+        yield f"product {rows}x{channels} to {made}", ways, (x, w, g)
+
+
+def installed_torch():
+    """Returns PyTorch, with as many threads as XLA has, or None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(int(os.environ["NPROC"]))
+    return torch
 
 
 def layers(part: str):
@@ -112,7 +181,10 @@ def measure(ways: dict, args: tuple, repeats: int) -> dict[str, float]:
     """Returns the milliseconds of each way; they take turns."""
     import jax
 
-    compiled = {name: jax.jit(f) for name, f in ways.items()}
+    compiled = {
+        name: f if name.startswith("pytorch") else jax.jit(f)
+        for name, f in ways.items()
+    }
     for f in compiled.values():
         for _ in range(2):
             jax.block_until_ready(f(*args))
@@ -125,12 +197,20 @@ def measure(ways: dict, args: tuple, repeats: int) -> dict[str, float]:
     return {k: round(1e3 * statistics.median(s), 3) for k, s in seconds.items()}
 
 
+PARTS = {
+    "conv": convolutions,
+    "norm": functools.partial(layers, "norm"),
+    "gate": functools.partial(layers, "gate"),
+    "attention": attention,
+    "product": products,
+}
+
+
 def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("conv", "norm", "gate")
-    flags.add_argument("--parts", action="append", choices=parts, help="default: all")
+    flags.add_argument("--parts", action="append", choices=PARTS, help="default: all")
     flags.add_argument("--cores", type=int, default=1, help="XLA's threads")
     flags.add_argument("--repeats", type=int, default=9)
     args = flags.parse_args()
@@ -144,9 +224,10 @@ def main() -> int:
     from gift_jax import sharding
 
     sharding.prepare()
-    found = {"jaxlib": jaxlib.__version__, "cores": args.cores}
-    for part in args.parts or parts:
-        for name, ways, given in convolutions() if part == "conv" else layers(part):
+    found = {"jaxlib": jaxlib.__version__, "processor": vs_pytorch.processor()}
+    found["cores"] = args.cores
+    for part in args.parts or PARTS:
+        for name, ways, given in PARTS[part]():
             found[name] = measure(ways, given, args.repeats)
             line = json.dumps({name: found[name]})
             print(line, file=sys.stderr, flush=True)

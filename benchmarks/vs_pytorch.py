@@ -29,6 +29,8 @@ import argparse
 import json
 import os
 import pathlib
+import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -414,6 +416,21 @@ def _device(side: str) -> str:
     return torch.cuda.get_device_name() if _torch_device() == "cuda" else "cpu"
 
 
+def processor() -> str:
+    """Names the CPU, on which the ratios depend.
+
+    Virtual machines hide the product's name, so family, model and stepping follow.
+    """
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    name = told.pop("model name", "") or platform.machine()
+    fields = ("cpu family", "model", "stepping")
+    return ", ".join([name, *(f"{f} {told[f]}" for f in fields if f in told)])
+
+
 def _peak_gb(side: str) -> float:
     """Returns the most memory that the process has held: the GPU's, or its own."""
     if side == "gift_jax":
@@ -492,7 +509,8 @@ def main() -> int:
         return 0
     from gift_jax import job
 
-    parts, found = args.parts or PARTS, {"cores": os.cpu_count()}
+    parts = args.parts or PARTS
+    found = {"processor": processor(), "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as temp:
         for part in parts:
             folder, dtype = str(job.EMBEDDED), "float32"
