@@ -78,20 +78,11 @@ def convolutions():
 
 def attention():
     """Yields the same of attention of tokens to themselves, "B N H D"."""
-    import jax
-
     from gift_jax.models.kernels import Kernels
 
     for shape in ATTENTIONS:
-        ways = {}
-        for name, kernels in {
-            "as here": Kernels(),
-            "plain": Kernels(attention="plain"),
-        }.items():
-            ways[name] = lambda q, k, v, g, f=kernels.attend: f(q, k, v)
-            ways[f"{name}, with gradients"] = lambda q, k, v, g, f=kernels.attend: (
-                jax.vjp(f, q, k, v)[1](g)
-            )
+        ways = both_ways("as here", Kernels().attend)
+        ways |= both_ways("plain", Kernels(attention="plain").attend)
         args = draw(*shape), draw(*shape), draw(*shape), draw(*shape)
         if torch := installed_torch():
             q, k, v, g = (torch.tensor(np.asarray(a)).transpose(1, 2) for a in args)
@@ -126,6 +117,16 @@ def products():
         yield f"product {rows}x{channels} to {made}", ways, (x, w, g)
 
 
+def both_ways(name: str, f) -> dict:
+    """Returns f, and its gradients; the last argument given is that of its output."""
+    import jax
+
+    return {
+        name: lambda *args: f(*args[:-1]),
+        f"{name}, with gradients": lambda *args: jax.vjp(f, *args[:-1])[1](args[-1]),
+    }
+
+
 def installed_torch():
     """Returns PyTorch, with as many threads as XLA has, or None."""
     try:
@@ -152,10 +153,7 @@ def layers(part: str):
                 with hooks.exact(kernels):
                     return module.apply(params, x)
 
-            ways[name] = lambda params, x, g, f=apply: f(params, x)
-            ways[f"{name}, with gradients"] = lambda params, x, g, f=apply: jax.vjp(
-                f, params, x
-            )[1](g)
+            ways |= both_ways(name, apply)
         return ways
 
     for shape in NORMS if part == "norm" else GATES:

@@ -426,7 +426,7 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-    name = told.pop("model name", "") or platform.machine()
+    name = told.get("model name") or platform.machine()
     fields = ("cpu family", "model", "stepping")
     return ", ".join([name, *(f"{f} {told[f]}" for f in fields if f in told)])
 
