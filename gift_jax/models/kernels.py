@@ -21,6 +21,7 @@ CHOICES = {
 _CONV_POSITIONS = 16  # that a convolution makes of an image: XLA's is slow with fewer,
 _CONV_ROWS = 2  # or fewer of all examples than so many a channel (cpu_layers.py)
 _MAX_SCORES_BYTES = 32 * 2**20  # of a chunk of queries, on CPUs; to a quarter, plain
+_SUMMED_KEYS = 1024  # from so many on, on CPUs, weights are summed by their product
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
 _TURN_TOKENS = 1024  # of a part, of what is computed in turn
@@ -94,7 +95,8 @@ class Kernels:
                 q_BNHD, k_BMHD, v_BMHD, implementation="cudnn"
             )
         if kind == "chunked":
-            return _chunked(q_BNHD, k_BMHD, v_BMHD)
+            apart = self.mesh is None or self.mesh.size == 1
+            return _chunked(q_BNHD, k_BMHD, v_BMHD, apart)
         return _plain(q_BNHD, k_BMHD, v_BMHD)
 
     def attention_for(self, q, k) -> str:
@@ -161,81 +163,118 @@ def _plain(q_BNHD, k_BMHD, v_BMHD):
     return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v_BMHD.dtype), v_BMHD)
 
 
-def _chunked(q_BNHD, k_BMHD, v_BMHD):
+def _chunked(q_BNHD, k_BMHD, v_BMHD, apart: bool):
     """The same, in parts where the scores are many."""
     if _scores_bytes(q_BNHD, k_BMHD) <= _MAX_SCORES_BYTES // 4:
         return _plain(q_BNHD, k_BMHD, v_BMHD)
-    return _in_parts(q_BNHD, k_BMHD, v_BMHD)
+    return _in_parts(apart, q_BNHD, k_BMHD, v_BMHD)
 
 
-@jax.custom_vjp
-def _in_parts(q_BNHD, k_BMHD, v_BMHD):
-    """The same for a part of the queries at a time; backwards, computed once more.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_parts(apart, q_BNHD, k_BMHD, v_BMHD):
+    """The same for some heads and queries at a time; backwards, computed once more.
+
+    Args: apart: whether heads may go apart. The fewer, the more queries fit in a part,
+      and for each of them the product puts the keys in order anew.
 
     Source: Dao et al. 2022 (arXiv:2205.14135), algorithms 2 and 4 without their loops
     over keys.
     """
-    return _in_parts_forward(q_BNHD, k_BMHD, v_BMHD)[0]
+    return _in_parts_forward(apart, q_BNHD, k_BMHD, v_BMHD)[0]
 
 
-def _in_parts_forward(q_BNHD, k_BMHD, v_BMHD):
-    k_BHDM, v_BHDM = _tokens_last(k_BMHD), _tokens_last(v_BMHD)
+def _in_parts_forward(apart, q_BNHD, k_BMHD, v_BMHD):
+    heads, queries = _counts(apart, q_BNHD, k_BMHD)
+    on_queries, on_scores = _scales(q_BNHD)
+    in_float32 = v_BMHD.dtype == jnp.float32
+    summed = in_float32 and v_BMHD.shape[1] >= _SUMMED_KEYS
 
-    @jax.checkpoint  # for a second derivative
-    def part(q_BHnD):
-        scores = _scores(q_BHnD, k_BHDM)
-        most = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - most)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        kept = most + jnp.log(total)
-        if v_BHDM.dtype == jnp.float32:
-            # dividing the output is less work than dividing the weights
-            return _product("bhnm,bhdm->bhnd", weights, v_BHDM) / total, kept
-        weights = (weights / total).astype(v_BHDM.dtype)  # rounded as `_plain` does
-        out = _product("bhnm,bhdm->bhnd", weights, v_BHDM)
-        return out.astype(v_BHDM.dtype), kept
+    def some_heads(given):
+        q_nBhND, k_BhDM, v_BhDM = given
+        if summed:
+            ones = jnp.ones_like(v_BhDM[:, :, :1])
+            v_BhDM = jnp.concatenate([v_BhDM, ones], axis=2)
 
-    parts = _parts(_chunks(q_BNHD, k_BMHD), q_BNHD)
-    out, log_total = jax.lax.map(part, parts)
+        @jax.checkpoint  # for a second derivative
+        def part(q_BhnD):
+            scores = on_scores * _product("bhnd,bhdm->bhnm", q_BhnD, k_BhDM)
+            most = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - most)
+            if not summed:
+                total = jnp.sum(weights, axis=-1, keepdims=True)
+            if not in_float32:
+                weights = weights / total  # before they are rounded, as `_plain` does
+            out = _product("bhnm,bhdm->bhnd", weights.astype(v_BhDM.dtype), v_BhDM)
+            if summed:
+                out, total = out[..., :-1], out[..., -1:]
+            if in_float32:
+                out = out / total  # less work than dividing the weights
+            return out.astype(v_BhDM.dtype), most + jnp.log(total)
+
+        return jax.lax.map(part, q_nBhND)
+
+    q_BNHD = on_queries * q_BNHD
+    keys, values = (_split(a, heads) for a in (k_BMHD, v_BMHD))
+    given = _split(q_BNHD, heads, queries), keys, values
+    out, log_total = jax.lax.map(some_heads, given)
     out_BNHD = _whole(out)
     return out_BNHD, (q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total)
 
 
-def _in_parts_backward(kept, grad_BNHD):
+def _in_parts_backward(apart, kept, grad_BNHD):
     q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total = kept
-    k_BHDM, v_BHDM = _tokens_last(k_BMHD), _tokens_last(v_BMHD)
-    scale = q_BNHD.shape[-1] ** -0.5
+    heads, queries = _counts(apart, q_BNHD, k_BMHD)
+    on_queries, on_scores = _scales(q_BNHD)
 
-    @jax.checkpoint
-    def part(sums, given):
-        of_k, of_v = sums
-        q_BHnD, out_BHnD, grad_BHnD, log_total = given
-        weights = jnp.exp(_scores(q_BHnD, k_BHDM) - log_total)
-        rows = _product("bhnd,bhnd->bhn", grad_BHnD, out_BHnD)[..., None]
-        of_weights = _product("bhnd,bhdm->bhnm", grad_BHnD, v_BHDM)
-        of_scores = scale * weights * (of_weights - rows)
-        of_scores = of_scores.astype(q_BHnD.dtype)
-        weights = weights.astype(v_BHDM.dtype)
-        of_q = _product("bhnm,bhdm->bhnd", of_scores, k_BHDM).astype(q_BHnD.dtype)
-        # this order of a product is three times as fast as "bhnm,bhnd->bhmd" on CPUs
-        of_k = of_k + _product("bhnd,bhnm->bhdm", q_BHnD, of_scores)
-        of_v = of_v + _product("bhnd,bhnm->bhdm", grad_BHnD, weights)
-        return (of_k, of_v), of_q
+    def some_heads(given):
+        k_BhDM, v_BhDM, *given = given
 
-    chunks = len(log_total)
-    given = (_parts(chunks, a) for a in (q_BNHD, out_BNHD, grad_BNHD))
-    nothing = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_BHDM, v_BHDM))
-    (of_k, of_v), of_q = jax.lax.scan(part, nothing, (*given, log_total))
-    of_k, of_v = (jnp.transpose(a, (0, 3, 1, 2)) for a in (of_k, of_v))
-    return _whole(of_q), of_k.astype(k_BMHD.dtype), of_v.astype(v_BMHD.dtype)
+        @jax.checkpoint
+        def part(sums, given):
+            of_k, of_v = sums
+            q_BhnD, out_BhnD, grad_BhnD, log_total = given
+            scores = on_scores * _product("bhnd,bhdm->bhnm", q_BhnD, k_BhDM)
+            weights = jnp.exp(scores - log_total)
+            rows = _product("bhnd,bhnd->bhn", grad_BhnD, out_BhnD)[..., None]
+            of_weights = _product("bhnd,bhdm->bhnm", grad_BhnD, v_BhDM)
+            of_scores = on_scores * weights * (of_weights - rows)
+            of_scores = of_scores.astype(q_BhnD.dtype)
+            weights = weights.astype(v_BhDM.dtype)
+            of_q = _product("bhnm,bhdm->bhnd", of_scores, k_BhDM).astype(q_BhnD.dtype)
+            # this order is three times as fast as "bhnm,bhnd->bhmd" on CPUs
+            of_k = of_k + _product("bhnd,bhnm->bhdm", q_BhnD, of_scores)
+            of_v = of_v + _product("bhnd,bhnm->bhdm", grad_BhnD, weights)
+            return (of_k, of_v), of_q
+
+        nothing = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_BhDM, v_BhDM))
+        return jax.lax.scan(part, nothing, tuple(given))
+
+    given = [_split(a, heads) for a in (k_BMHD, v_BMHD)]
+    given += [_split(a, heads, queries) for a in (q_BNHD, out_BNHD, grad_BNHD)]
+    (of_k, of_v), of_q = jax.lax.map(some_heads, (*given, log_total))
+    of_k, of_v = (jnp.moveaxis(_joined(a), 3, 1) for a in (of_k, of_v))
+    of_q = on_queries * _whole(of_q)
+    return of_q, of_k.astype(k_BMHD.dtype), of_v.astype(v_BMHD.dtype)
 
 
 _in_parts.defvjp(_in_parts_forward, _in_parts_backward)
 
 
-def _chunks(q_BNHD, k_BMHD) -> int:
-    """Returns in how many parts of equal size the queries go."""
-    return _count(q_BNHD.shape[1], _scores_bytes(q_BNHD, k_BMHD), _MAX_SCORES_BYTES)
+def _scales(q) -> tuple[float, float]:
+    """Returns by what the queries, and by what their scores are to be multiplied.
+
+    Queries are fewer, but those in 16 bits would be rounded.
+    """
+    scale = q.shape[-1] ** -0.5
+    return (scale, 1.0) if q.dtype == jnp.float32 else (1.0, scale)
+
+
+def _counts(apart: bool, q_BNHD, k_BMHD) -> tuple[int, int]:
+    """Returns in how many parts of equal size the heads go, and each one's queries."""
+    N, H = q_BNHD.shape[1:3]
+    whole = _scores_bytes(q_BNHD, k_BMHD)
+    heads = _count(H, whole, _MAX_SCORES_BYTES) if apart else 1
+    return heads, _count(N, whole // heads, _MAX_SCORES_BYTES)
 
 
 def _count(of: int, whole: int, limit: int) -> int:
@@ -252,24 +291,27 @@ def _scores_bytes(q_BNHD, k_BMHD) -> int:
     return B * H * N * M * 4
 
 
-def _parts(chunks: int, a_BNHD):
-    """Returns "chunks B H n D"."""
+def _split(a_BNHD, heads: int, queries: int | None = None):
+    """Returns "heads B h D N", or with queries "heads queries B h n D"."""
     B, N, H, D = a_BNHD.shape
-    parts = a_BNHD.reshape(B, chunks, N // chunks, H, D)
-    return jnp.transpose(parts, (1, 0, 3, 2, 4))
+    if queries is None:
+        a = a_BNHD.reshape(B, N, heads, H // heads, D)
+        return jnp.transpose(a, (2, 0, 3, 4, 1))
+    a = a_BNHD.reshape(B, queries, N // queries, heads, H // heads, D)
+    return jnp.transpose(a, (3, 1, 0, 4, 2, 5))
+
+
+def _joined(parts):
+    """Returns "B H D N" of parts "heads B h D N"."""
+    heads, B, h, D, N = parts.shape
+    return jnp.moveaxis(parts, 0, 1).reshape(B, heads * h, D, N)
 
 
 def _whole(parts):
-    chunks, B, H, n, D = parts.shape
-    return jnp.transpose(parts, (1, 0, 3, 2, 4)).reshape(B, chunks * n, H, D)
-
-
-def _tokens_last(a_BMHD):
-    return jnp.transpose(a_BMHD, (0, 2, 3, 1))
-
-
-def _scores(q_BHnD, k_BHDM):
-    return _product("bhnd,bhdm->bhnm", q_BHnD, k_BHDM) * q_BHnD.shape[-1] ** -0.5
+    """Returns "B N H D" of parts "heads queries B h n D"."""
+    heads, queries, B, h, n, D = parts.shape
+    parts = jnp.transpose(parts, (2, 1, 4, 0, 3, 5))
+    return parts.reshape(B, queries * n, heads * h, D)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

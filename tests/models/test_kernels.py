@@ -3,12 +3,14 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import relative_error
 
 from gift_jax import sharding
@@ -54,9 +56,12 @@ def reference(q, k, v):
 def test_chunks_of_queries_equal_the_whole(rng, monkeypatch, dtype, tolerance, keys):
     qkv = draw(rng, dtype, keys=keys)
     monkeypatch.setattr(kernels, "_MAX_SCORES_BYTES", 2000)
+    monkeypatch.setattr(kernels, "_SUMMED_KEYS", 64)
     program = str(jax.make_jaxpr(Kernels("chunked").attend)(*qkv))
     assert "scan" in program
     assert "scan" not in str(jax.make_jaxpr(Kernels("plain").attend)(*qkv))
+    with_ones = "f32[2,1,9,64]"  # the values of a head, of 8 channels, and what sums
+    assert (with_ones in program) == (dtype == "float32" and keys == 64)
     ours = value_and_grads(Kernels("chunked"), qkv)
     plain = value_and_grads(Kernels("plain"), qkv)
     assert distance(plain[0], reference(*qkv)) < 2 * tolerance
@@ -64,6 +69,27 @@ def test_chunks_of_queries_equal_the_whole(rng, monkeypatch, dtype, tolerance, k
         assert a.dtype == jnp.dtype(dtype)
         assert distance(a, b) < 2 * tolerance
     assert distance(ours[0], plain[0]) < tolerance
+
+
+def test_heads_go_apart_where_they_lie_together(rng, monkeypatch):
+    qkv = draw(rng)
+    monkeypatch.setattr(kernels, "_MAX_SCORES_BYTES", 2**14)  # all have 2^16
+    outs = []
+    for devices, lengths in ((1, {"2"}), (2, {"1", "4"})):
+        axes = dict(zip(sharding.AXES, (1, 1, devices), strict=True))
+        mesh = sharding.lay_out(jax.devices()[:devices], axes)
+        how = Kernels("chunked").on(mesh)
+        program = str(jax.make_jaxpr(how.attend)(*qkv))
+        assert set(re.findall(r"length=(\d+)", program)) == lengths
+        heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+        compiled = jax.jit(how.attend).lower(*jax.device_put(qkv, heads)).compile()
+        assert "all-" not in compiled.as_text()  # reduce, gather, to-all
+        outs.append(compiled(*jax.device_put(qkv, heads)))
+        assert outs[-1].sharding.num_devices == devices
+    plain = Kernels("plain").attend(*qkv)
+    assert not np.array_equal(outs[0], plain)
+    for out in outs:
+        np.testing.assert_allclose(out, plain, atol=1e-6)
 
 
 def second_derivatives(how: Kernels, qkv, towards):
