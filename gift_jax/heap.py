@@ -6,6 +6,7 @@ Where the library is not glibc nothing is done.
 
 import ctypes
 import os
+import time
 
 OPTIONS = (  # of malloc.h
     (-8, 1),  # M_ARENA_MAX: one heap for all threads, as others hold 64 MB at most
@@ -14,6 +15,7 @@ OPTIONS = (  # of malloc.h
     (-2, 2**27),  # M_TOP_PAD: and let it grow by 128 MB at a time
 )
 _LARGEST, _SMALLEST = 2**26, 2**12  # of what gaps are filled with, bytes
+_FREED_S = 0.1  # seconds; a step frees its own within 0.001 of its results
 _filling: list[int] = []  # addresses
 
 
@@ -46,12 +48,15 @@ def close_gaps() -> None:
 
     What compiling leaves is a hundred thousand gaps, and malloc looks through them for
     every buffer of every step: a fifth of the steps' time. Their pages go back to the
-    system; what fills them is freed at the next call.
+    system; what fills them is freed at the next call. Waits for a tenth of a second: if
+    a step's largest block were freed meanwhile, what fills gaps would go there, and the
+    next step need as much again.
     """
     library = _library("mallinfo2", "malloc_trim")  # glibc 2.33
     if library is None or not OPTIONS:
         return
     library.mallinfo2.restype = _Info
+    time.sleep(_FREED_S)
     while _filling:
         library.free(_filling.pop())
     library.malloc_trim(0)

@@ -102,6 +102,31 @@ print(before, once, filled, in_a_gap(), len(heap._filling))
 """
 
 
+LATE = """
+import threading, time
+from gift_jax import heap
+heap.keep()
+library = heap._library()
+large, above = library.malloc(2**28), library.malloc(2**12)
+
+def free():
+    time.sleep(0.01)
+    library.free(large)
+
+thread = threading.Thread(target=free)
+thread.start()
+heap.close_gaps()
+thread.join()
+print(library.malloc(2**28) > above)
+"""
+
+
+def test_a_block_that_is_freed_just_after_a_step_is_closed_too():
+    command = [sys.executable, "-c", LATE]
+    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert told == "True\n"
+
+
 def test_what_is_freed_among_the_rest_is_closed():
     command = [sys.executable, "-c", GAPS]
     told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
