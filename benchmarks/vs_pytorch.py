@@ -20,9 +20,10 @@ of its own, taking turns; one prepares and warms up while the other waits. Both 
 float32 (on a GPU with TF32 products, as is JAX's default), the sd15 parts also in
 bfloat16: what does not train is kept in 16 bits, PyTorch's side with autocast. Prints
 one JSON object: seconds (median), their ratio, peak memory (the GPU's where there is
-one), and page faults of a run: many thousands say that memory is given back. Without
---model the sd15 parts write a random one first (see random_sd.py). Needs torch (`pip
-install 'gift_jax[test]'`); the sd15 parts need 20 GB of memory.
+one), and page faults of a run, a mean: many thousands say that the heap grew in one of
+them, or that memory is given back. Without --model the sd15 parts write a random one
+first (see random_sd.py). Needs torch (`pip install 'gift_jax[test]'`); the sd15 parts
+need 20 GB of memory.
 """
 
 import argparse
