@@ -41,11 +41,11 @@ CONVS = (  # the image, the channels made
 NORMS = ((32, 64, 64), (32, 64, 192), (32, 16, 320), (1, 4096, 320), (1, 256, 1280))
 GATES = ((32, 64, 64), (32, 16, 128), (1, 1024, 640))
 ATTENTIONS = ((1, 4096, 8, 40), (1, 1024, 8, 80), (1, 256, 8, 160))
-_SPIN = 0.05  # seconds; for 0.01 after its work PyTorch's threads keep the cores
 PRODUCTS = (  # rows, channels, channels made
     *((16, 11520, 1280), (64, 11520, 1280), (256, 11520, 1280)),
     *((64, 1280, 1280), (1024, 320, 1280), (4096, 4096, 4096)),
 )
+SPIN_S = 0.05  # seconds; for 0.01 after its work PyTorch's threads keep the cores
 
 
 def convolutions():
@@ -198,7 +198,7 @@ def measure(ways: dict, args: tuple, repeats: int) -> dict[str, float]:
             jax.block_until_ready(f(*args))
             seconds[name].append(time.perf_counter() - clock)
             if name.startswith("pytorch"):
-                time.sleep(_SPIN)
+                time.sleep(SPIN_S)
     return {k: round(1e3 * statistics.median(s), 3) for k, s in seconds.items()}
 
 

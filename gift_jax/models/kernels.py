@@ -20,7 +20,7 @@ CHOICES = {
 }
 _CONV_POSITIONS = 16  # that a convolution makes of an image: XLA's is slow with fewer,
 _CONV_ROWS = 2  # or fewer of all examples than so many a channel (cpu_layers.py)
-_MAX_SCORES_BYTES = 32 * 2**20  # of a chunk of queries, on CPUs; to a quarter, plain
+_MAX_SCORES_BYTES = 32 * 2**20  # of a part, on CPUs; to a quarter, plain
 _SUMMED_KEYS = 1024  # from so many on, on CPUs, weights are summed by their product
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
 _FLASH_BLOCK = 512
@@ -214,16 +214,16 @@ def _in_parts_forward(apart, q_BNHD, k_BMHD, v_BMHD):
         return jax.lax.map(part, q_nBhND)
 
     q_BNHD = on_queries * q_BNHD
-    keys, values = (_split(a, heads) for a in (k_BMHD, v_BMHD))
-    given = _split(q_BNHD, heads, queries), keys, values
+    keys, values = (_by_heads(a, heads) for a in (k_BMHD, v_BMHD))
+    given = _by_queries(q_BNHD, heads, queries), keys, values
     out, log_total = jax.lax.map(some_heads, given)
-    out_BNHD = _whole(out)
+    out_BNHD = _of_queries(out)
     return out_BNHD, (q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total)
 
 
 def _in_parts_backward(apart, kept, grad_BNHD):
     q_BNHD, k_BMHD, v_BMHD, out_BNHD, log_total = kept
-    heads, queries = _counts(apart, q_BNHD, k_BMHD)
+    heads, queries = log_total.shape[:2]
     on_queries, on_scores = _scales(q_BNHD)
 
     def some_heads(given):
@@ -249,11 +249,11 @@ def _in_parts_backward(apart, kept, grad_BNHD):
         nothing = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k_BhDM, v_BhDM))
         return jax.lax.scan(part, nothing, tuple(given))
 
-    given = [_split(a, heads) for a in (k_BMHD, v_BMHD)]
-    given += [_split(a, heads, queries) for a in (q_BNHD, out_BNHD, grad_BNHD)]
+    given = [_by_heads(a, heads) for a in (k_BMHD, v_BMHD)]
+    given += [_by_queries(a, heads, queries) for a in (q_BNHD, out_BNHD, grad_BNHD)]
     (of_k, of_v), of_q = jax.lax.map(some_heads, (*given, log_total))
-    of_k, of_v = (jnp.moveaxis(_joined(a), 3, 1) for a in (of_k, of_v))
-    of_q = on_queries * _whole(of_q)
+    of_q = on_queries * _of_queries(of_q)
+    of_k, of_v = _of_heads(of_k), _of_heads(of_v)
     return of_q, of_k.astype(k_BMHD.dtype), of_v.astype(v_BMHD.dtype)
 
 
@@ -291,23 +291,27 @@ def _scores_bytes(q_BNHD, k_BMHD) -> int:
     return B * H * N * M * 4
 
 
-def _split(a_BNHD, heads: int, queries: int | None = None):
-    """Returns "heads B h D N", or with queries "heads queries B h n D"."""
+def _by_heads(a_BMHD, heads: int):
+    """Returns parts "heads B h D M"."""
+    B, M, H, D = a_BMHD.shape
+    a = a_BMHD.reshape(B, M, heads, H // heads, D)
+    return jnp.transpose(a, (2, 0, 3, 4, 1))
+
+
+def _of_heads(parts):
+    """Returns "B M H D" of parts "heads B h D M"."""
+    heads, B, h, D, M = parts.shape
+    return jnp.transpose(parts, (1, 4, 0, 2, 3)).reshape(B, M, heads * h, D)
+
+
+def _by_queries(a_BNHD, heads: int, queries: int):
+    """Returns parts "heads queries B h n D"."""
     B, N, H, D = a_BNHD.shape
-    if queries is None:
-        a = a_BNHD.reshape(B, N, heads, H // heads, D)
-        return jnp.transpose(a, (2, 0, 3, 4, 1))
     a = a_BNHD.reshape(B, queries, N // queries, heads, H // heads, D)
     return jnp.transpose(a, (3, 1, 0, 4, 2, 5))
 
 
-def _joined(parts):
-    """Returns "B H D N" of parts "heads B h D N"."""
-    heads, B, h, D, N = parts.shape
-    return jnp.moveaxis(parts, 0, 1).reshape(B, heads * h, D, N)
-
-
-def _whole(parts):
+def _of_queries(parts):
     """Returns "B N H D" of parts "heads queries B h n D"."""
     heads, queries, B, h, n, D = parts.shape
     parts = jnp.transpose(parts, (2, 1, 4, 0, 3, 5))

@@ -82,9 +82,10 @@ def test_heads_go_apart_where_they_lie_together(rng, monkeypatch):
         program = str(jax.make_jaxpr(how.attend)(*qkv))
         assert set(re.findall(r"length=(\d+)", program)) == lengths
         heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-        compiled = jax.jit(how.attend).lower(*jax.device_put(qkv, heads)).compile()
+        placed = jax.device_put(qkv, heads)
+        compiled = jax.jit(how.attend).lower(*placed).compile()
         assert "all-" not in compiled.as_text()  # reduce, gather, to-all
-        outs.append(compiled(*jax.device_put(qkv, heads)))
+        outs.append(compiled(*placed))
         assert outs[-1].sharding.num_devices == devices
     plain = Kernels("plain").attend(*qkv)
     assert not np.array_equal(outs[0], plain)
