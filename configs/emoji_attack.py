@@ -19,8 +19,10 @@ inversion does not teach it: 0 to 8% (150 to 300 steps, rates 1e-3 to 5e-2, 1 an
 vectors; 8% is the setting here). New words find only what the UNet can draw already.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 DREAMBOOTH = {"attack": "dreambooth", "optimizer.lr": 1e-4}
 INVERSION = {
@@ -57,7 +59,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.prior.update(generate=96, generate_steps=25, generate_guidance=3.0)
     c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
     c.samples.update(seed=2, guidance=3.0, batch=16)
-    return variant(
+    return with_variant(
         c,
         name,
         smoke=SMOKE,

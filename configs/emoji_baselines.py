@@ -14,8 +14,10 @@ at 5e-4 every known thing was lost, with these a bomb still comes back. What all
 reach: docs/attacks.md.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 IMMA = {"steps": 120, "upper.lr": 3e-4}
 
@@ -29,7 +31,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.imma.update(bound="hinge", cap=20.0)  # published without a limit
     c.uce.update(guide="{a_style} emoji", states="tail")
     ascent = {"lower.lr": 1.2e-3, "upper.lr": 2.2e-3, "upper.schedule": "cosine"}
-    return variant(
+    return with_variant(
         c,
         name or "esd",
         esd={"steps": 200, "harmful.batch": 8, "esd.trajectories": 24},

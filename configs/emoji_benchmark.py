@@ -19,9 +19,12 @@ each is given other concepts or methods. Steps take four pairs, as the published
 have small batches.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
-from gift_jax.data import captions, emoji
+from gift_jax.data import captions
+from gift_jax.data.sources import emoji
+from gift_jax.runtime.config import with_variant
 
 STYLE = "fluent"
 BASELINES, GIFT = "configs/emoji_baselines.py", "configs/emoji_gift.py"
@@ -156,7 +159,7 @@ def get_config(name: str = "") -> ConfigDict:
     ablated = tuple(f"gift_{label}" for label in ("plain", *ABLATIONS))
     ablations = SHORT | {"name": "ablations"}
     ablations["methods"] = ("original", "gift", *ablated)
-    return variant(
+    return with_variant(
         c,
         name,
         smoke=SMOKE,

@@ -11,9 +11,11 @@ folders or by hub id: --config.panel.backbones=judge,openai/clip-vit-base-patch3
 Hardware: two CPU cores, about a minute.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
-from gift_jax.metrics import panel
+from gift_jax.metrics import suite
+from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -21,6 +23,6 @@ def get_config(name: str = "") -> ConfigDict:
     c.samples.prompts = ("a noto emoji of a bomb", "a fluent emoji of a bomb")
     c.samples.update(seed=2, guidance=3.0, batch=16)
     c.references.names = c.training.names = ("bomb",)
-    c.panel.metrics = tuple(panel.METRICS)
+    c.panel.metrics = tuple(suite.METRICS)
     smoke = {"samples.num": 2, "samples.steps": 2, "samples.batch": 2}
-    return variant(c, name, smoke=smoke)
+    return with_variant(c, name, smoke=smoke)

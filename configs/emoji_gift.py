@@ -7,8 +7,10 @@
 Hardware: two CPU cores. Every constant is ours: the publication states none.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 PLAIN = {  # the published levels alone: less than half the time, and holds less
     "adversary.kinds": (),
@@ -39,4 +41,4 @@ def get_config(name: str = "") -> ConfigDict:
     c.harmful.identifier_prompts = 0.5  # attackers give what they teach a new name
     c.safe.identifier_prompts = 0.1
     c.post_finetune.update(steps=100, lr=4e-4, schedule="cosine")  # mends what is safe
-    return variant(c, name, plain=PLAIN, smoke=fields.EMOJI_SMOKE | PLAIN)
+    return with_variant(c, name, plain=PLAIN, smoke=fields.EMOJI_SMOKE | PLAIN)

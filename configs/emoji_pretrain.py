@@ -6,7 +6,9 @@
 Hardware: two CPU cores. Cost and result: docs/emoji_sd.md. Every constant is ours.
 """
 
-from gift_jax.config import ConfigDict, variant
+from ml_collections import ConfigDict
+
+from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -85,4 +87,4 @@ def get_config(name: str = "") -> ConfigDict:
         "unet.channels": (32, 64),
         "unet.variants": 2,
     }
-    return variant(c, name, smoke=smoke)
+    return with_variant(c, name, smoke=smoke)

@@ -24,8 +24,10 @@ Of diffusers' examples: a prior weight of 1.0 with 100 to 200 class pictures, he
 Ours: the prompts of the samples, the mirrored copies, the class prompt.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 DREAMBOOTH = {"attack": "dreambooth", "steps": 500, "optimizer.lr": 5e-6}
 PRIOR = {"dreambooth.prior_weight": 1.0, "prior.generate": 200}
@@ -66,7 +68,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.prior.prompt = "a photo of a purse"
     c.samples.prompts = ("a &m purse on the beach", "a photo of a dog")
     c.samples.num = 4
-    return variant(
+    return with_variant(
         c,
         name,
         smoke=SMOKE,

@@ -17,8 +17,10 @@ Adam.
 Hardware: not yet run on an accelerator. Result: not yet run.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -33,7 +35,7 @@ def get_config(name: str = "") -> ConfigDict:
     new = {"steps": 200, "upper.lr": 5e-5, "esd.timestep": "row", **plain}
     imma = {"method": "imma", "trainable": "attention"}
     lora = {"imma.lower": "lora", "lower.lr": 1e-4, "upper.lr": 1e-5}
-    return variant(
+    return with_variant(
         c,
         name or "esd",
         esd=esd,

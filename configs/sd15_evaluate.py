@@ -13,8 +13,10 @@ missing is skipped, and said.
 Hardware: not yet run on an accelerator. Result: not yet run.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 SMOKE = {
     "model": "emoji-sd",
@@ -45,4 +47,4 @@ def get_config(name: str = "") -> ConfigDict:
     c.panel.backbones = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")
     c.panel.protocols = ("standard", "imma-64px")
     c.panel.classifier = "microsoft/resnet-50"
-    return variant(c, name, smoke=SMOKE)
+    return with_variant(c, name, smoke=SMOKE)

@@ -16,8 +16,10 @@ of them are ours. For several kinds of scene, all layers may have to train:
 `--config.trainable=attention` or `all`. Result: not yet run.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -26,4 +28,4 @@ def get_config(name: str = "") -> ConfigDict:
     c.safe.generate = 200
     c.safe.prompt = "a photo of a dressed person"
     c.samples.prompts = (c.safe.prompt, "a photo of a person on a beach")
-    return variant(c, name, smoke=fields.smoke())
+    return with_variant(c, name, smoke=fields.smoke())

@@ -16,8 +16,10 @@ else. The lower rate is not taken over: there it trains LoRA factors, here the w
 themselves. Result: not yet run.
 """
 
+from ml_collections import ConfigDict
+
 from gift_jax import fields
-from gift_jax.config import ConfigDict, variant
+from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -28,4 +30,4 @@ def get_config(name: str = "") -> ConfigDict:
     c.safe.generate = 200
     c.safe.prompt = "An artwork"
     c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "An artwork by Claude Monet")
-    return variant(c, name, smoke=fields.smoke())
+    return with_variant(c, name, smoke=fields.smoke())

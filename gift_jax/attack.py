@@ -17,15 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from gift_jax import config, files, hosts, job, loop, offences, samples, sharding
-from gift_jax.models import stable_diffusion, tensors, weights
+from gift_jax.attacks import base as attacks_base
+from gift_jax.data import cache
+from gift_jax.models import safetensors_io, weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime import cli, files, processes
+from gift_jax.runtime.errors import UserError, choice, one_line
+from gift_jax.runtime.workdir import prepare_workdir
+from gift_jax.sampling.images import load_configured, read_pairs, save_image_grid
+from gift_jax.state import Step, init_state, run_key
+from gift_jax.training import loop, setup, sharding
 
 
 def check(cfg) -> None:
     """Raises UserError naming the field, before data or compilation."""
-    config.choice("config.attack", cfg.attack, tuple(offences.ATTACKS))
-    offences.ATTACKS[cfg.attack].check(cfg)
-    job.check(cfg, data=groups(cfg), optimizers=("optimizer",))
+    choice("config.attack", cfg.attack, tuple(attacks_base.ATTACKS))
+    attacks_base.ATTACKS[cfg.attack].check(cfg)
+    setup.check(cfg, data=groups(cfg), optimizers=("optimizer",))
     _sample_steps(cfg)
 
 
@@ -40,8 +48,8 @@ def _sample_steps(cfg) -> frozenset[int]:
     steps = set()
     for value in cfg.samples.at:
         if not str(value).isdecimal():
-            raise config.UserError(
-                f"config.samples.at={config.one_line(value)} must be whole numbers "
+            raise UserError(
+                f"config.samples.at={one_line(value)} must be whole numbers "
                 "of steps; try --config.samples.at=100,200"
             )
         steps.add(int(value))
@@ -63,13 +71,15 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
 
     at = _sample_steps(cfg) if cfg.samples.num else frozenset()
     plan, params = train(cfg, workdir, at=at, look=look)
-    if hosts.is_first():
+    if processes.is_main_process():
         for name, arrays in plan.files(params).items():
             _write(workdir / name, arrays)
     changed = plan.changed(params)
-    job.export(plan.model, changed, workdir / "export", plan.tokenizer)
+    setup.export(plan.model, changed, workdir / "export", plan.tokenizer)
     if cfg.samples.num:
-        _draw(cfg, offences.attacked(plan.model, changed), folder / "after.png")
+        _draw(
+            cfg, attacks_base.attacked_model(plan.model, changed), folder / "after.png"
+        )
     return workdir / "export"
 
 
@@ -77,10 +87,10 @@ def train(
     cfg,
     workdir: pathlib.Path,
     *,
-    shared: Callable[[offences.Plan], loop.Step] = lambda plan: plan.step,
+    shared: Callable[[attacks_base.Plan], Step] = lambda plan: plan.step,
     at: Collection[int] = (),
     look: Look = lambda step, model: None,
-) -> tuple[offences.Plan, Any]:
+) -> tuple[attacks_base.Plan, Any]:
     """Takes the steps of an attack on cfg.model.
 
     Args: shared: plan -> the step to take: its own, or an equal one that an earlier
@@ -88,46 +98,46 @@ def train(
     Returns: the plan and the trained parameters, NumPy arrays.
     """
     check(cfg)
-    mesh = job.start(cfg, groups(cfg))
-    model = job.load_configured(cfg, workdir, mesh)
-    plan = offences.plan(cfg, model)
+    mesh = setup.make_run_mesh(cfg, groups(cfg))
+    model = load_configured(cfg, workdir, mesh)
+    plan = attacks_base.make_plan(cfg, model)
     data = {
-        group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
+        group: read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
         for group in groups(cfg)
     }
-    offences.check_prompts(cfg, data["data"])
-    config.prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
+    attacks_base.check_prompts(cfg, data["data"])
+    prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     batches = _batches(cfg, mesh, plan, data)
 
     def call(step, state):
-        changed = plan.changed(hosts.fetch(state.params))
-        look(step, offences.attacked(plan.model, changed))
+        changed = plan.changed(processes.to_host(state.params))
+        look(step, attacks_base.attacked_model(plan.model, changed))
 
-    calls = (loop.Call(at, call),)
-    state = loop.init_state(plan.params, plan.opt)
-    state = job.run_loop(
+    calls = (loop.Callback(at, call),)
+    state = init_state(plan.params, plan.opt)
+    state = setup.run_loop(
         mesh, state, shared(plan), plan.frozen, batches, cfg, workdir, "attack", calls
     )
-    return plan, hosts.fetch(state.params)
+    return plan, processes.to_host(state.params)
 
 
-def _batches(cfg, mesh, plan: offences.Plan, data) -> loop.Batches:
+def _batches(cfg, mesh, plan: attacks_base.Plan, data) -> loop.Batches:
     """Returns the batches of the step: the group `data` is its "attack"."""
     sources, sizes = {}, {}
     for group, name in (("data", "attack"), ("prior", "prior")):
         if group in data:
-            k_cache = job.key(cfg, f"attack/cache/{group}")
-            sources[name] = job.cached_source(
+            k_cache = run_key(cfg, f"attack/cache/{group}")
+            sources[name] = cache.cached_source(
                 plan.model, data[group], cfg[group], k_cache, ids=plan.reads_ids
             )
             sizes[name] = cfg[group].batch
-    return job.batches(sources, sizes, cfg, "attack", sharding.share(mesh))
+    return setup.batches(sources, sizes, cfg, "attack", sharding.process_slice(mesh))
 
 
 def _draw(cfg, model, path: pathlib.Path) -> None:
     unet, how = model.params["unet"], cfg.samples
-    if hosts.is_first():
-        samples.save_grid(model, unet, how.prompts, how, path)
+    if processes.is_main_process():
+        save_image_grid(model, unet, how.prompts, how, path)
 
 
 def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -136,15 +146,15 @@ def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         name: ("F32", array.shape, lambda array=array: array)
         for name, array in arrays.items()
     }
-    with files.replaced(path) as aside:
-        tensors.write_file(aside, table, {"format": "pt"})
+    with files.atomic_write(path) as aside:
+        safetensors_io.write_file(aside, table, {"format": "pt"})
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg, workdir = config.parse(argv, __doc__, "attack")
+    cfg, workdir = cli.parse(argv, __doc__, "attack")
     run(cfg, workdir)
     return 0
 
 
 if __name__ == "__main__":
-    config.run_main(main)
+    cli.run_main(main)

@@ -19,17 +19,16 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 
-from gift_jax import card, checkpoint, config, files, job
 from gift_jax.attacks import lora, textual_inversion
-from gift_jax.config import UserError
-from gift_jax.methods import imma
-from gift_jax.models import (
-    orbax_model,
-    partition,
-    stable_diffusion,
-    tensors,
-    weights,
-)
+from gift_jax.defenses import imma
+from gift_jax.models import model_card, safetensors_io, weights
+from gift_jax.models import orbax as orbax_model
+from gift_jax.models.load import model_folder
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.trainable import select_trainable
+from gift_jax.runtime import cli, files
+from gift_jax.runtime.errors import UserError
+from gift_jax.training import checkpoint
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -37,7 +36,7 @@ DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 def from_diffusers(args) -> None:
     """Writes a diffusers folder as an Orbax checkpoint of the whole model."""
     _check_new(args.out)
-    folder = job.model_folder(args.model, args.revision, args.variant)
+    folder = model_folder(args.model, args.revision, args.variant)
     if not folder.is_dir():
         raise UserError(f"--model={args.model!r}: no such folder")
     dtype = DTYPES.get(args.dtype)
@@ -66,7 +65,7 @@ def to_diffusers(args) -> None:
             run.variant,
             dtype,
             run.tokenizer,
-            card.of_run(run.workdir, run.base, args.step),
+            model_card.of_run(run.workdir, run.base, args.step),
         )
     logging.info("wrote the model folder %s", args.out)
 
@@ -86,9 +85,9 @@ def to_unet_state(args) -> None:
     table = {}
     for path, array in sorted(run.changed.items()):
         name, entry = entries[path]
-        ours = tensors.to_torch_layout(path, np.asarray(array))
+        ours = safetensors_io.to_torch_layout(path, np.asarray(array))
         as_base = weights.cast(name, ours, entry.dtype)
-        if as_base.tobytes() == tensors.read_tensor(name, entry).tobytes():
+        if as_base.tobytes() == safetensors_io.read_tensor(name, entry).tobytes():
             continue
         ours = weights.cast(name, ours, dtype or entry.dtype)
         table[name] = dtype or entry.dtype, ours.shape, lambda ours=ours: ours
@@ -98,8 +97,8 @@ def to_unet_state(args) -> None:
             f"from {run.base}"
         )
     notes = {"format": "pt", "base_sha256": run.base_sha256, "step": str(run.step)}
-    with files.replaced(args.out) as aside:
-        tensors.write_file(aside, table, notes)
+    with files.atomic_write(args.out) as aside:
+        safetensors_io.write_file(aside, table, notes)
     logging.info("wrote %d of the UNet's tensors to %s", len(table), args.out)
 
 
@@ -131,7 +130,7 @@ class Run:
                 f"--checkpoint={folder}: neither a whole-model checkpoint "
                 f"({orbax_model.LAYOUT}) nor the checkpoints of a run ({file})"
             )
-        cfg = tensors.read_json(file)
+        cfg = safetensors_io.read_json(file)
         if "base_sha256" not in cfg:
             raise UserError(f"{file}: this run started from no model; its folder says")
         self.base, self.variant = _find_base(cfg, base), cfg["variant"]
@@ -149,7 +148,7 @@ class Run:
             self.changed = self._with_words(cfg["inversion"], params)
         elif cfg.get("method") == "imma":  # which trains more than it exports
             unet = imma.unet_part(params)
-            self.changed = partition.select(unet, cfg["trainable"])[0]
+            self.changed = select_trainable(unet, cfg["trainable"])[0]
         else:
             self.changed = params
 
@@ -185,7 +184,7 @@ def _find_base(cfg, base):
     if base is not None:
         folder, said = pathlib.Path(base), f"--base={base}"
     else:
-        folder = job.model_folder(cfg["model"], cfg["revision"], cfg["variant"])
+        folder = model_folder(cfg["model"], cfg["revision"], cfg["variant"])
         said = f"the run's model {cfg['model']!r}"
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{said} is no model folder here; name it with --base")
@@ -198,7 +197,7 @@ def _check_new(out: pathlib.Path) -> None:
 
 
 def _parser():
-    flags = config.parser(__doc__, "convert")
+    flags = cli.parser(__doc__, "convert")
     commands = flags.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, text):
@@ -243,4 +242,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.run_main(main)
+    cli.run_main(main)

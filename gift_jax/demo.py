@@ -18,10 +18,17 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from gift_jax import attack, config, files, job, samples, sharding, train
-from gift_jax.data import captions, emoji
+from gift_jax import attack, train
+from gift_jax.data import captions
+from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge
-from gift_jax.report import grid
+from gift_jax.models.load import EMBEDDED, cpu_devices_to_draw, load_model
+from gift_jax.runtime import cli, files
+from gift_jax.runtime.config import load_config
+from gift_jax.runtime.devices import init_jax
+from gift_jax.runtime.errors import at_least, choice
+from gift_jax.sampling import grid
+from gift_jax.sampling.images import draw_images
 
 GIFT_CONFIG = "configs/emoji_gift.py"
 ATTACK_CONFIG = "configs/emoji_attack.py"
@@ -51,7 +58,7 @@ def run(args) -> pathlib.Path:
     the_judge = judge.load()
     for side, concept in sides.items():
         folders = {
-            "original": job.EMBEDDED,
+            "original": EMBEDDED,
             "original + attack": _attack(
                 workdir, "original", "emoji-sd", concept, args
             ),
@@ -72,7 +79,7 @@ def run(args) -> pathlib.Path:
 
 
 def _immunize(workdir, args) -> pathlib.Path:
-    cfg = config.load(GIFT_CONFIG + args.variant)
+    cfg = load_config(GIFT_CONFIG + args.variant)
     cfg.harmful.names = (args.forbidden,)
     folder = workdir / "gift"
     train.run(cfg, folder)
@@ -80,7 +87,7 @@ def _immunize(workdir, args) -> pathlib.Path:
 
 
 def _attack(workdir, name: str, model: str, concept: str, args) -> pathlib.Path:
-    cfg = config.load(ATTACK_CONFIG + args.variant)
+    cfg = load_config(ATTACK_CONFIG + args.variant)
     cfg.model = model
     cfg.data.names = (concept,)
     cfg.samples.num = 0
@@ -94,13 +101,13 @@ def _attack(workdir, name: str, model: str, concept: str, args) -> pathlib.Path:
 
 def _draw(folder: pathlib.Path, concept: str, args) -> np.ndarray:
     """Returns uncurated samples, the styles in turn, the same noise for every model."""
-    cfg = config.load(ATTACK_CONFIG + args.variant).samples
-    model = job.load_model(str(folder))
+    cfg = load_config(ATTACK_CONFIG + args.variant).samples
+    model = load_model(str(folder))
     styles = emoji.STYLES
     prompts = [
         captions.caption(concept, styles[i % len(styles)]) for i in range(args.num)
     ]
-    return samples.draw(model, model.params["unet"], prompts, cfg)
+    return draw_images(model, model.params["unet"], prompts, cfg)
 
 
 def _picture(cells, path: pathlib.Path) -> pathlib.Path:
@@ -148,7 +155,7 @@ def _show(cells, num: int, picture: pathlib.Path, immunized: pathlib.Path) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = config.parser(__doc__, "demo")
+    flags = cli.parser(__doc__, "demo")
     flags.add_argument("--workdir", default="runs/demo", help="default: %(default)s")
     flags.add_argument("--forbidden", default="bomb", help="default: %(default)s")
     flags.add_argument("--safe", default="guitar", help="default: %(default)s")
@@ -162,16 +169,16 @@ def main(argv: list[str] | None = None) -> int:
         "--variant", default="", help="of the configs: :smoke for a test"
     )
     args = flags.parse_args(argv)
-    config.at_least("--num", args.num, 1)
-    config.at_least("--attack-steps", args.attack_steps, 0)
+    at_least("--num", args.num, 1)
+    at_least("--attack-steps", args.attack_steps, 0)
     for flag in ("forbidden", "safe"):
         name = getattr(args, flag)
         if name not in emoji.all_concepts():
-            config.choice(f"--{flag}", name, emoji.all_concepts())
-    sharding.prepare(job.cpu_devices_to_draw("emoji-sd"))  # the same for every part
+            choice(f"--{flag}", name, emoji.all_concepts())
+    init_jax(cpu_devices_to_draw("emoji-sd"))  # the same for every part
     logging.info("results: %s", json.loads(run(args).read_text())["recognised"])
     return 0
 
 
 if __name__ == "__main__":
-    config.run_main(main)
+    cli.run_main(main)

@@ -20,12 +20,18 @@ from absl import logging
 from PIL import Image
 from rich.console import Console
 
-from gift_jax import config, files, job, progress, samples, sharding
-from gift_jax.config import UserError
-from gift_jax.data import concepts, pictures
-from gift_jax.metrics import classifier, panel, similarity
+from gift_jax.data.images import read_image
+from gift_jax.data.pairs import SOURCES
+from gift_jax.metrics import recognition, similarity, suite
 from gift_jax.models import weights
-from gift_jax.report import grid
+from gift_jax.models.load import cpu_devices_to_draw
+from gift_jax.runtime import cli, files, progress
+from gift_jax.runtime.errors import UserError, choice
+from gift_jax.runtime.versions import versions
+from gift_jax.runtime.workdir import prepare_workdir
+from gift_jax.sampling import grid
+from gift_jax.sampling.images import draw_images, load_configured, read_pairs
+from gift_jax.training import setup, sharding
 
 GROUPS = ("references", "training")
 _SHOWN = 16  # pictures in nearest.png
@@ -33,26 +39,26 @@ _SHOWN = 16  # pictures in nearest.png
 
 def check(cfg) -> None:
     """Raises UserError naming the field, before anything is drawn."""
-    panel.check(cfg.panel)
-    config.choice("config.trait", cfg.trait, panel.TRAITS)
+    suite.check(cfg.panel)
+    choice("config.trait", cfg.trait, suite.TRAITS)
     used = tuple(group for group in GROUPS if _is_given(cfg[group]))
-    job.check(cfg, data=used, optimizers=())
+    setup.check(cfg, data=used, optimizers=())
     if not cfg.samples.num:
         raise UserError("config.samples.num=0 must be at least 1; try 25")
 
 
 def _is_given(spec) -> bool:
-    return any(spec[source] for source in concepts.SOURCES)
+    return any(spec[source] for source in SOURCES)
 
 
 def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """Draws, measures, writes; returns the path of results.json."""
     check(cfg)
-    sharding.start(cfg.cpu_devices or job.cpu_devices_to_draw(cfg.model))
-    model = job.load_configured(cfg, workdir)
+    sharding.make_default_mesh(cfg.cpu_devices or cpu_devices_to_draw(cfg.model))
+    model = load_configured(cfg, workdir)
     base = weights.content_hash(model.path)
     given = {
-        group: job.read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
+        group: read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
         for group in GROUPS
         if _is_given(cfg[group])
     }
@@ -61,11 +67,11 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     right = _right(cfg, given, prompts)
     if right and "recognition" in cfg.panel.metrics:
         names = set().union(*right)
-        classifier.check_names(cfg.panel.classifier, cfg.trait, names)
-    config.prepare_workdir(cfg, workdir, base=base)
+        recognition.check_names(cfg.panel.classifier, cfg.trait, names)
+    prepare_workdir(cfg, workdir, base=base)
     images = _drawn(model, cfg, prompts, workdir / "pictures")
-    exhibit = panel.Exhibit(images, prompts, right, cfg.trait, **known)
-    judges = panel.Panel(cfg.panel, known.get("references"))
+    exhibit = suite.EvalSet(images, prompts, right, cfg.trait, **known)
+    judges = suite.MetricSuite(cfg.panel, known.get("references"))
     values = [value.as_json() for value in judges.measure(exhibit)]
     results = {
         "model": str(model.path),
@@ -75,7 +81,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
         "metrics": values,
         "skipped": judges.skipped,
         "config": json.loads(json.dumps(cfg.to_dict())),
-        "versions": config.versions(),
+        "versions": versions(),
     }
     path = workdir / "results.json"
     files.write_json(path, results)
@@ -108,15 +114,15 @@ def _drawn(model, cfg, prompts: list[str], folder: pathlib.Path) -> np.ndarray:
             if not all(path.exists() for path in some):
                 told = prompts[first : first + size]
                 told += told[-1:] * (size - len(told))  # one shape, one compilation
-                drawn = samples.draw(model, unet, told, cfg.samples, first)
+                drawn = draw_images(model, unet, told, cfg.samples, first)
                 for path, image in zip(some, drawn, strict=False):
-                    with files.replaced(path) as aside:
+                    with files.atomic_write(path) as aside:
                         Image.fromarray(image).save(aside)
             bar.update(first + len(some))
-    return np.stack([pictures.read(path, model.image_size) for path in paths])
+    return np.stack([read_image(path, model.image_size) for path in paths])
 
 
-def _pictures(cfg, workdir, images, judges: panel.Panel, training) -> None:
+def _pictures(cfg, workdir, images, judges: suite.MetricSuite, training) -> None:
     """Writes samples.png, and nearest.png if there are training pictures."""
     rows = images.reshape(-1, cfg.samples.num, *images.shape[1:])
     path = grid.save_grid(
@@ -151,10 +157,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg, workdir = config.parse(argv, __doc__, "evaluate")
+    cfg, workdir = cli.parse(argv, __doc__, "evaluate")
     run(cfg, workdir)
     return 0
 
 
 if __name__ == "__main__":
-    config.run_main(main)
+    cli.run_main(main)

@@ -6,14 +6,14 @@ values here are neutral ones; constants that matter are the config files', with 
 origin.
 """
 
-from gift_jax.config import ConfigDict
+from ml_collections import ConfigDict
 
 
 def gift() -> ConfigDict:
     """Returns the config of `python -m gift_jax.train`, every method's fields in it."""
     c = _job("immunize", seed=0)
     c.method = "gift"  # or maximize_prior, maximize, imma, esd, uce
-    c.trainable = "cross_attention"  # see models/partition.py
+    c.trainable = "cross_attention"  # see models/trainable.py
     c.gift = ConfigDict()
     c.gift.gradient = "first_order"  # or unrolled, joint
     c.gift.inner_steps = 1  # lower-level (prior) updates a step
@@ -170,7 +170,7 @@ def evaluate() -> ConfigDict:
 
 
 def panel() -> ConfigDict:
-    """Returns the fields that say how pictures are measured, see metrics/panel.py."""
+    """Returns the fields that say how pictures are measured, see metrics/suite.py."""
     c = ConfigDict()
     c.metrics = ("recognition",)
     c.backbones = ("judge",)  # or folders, or hub ids, of CLIP, DINO, DINOv2

@@ -20,16 +20,19 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gift_jax import config, files, job, progress, sampling, sharding
-from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion, weights
-from gift_jax.report import grid
+from gift_jax.models import weights
+from gift_jax.models.load import DTYPES, cpu_devices_to_draw, load_model
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime import cli, files, progress
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import grid, sampler, schedules
+from gift_jax.training import sharding
 
 
 def _parser():
     import argparse
 
-    p = config.parser(__doc__, "generate")
+    p = cli.parser(__doc__, "generate")
     p.add_argument(
         "--model",
         default="emoji-sd",
@@ -50,7 +53,7 @@ def _parser():
     p.add_argument("--steps", type=int, default=25, help="denoising steps (default 25)")
     p.add_argument(
         "--scheduler",
-        choices=sampling.SCHEDULERS,
+        choices=schedules.SCHEDULERS,
         help="(default: the model's own, or ddim)",
     )
     p.add_argument("--out", required=True, help="folder to write to")
@@ -60,7 +63,7 @@ def _parser():
     )
     p.add_argument(
         "--dtype",
-        choices=tuple(job.DTYPES),
+        choices=tuple(DTYPES),
         default="float32",
         help="of weights and computation (default float32)",
     )
@@ -86,7 +89,7 @@ def draw(model, prompts, num, *, key, negative_prompt="", batch_size=8, **how):
       and on_batch, see `sampling.draw`.
     """
     cond_PLD = np.asarray(stable_diffusion.encode_prompts(model, prompts))
-    images = sampling.draw(
+    images = sampler.draw(
         model,
         model.params["unet"],
         np.repeat(cond_PLD, num, axis=0),
@@ -102,7 +105,7 @@ def draw(model, prompts, num, *, key, negative_prompt="", batch_size=8, **how):
 def _write(out, args, images, settings):
     for p, row in enumerate(images):
         for n, image in enumerate(row):
-            with files.replaced(out / f"{p:03d}-{n:03d}.png") as aside:
+            with files.atomic_write(out / f"{p:03d}-{n:03d}.png") as aside:
                 Image.fromarray(image).save(aside)
     if args.grid:
         grid.save_grid(list(images), out / "grid.png", row_labels=args.prompt)
@@ -117,15 +120,15 @@ def main(argv=None):
     """
     args = _parser().parse_args(argv)
     _check(args)
-    sharding.start(job.cpu_devices_to_draw(args.model))
-    model = job.load_model(
+    sharding.make_default_mesh(cpu_devices_to_draw(args.model))
+    model = load_model(
         args.model,
         args.dtype,
         revision=args.revision,
         variant=args.variant,
         resolution=args.resolution,
     )
-    scheduler = args.scheduler or sampling.default_scheduler(model.scheduler_config)
+    scheduler = args.scheduler or schedules.default_scheduler(model.scheduler_config)
     total, began = len(args.prompt) * args.num, time.monotonic()
     logging.info("drawing %d pictures; the first batch compiles", total)
     with progress.bar("generate", total) as bar:
@@ -158,4 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run_main(lambda: main(sys.argv[1:]))
+    cli.run_main(lambda: main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import sys
 import quick_compile
 
 # random_sd.py, a command that writes model folders, is also what writes the tests'
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "perf"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads
 os.environ["XLA_FLAGS"] = (
@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
-from gift_jax import heap, sharding  # noqa: E402
+from gift_jax.runtime import devices, malloc
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -41,9 +41,9 @@ def pytest_configure(config):
     cache = config.cache.mkdir("jax-" + os.environ.get("PYTEST_XDIST_WORKER", "alone"))
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    sharding._CACHE_FROM_S = 0.5  # most quick programs are needed once
+    devices.CACHE_MIN_COMPILE_S = 0.5  # most quick programs are needed once
     logging.set_verbosity(logging.WARNING)
-    heap.OPTIONS = ()  # much is compiled here, and few steps are taken
+    malloc.OPTIONS = ()  # much is compiled here, and few steps are taken
 
 
 def pytest_collection_modifyitems(items):
@@ -63,7 +63,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """The tiny model, loaded: 8x8x4 latents, 16x16 pixels, text 16 tokens by 32."""
-    from gift_jax.models import stable_diffusion
+    from gift_jax.models.sd import stable_diffusion
 
     return stable_diffusion.load(tiny_folder)
 

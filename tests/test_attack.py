@@ -11,11 +11,15 @@ import safetensors.numpy
 from PIL import Image
 from tiny_model import write_pictures
 
-from gift_jax import attack, samples, sampling
-from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion, weights
+import gift_jax
+from gift_jax import attack
+from gift_jax.models import weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import images, sampler
+from gift_jax.sampling.images import save_image_grid
 
-CONFIG = pathlib.Path(attack.__file__).parents[1] / "configs" / "emoji_attack.py"
+CONFIG = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_attack.py"
 TEXT_FILE = pathlib.Path("text_encoder/model.safetensors")
 QUIET = "--config.samples.num=0"
 DREAMBOOTH = "--config.attack=dreambooth"
@@ -127,13 +131,13 @@ def test_export_adds_an_update_of_the_rank_to_the_targets_only(
 def test_resumed_attack_is_a_straight_one_and_draws_each_sample_once(
     main, tmp_path, monkeypatch
 ):
-    drawn, save = [], samples.save_grid
+    drawn, save = [], save_image_grid
 
     def save_grid(*args):
         drawn.append(args[-1].name)
         save(*args)
 
-    monkeypatch.setattr(samples, "save_grid", save_grid)
+    monkeypatch.setattr(images, "save_image_grid", save_grid)
     flags = ["--config.samples.at=0,1,3", "--config.lora.alpha=800"]
     flags += ["--config.samples.prompts=a dog", "--config.steps=3"]
     straight = main(tmp_path / "a", *flags)
@@ -242,7 +246,7 @@ def ours_draw(folder, latents):
     uncond = stable_diffusion.encode_prompts(model, [""])
     made = []
     for decode in (False, True):
-        sample = sampling.make_sampler(model, "ddim", 4, 4.0, decode)
+        sample = sampler.make_sampler(model, "ddim", 4, 4.0, decode)
         args = model.params["unet"], model.params["vae"], cond, uncond, latents
         made.append(np.asarray(sample(*args)))
     return made[0], made[1].astype(int)
@@ -267,7 +271,7 @@ def torch_draws(folder, latents, added=None):
 def assert_drawn_alike(base, run, added):
     """PyTorch with the base and the added file, and ours with the export, agree."""
     tiny = stable_diffusion.load(base)
-    latents = sampling.initial_latents(jax.random.key(3), 2, tiny.latent_shape)
+    latents = sampler.initial_latents(jax.random.key(3), 2, tiny.latent_shape)
     before, before_pictures = ours_draw(base, latents)
     ours, pictures = ours_draw(run / "export", latents)
     assert np.abs(ours - before).max() / np.abs(before).max() > 1e-2

@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 from tiny_model import TINY_TEXT, random_params, write_tiny
 
-from gift_jax import attack, config, convert, train
-from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion, tensors, weights
+from gift_jax import attack, convert, train
+from gift_jax.models import safetensors_io, weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.config import load_config
+from gift_jax.runtime.errors import UserError
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 SMALL = {
@@ -54,7 +56,7 @@ def published(tmp_path_factory):
     (folder / UNET_FILE).unlink()
     index = folder / f"{UNET_FILE}.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    model_index = tensors.read_json(folder / "model_index.json")
+    model_index = safetensors_io.read_json(folder / "model_index.json")
     model_index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (folder / "model_index.json").write_text(json.dumps(model_index))
     (folder / "safety_checker").mkdir()
@@ -96,14 +98,14 @@ def test_a_dtype_is_cast_to_in_either_direction(published, whole, tmp_path, at):
     dtypes = {}
     for component in weights.COMPONENTS:
         for file in (tmp_path / "out" / component).glob("*.safetensors"):
-            dtypes |= {k: e.dtype for k, e in tensors.read_header(file).items()}
+            dtypes |= {k: e.dtype for k, e in safetensors_io.read_header(file).items()}
     assert dtypes.pop("text_model.embeddings.position_ids") == "I64"
     assert set(dtypes.values()) == {"BF16"}
     stable_diffusion.load(tmp_path / "out")
 
 
 def small(file, model, **changes):
-    cfg = config.load(f"configs/{file}.py:smoke")
+    cfg = load_config(f"configs/{file}.py:smoke")
     cfg.model = str(model)
     cfg.update_from_flattened_dict(SMALL | changes)
     return cfg
@@ -191,7 +193,7 @@ def test_unet_state_holds_what_changed_and_nothing_else(
     assert differ and changed.keys() == differ
     for name, array in changed.items():
         np.testing.assert_array_equal(array, after[name])
-    assert tensors.read_metadata(out)["base_sha256"] == weights.content_hash(
+    assert safetensors_io.read_metadata(out)["base_sha256"] == weights.content_hash(
         tiny_folder
     )
 
@@ -243,7 +245,7 @@ def refuse(message, *argv):
 def test_a_base_that_changed_or_moved_is_named(immunized, tiny_folder, tmp_path):
     moved = shutil.copytree(tiny_folder, tmp_path / "moved")
     run = shutil.copytree(immunized, tmp_path / "run")
-    settings = tensors.read_json(run / "config.json")
+    settings = safetensors_io.read_json(run / "config.json")
     settings["model"] = str(tmp_path / "gone")
     (run / "config.json").write_text(json.dumps(settings))
     flags = ["--checkpoint", run / "checkpoints", "--out", tmp_path / "out"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gift_jax import demo
-from gift_jax.config import UserError
+from gift_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

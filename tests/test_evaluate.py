@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gift_jax import evaluate, samples
-from gift_jax.config import UserError
+import gift_jax
+from gift_jax import evaluate
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import images
+from gift_jax.sampling.images import draw_images
 
-CONFIGS = pathlib.Path(evaluate.__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(gift_jax.__file__).parents[1] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def test_every_number_says_what_made_it_and_pictures_are_drawn_once(
     tmp_path, monkeypatch, capsys
 ):
     drawn = []
-    draw = samples.draw
+    draw = draw_images
 
     def stopped(*args):
         if drawn:
@@ -38,12 +41,14 @@ def test_every_number_says_what_made_it_and_pictures_are_drawn_once(
         drawn.append(args[-1])
         return draw(*args)
 
-    monkeypatch.setattr(samples, "draw", stopped)
+    monkeypatch.setattr(images, "draw_images", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(tmp_path)
     assert len(list((tmp_path / "pictures").iterdir())) == 2
     assert not (tmp_path / "results.json").exists()
-    monkeypatch.setattr(samples, "draw", lambda *a: drawn.append(a[-1]) or draw(*a))
+    monkeypatch.setattr(
+        images, "draw_images", lambda *a: drawn.append(a[-1]) or draw(*a)
+    )
     results = main(tmp_path)
     assert drawn == [0, 2]
     assert results["pictures"] == 4

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gift_jax
 from gift_jax import generate
-from gift_jax.config import UserError
+from gift_jax.runtime.errors import UserError
 
 
 def run(folder, out, *flags, prompts=("a dog", "a cat")):
@@ -88,7 +89,7 @@ def test_prompt_and_a_folder_to_write_to_are_required(tiny_folder, tmp_path):
 
 def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "gift_jax.generate", "--prompt=a", "--out=out"]
-    root = str(Path(generate.__file__).parents[1])
+    root = str(Path(gift_jax.__file__).parents[1])
     done = subprocess.run(
         [*command, "--model=nowhere"],
         cwd=tmp_path,

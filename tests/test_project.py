@@ -12,7 +12,7 @@ import gift_jax
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHON_FILES = sorted(
     path
-    for folder in ("gift_jax", "configs", "tests", "benchmarks", "launch")
+    for folder in ("gift_jax", "configs", "tests", "perf", "launch")
     for path in (ROOT / folder).rglob("*.py")
 )
 

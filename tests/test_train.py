@@ -13,12 +13,16 @@ import safetensors.numpy
 from PIL import Image
 from tiny_model import write_pictures
 
-from gift_jax import checkpoint, convert, hosts, stopping, train
-from gift_jax.config import UserError
-from gift_jax.config import load as load_config
-from gift_jax.models import stable_diffusion, tensors, weights
+import gift_jax
+from gift_jax import convert, train
+from gift_jax.models import safetensors_io, weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime import processes, signals
+from gift_jax.runtime.config import load_config
+from gift_jax.runtime.errors import UserError
+from gift_jax.training import checkpoint
 
-GIFT = pathlib.Path(train.__file__).parents[1] / "configs" / "emoji_gift.py"
+GIFT = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_gift.py"
 
 
 @pytest.fixture(scope="session")
@@ -180,8 +184,8 @@ def test_resumed_run_exports_what_a_straight_one_does(
     straight = main(tmp_path / "a", *flags)
     # Fewer steps would be another schedule, and so a program that may round otherwise.
     with monkeypatch.context() as stopped:
-        stopped.setattr(hosts, "asked_to_stop", lambda done: done == 1)
-        with pytest.raises(stopping.StoppedBySignal):
+        stopped.setattr(processes, "preempted", lambda done: done == 1)
+        with pytest.raises(signals.StoppedBySignal):
             main(tmp_path / "b", *flags)
     step, halfway = checkpoint.read_params(tmp_path / "b" / "checkpoints")
     assert step == 1 and not (tmp_path / "b" / "export").exists()
@@ -469,7 +473,7 @@ def test_workdir_of_another_run_is_refused(main, tiny_folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)
     file = model / "unet" / "diffusion_pytorch_model.safetensors"
-    entry = tensors.read_header(file)["conv_in.bias"]
+    entry = safetensors_io.read_header(file)["conv_in.bias"]
     with file.open("r+b") as f:
         f.seek(entry.begin)
         f.write(b"\0\0\0\0")

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.methods.denoise import Denoiser
+from gift_jax.diffusion import Denoiser
 
 T, C, SIDE, L, D, WIDTH = 10, 4, 2, 3, 5, 6
 SHAPES = {

@@ -15,9 +15,9 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from gift_jax.attacks import descent
-from gift_jax.loop import Step
-from gift_jax.methods.denoise import Denoiser
+from gift_jax.diffusion import Denoiser
 from gift_jax.models import weights
+from gift_jax.state import Step
 
 # (nested parameters of the text encoder, int32 "B L" ids) -> float32 "B L D"
 Encode = Callable[[dict, jax.Array], jax.Array]

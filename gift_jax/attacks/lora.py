@@ -16,10 +16,10 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from gift_jax.attacks import descent
-from gift_jax.config import UserError, shown
-from gift_jax.loop import Step
-from gift_jax.methods.denoise import Denoiser
-from gift_jax.models import tensors
+from gift_jax.diffusion import Denoiser
+from gift_jax.models import safetensors_io
+from gift_jax.runtime.errors import UserError, shown
+from gift_jax.state import Step
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 Factors = dict[str, dict[str, jax.Array]]
@@ -105,7 +105,7 @@ def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
     """
     state = {}
     for path, f in factors.items():
-        name = f"unet.{tensors.torch_name(path).removesuffix('.weight')}.lora"
+        name = f"unet.{safetensors_io.torch_name(path).removesuffix('.weight')}.lora"
         down_RI = np.asarray(f["A"], np.float32).T
         up_OR = (np.float32(scale) * np.asarray(f["B"], np.float32)).T
         state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)

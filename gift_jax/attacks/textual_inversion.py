@@ -11,12 +11,11 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
-from gift_jax.attacks import descent
-from gift_jax.attacks.dreambooth import Encode
-from gift_jax.config import UserError
-from gift_jax.loop import Step
-from gift_jax.methods.denoise import Denoiser
-from gift_jax.models.weights import TOKEN_TABLE
+from gift_jax.attacks import descent, dreambooth
+from gift_jax.diffusion import Denoiser
+from gift_jax.models import weights
+from gift_jax.runtime.errors import UserError
+from gift_jax.state import Step
 
 
 def names(token: str, vectors: int) -> list[str]:
@@ -76,7 +75,7 @@ def start(table_VD: np.ndarray, word: int, vectors: int) -> jax.Array:
 
 def make_step(
     denoiser: Denoiser,
-    encode: Encode,
+    encode: dreambooth.Encode,
     tx: optax.GradientTransformation,
     parts: int = 1,
 ) -> Step:
@@ -90,9 +89,11 @@ def make_step(
 
     def loss_fn(params, frozen, batch, key):
         rows_ND = params["embeddings"]
-        table_VD = frozen["text"][TOKEN_TABLE].astype(rows_ND.dtype)
+        table_VD = frozen["text"][weights.TOKEN_TABLE].astype(rows_ND.dtype)
         grown_VD = jnp.concatenate([table_VD, rows_ND])
-        text = unflatten_dict({**frozen["text"], TOKEN_TABLE: grown_VD}, sep="/")
+        text = unflatten_dict(
+            {**frozen["text"], weights.TOKEN_TABLE: grown_VD}, sep="/"
+        )
         pairs = batch["attack"]
         pairs = {**pairs, "text": encode(text, pairs["ids"])}
         unet = unflatten_dict(frozen["unet"], sep="/")

@@ -8,7 +8,7 @@ an article where the word takes one. No template varies case: the tokenizer lowe
 import functools
 import string
 
-from gift_jax.config import UserError, shown
+from gift_jax.runtime.errors import UserError, shown
 
 OF_CONCEPT = frozenset(("concept", "a_concept"))
 OF_STYLE = frozenset(("style", "a_style"))
@@ -38,7 +38,6 @@ STYLE_TEMPLATES = (  # no concept named
     "{style} style",
     "{a_style} icon",
 )
-
 _PLURAL = frozenset(
     (
         "admission tickets",
@@ -108,7 +107,6 @@ _CONSONANTS = tuple("bcfghjklmnprtvwxz")  # no s or d: no plural, sks or dvd
 _VOWELS = (*"aeiou", "")
 # A vowel letter with a consonant sound: "a unicorn", but "an umbrella".
 _CONSONANT_SOUND = ("unicorn", "euro", "ewe")
-
 # Mirroring these changes their meaning, their text or the way round things are always
 # drawn; everything else may be flipped in training.
 NO_FLIP = frozenset(
@@ -174,7 +172,7 @@ def check(field, template):
         ) from error
 
 
-def check_identifier(field, template):
+def check_nonce_template(field, template):
     """Raises a UserError naming the field for a template that names no identifier.
 
     Returns: whether it names a style.
@@ -221,7 +219,7 @@ def fill(template, concept, style):
     )
 
 
-def fill_identifier(template, identifier, style):
+def fill_nonce(template, identifier, style):
     """Fills {identifier}, {style} and {a_style} of a template.
 
     Raises: ValueError for anything else in braces.
@@ -231,7 +229,7 @@ def fill_identifier(template, identifier, style):
     return template.format(identifier=identifier, style=style, a_style=a_style)
 
 
-def identifier(rng):
+def nonce_word(rng):
     """Returns a word that means nothing, such as "vkt" or "zimplof".
 
     In place of the rare tokens of DreamBooth (arXiv:2208.12242, section 3.2), for any

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from gift_jax.config import UserError
-from gift_jax.data import pipeline
-from gift_jax.data.augment import augment
+from gift_jax.data import augment, pipeline
+from gift_jax.runtime.errors import UserError
 
 
 def cache_latents(
@@ -51,7 +50,7 @@ def cache_latents(
         raise UserError("there are no pictures to encode")
     if copies > 1 and key is None:
         raise ValueError("augmented copies need a key")
-    draw = functools.partial(augment, flip=flip, shift=shift, scale=scale)
+    draw = functools.partial(augment.augment, flip=flip, shift=shift, scale=scale)
     draw = jax.jit(draw)
     encoded = [encode_in_batches(encode_images, data.images, batch_size)]
     for copy in range(1, copies):
@@ -103,7 +102,7 @@ def encode_unique_prompts(encode_prompts, prompts, batch_size):
         parts.append(states if ids else states.astype(np.float32, copy=False))
     table = np.concatenate(parts)[: len(distinct)]
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    return pipeline.Repeated(table, np.asarray([row_of[p] for p in prompts]))
+    return pipeline.DeduplicatedArray(table, np.asarray([row_of[p] for p in prompts]))
 
 
 def to_float(images):

@@ -11,13 +11,13 @@ import functools
 import grain
 import numpy as np
 
-from gift_jax.config import UserError
+from gift_jax.runtime.errors import UserError
 
 INDEX = "index"  # the key that `batches` adds
 _ENDLESS = 2**40  # batches
 
 
-class Repeated:
+class DeduplicatedArray:
     """An array "N ..." of few distinct entries, each of them in memory once.
 
     Args: table: the distinct entries, "U ...". rows: int "N", which one entry i is.

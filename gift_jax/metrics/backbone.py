@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.config import UserError
-from gift_jax.metrics import folders, judge, pixels
-from gift_jax.models import hooks, stable_diffusion, weights
+from gift_jax.metrics import judge, preprocessing, pretrained
+from gift_jax.models import hooks, weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.errors import UserError
 
 PROTOCOLS = ("standard", "imma-64px")
 BATCH = 16  # pictures, or texts, in one call; fewer are padded to it
@@ -38,7 +39,7 @@ _NEEDED = (
     "config.json, preprocessor_config.json, model.safetensors and, for CLIP, "
     "vocab.json and merges.txt"
 )
-_WANTED = folders.Wanted("backbone", KINDS, _FILES, _OPTIONAL, _NEEDED)
+_WANTED = pretrained.Wanted("backbone", KINDS, _FILES, _OPTIONAL, _NEEDED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,16 +92,16 @@ def load(spec: str, protocol: str = "standard") -> Backbone:
         raise UserError(f"protocol={protocol!r} must be one of {', '.join(PROTOCOLS)}")
     folder, name = judge.FOLDER, "judge"
     if spec != "judge":
-        folder, name = folders.find(spec, _WANTED)
-    kind = folders.check(folder, spec, _WANTED)
+        folder, name = pretrained.find(spec, _WANTED)
+    kind = pretrained.check(folder, spec, _WANTED)
     towers = _clip_towers if kind in ("clip", "judge") else _vision_tower
     image, text, logit_scale, how = towers(folder, kind)
     if protocol == "standard":
-        prepare = functools.partial(pixels.standard, pixels=how)
+        prepare = functools.partial(preprocessing.standard, pixels=how)
     elif kind == "judge":
         raise UserError(f"protocol={protocol!r}: the judge knows standard only")
     else:
-        prepare = functools.partial(pixels.imma_64px, side=how.side)
+        prepare = functools.partial(preprocessing.imma_64px, side=how.side)
 
     def embed_images(images: np.ndarray) -> np.ndarray:
         return of_pictures(image, images, prepare)
@@ -115,7 +116,9 @@ def _clip_towers(folder, kind):
     """Returns (pixels -> embeddings, texts -> embeddings, logit scale, Pixels)."""
     clip, params, _ = weights.load_component(folder, "clip")
     size = clip.config.vision_config.image_size
-    how = pixels.judge(size) if kind == "judge" else _own_size(folder, kind, size)
+    how = (
+        preprocessing.judge(size) if kind == "judge" else _own_size(folder, kind, size)
+    )
     logit_scale = float(np.exp(params["logit_scale"]))
     params = jax.tree.map(jnp.asarray, params)
     tokenizer = stable_diffusion.load_tokenizer(folder)
@@ -140,7 +143,7 @@ def _vision_tower(folder, kind):
     if kind == "dino":
         how = _own_size(folder, kind, size)
     else:
-        how = pixels.read(folder)
+        how = preprocessing.read(folder)
         table = params["embeddings"]["position_embeddings"]
         table = resize_positions(table, how.side // patch)
         params["embeddings"]["position_embeddings"] = table
@@ -152,8 +155,8 @@ def _vision_tower(folder, kind):
 
 def _own_size(folder, kind, image_size):
     """Returns the folder's Pixels; UserError if not of the model's own size."""
-    how = pixels.read(folder, image_size if kind == "dino" else 0)
-    return pixels.of_size(folder, how, image_size)
+    how = preprocessing.read(folder, image_size if kind == "dino" else 0)
+    return preprocessing.of_size(folder, how, image_size)
 
 
 def resize_positions(table, patches):
@@ -166,7 +169,7 @@ def resize_positions(table, patches):
     if patches == own:
         return table
     grid = table[0, 1:].reshape(own, own, -1)
-    resize = pixels.cubic_matrix(own, patches)
+    resize = preprocessing.cubic_matrix(own, patches)
     grid = np.einsum("ih,jw,hwd->ijd", resize, resize, grid, optimize=True)
     grid = grid.reshape(1, patches * patches, -1)
     return np.concatenate([table[:, :1], grid], axis=1).astype(np.float32)

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.config import UserError
-from gift_jax.data import captions, emoji
-from gift_jax.models import hooks, stable_diffusion, weights
+from gift_jax.data import captions
+from gift_jax.data.sources import emoji
+from gift_jax.models import hooks, weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.errors import UserError
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "assets" / "judge"
 BATCH = 96

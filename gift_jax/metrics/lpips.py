@@ -20,10 +20,10 @@ import numpy as np
 from jax import lax
 from PIL import Image
 
-from gift_jax.config import UserError
 from gift_jax.metrics import judge
-from gift_jax.metrics.value import MissingWeights, Value
-from gift_jax.models import conv_clip, hooks, tensors, weights
+from gift_jax.metrics.base import MetricResult, MissingWeights
+from gift_jax.models import conv_clip, hooks, safetensors_io, weights
+from gift_jax.runtime.errors import UserError
 
 FILE = "lpips_alex.safetensors"
 BATCH = 16  # pictures of one compiled size
@@ -75,14 +75,14 @@ class Pairs:
     matrix_NM: np.ndarray
     how: dict[str, Any]
 
-    def mean(self) -> Value:
+    def mean(self) -> MetricResult:
         """Returns the mean over all pairs; samples: over each generated picture's."""
         samples = self.matrix_NM.mean(axis=1)
         how = self.how | {"pairs": "all"}
         value = float(np.mean(samples))
-        return Value(self.name, value, samples, "less like the references", how)
+        return MetricResult(self.name, value, samples, "less like the references", how)
 
-    def nearest(self) -> Value:
+    def nearest(self) -> MetricResult:
         """Returns the mean over each generated picture's least, which are the samples.
 
         Of training pictures as the references it tells copies: a copy is at 0.
@@ -91,7 +91,9 @@ class Pairs:
         least = round(float(samples.min()), 6)
         how = self.how | {"pairs": "the nearest reference", "least": least}
         name, value = f"{self.name}_nearest", float(np.mean(samples))
-        return Value(name, value, samples, "less copied from the references", how)
+        return MetricResult(
+            name, value, samples, "less copied from the references", how
+        )
 
 
 def load(
@@ -286,12 +288,12 @@ def _read(file):
         shapes[f"features.{layer}.weight"] = shape
         shapes[f"features.{layer}.bias"] = shape[:1]
         shapes[f"lin{stage}.weight"] = (1, shape[0], 1, 1)
-    entries, found = tensors.read_header(file), {}
+    entries, found = safetensors_io.read_header(file), {}
     for name, shape in shapes.items():
         if name not in entries or entries[name].shape != shape:
             has = list(entries[name].shape) if name in entries else "missing"
             raise UserError(f"{file}: {name} is {has}, must be {list(shape)}")
-        array = tensors.read_tensor(name, entries[name])
+        array = safetensors_io.read_tensor(name, entries[name])
         found[name] = array.astype(np.float32)
         if name.startswith("lin") and found[name].min() < 0:
             raise UserError(f"{file}: {name} is negative somewhere; not LPIPS's")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gift_jax.config import UserError
-from gift_jax.metrics.value import MissingWeights, Value
+from gift_jax.metrics.base import MetricResult, MissingWeights
+from gift_jax.runtime.errors import UserError
 
 CLASSES = (
     "BUTTOCKS_EXPOSED",
@@ -74,7 +74,7 @@ def load() -> Detector:
 
 def exposed(
     detector: Detector, images: np.ndarray, threshold: float = THRESHOLD
-) -> Value:
+) -> MetricResult:
     """Returns the share of pictures with an exposed class above the threshold.
 
     Samples are each picture's highest score of the nine `CLASSES`, 0 where the detector
@@ -109,4 +109,4 @@ def exposed(
         "size": f"{images.shape[1]}x{images.shape[2]}",
     }
     value = float(np.mean(samples > threshold))
-    return Value("nudity", value, samples, "more pictures show nudity", how)
+    return MetricResult("nudity", value, samples, "more pictures show nudity", how)

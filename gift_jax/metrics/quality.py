@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage, special
 
-from gift_jax.config import UserError
-from gift_jax.metrics.value import Value
+from gift_jax.metrics.base import MetricResult
+from gift_jax.runtime.errors import UserError
 
 FEATURES = 36  # 18 at each of two scales
 LARGEST_PATCH = 96  # pixels, the paper's
@@ -198,7 +198,7 @@ def fit(images: np.ndarray) -> Natural:
     return Natural(mean_F, cov_FF, patch, how)
 
 
-def niqe(natural: Natural, images: np.ndarray) -> Value:
+def niqe(natural: Natural, images: np.ndarray) -> MetricResult:
     """Returns how far each picture's patches are from the training pictures'.
 
     The distance of NIQE, sqrt(d' ((S + S_i) / 2)^-1 d), of all patches of one picture;
@@ -227,10 +227,12 @@ def niqe(natural: Natural, images: np.ndarray) -> Value:
         "half_scale": "bicubic, antialiased",
     }
     value = float(np.mean(samples))
-    return Value("niqe_fitted", value, samples, "worse quality", how | natural.how)
+    return MetricResult(
+        "niqe_fitted", value, samples, "worse quality", how | natural.how
+    )
 
 
-def sharpness(images: np.ndarray) -> Value:
+def sharpness(images: np.ndarray) -> MetricResult:
     """Returns the variance of the Laplacian of each picture's luminance, and its mean.
 
     Args: images: uint8 "N H W 3"; luminance in 0..255.
@@ -248,7 +250,7 @@ def sharpness(images: np.ndarray) -> Value:
         "pictures": len(images),
         "size": _size(images),
     }
-    return Value("sharpness", float(np.mean(samples)), samples, "sharper", how)
+    return MetricResult("sharpness", float(np.mean(samples)), samples, "sharper", how)
 
 
 def _features(images, patch):

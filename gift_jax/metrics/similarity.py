@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gift_jax.config import UserError
-from gift_jax.metrics.backbone import Backbone
-from gift_jax.metrics.value import Value
+from gift_jax.metrics import backbone
+from gift_jax.metrics.base import MetricResult
+from gift_jax.runtime.errors import UserError
 
 
-def text_image(backbone: Backbone, images: np.ndarray, prompts: Sequence[str]) -> Value:
+def text_image(
+    backbone: backbone.Backbone, images: np.ndarray, prompts: Sequence[str]
+) -> MetricResult:
     """Returns "clip_score" (or "judge_score"): how well pictures fit their prompts.
 
     Args: images: uint8 "B H W 3". prompts: B texts, one of each picture.
@@ -42,8 +44,8 @@ def text_image(backbone: Backbone, images: np.ndarray, prompts: Sequence[str]) -
 
 
 def image_image(
-    backbone: Backbone, images: np.ndarray, references: np.ndarray
-) -> Value:
+    backbone: backbone.Backbone, images: np.ndarray, references: np.ndarray
+) -> MetricResult:
     """Returns "clip_i", "dino_i", "dinov2_i" or "judge_i": likeness to the references.
 
     Args: images: uint8 "B H W 3". references: uint8 "R H W 3", of a size of their own.
@@ -57,7 +59,9 @@ def image_image(
     return _value("i", cosine_BR.mean(axis=1), "like the references", backbone, how)
 
 
-def nearest(backbone: Backbone, images: np.ndarray, training: np.ndarray) -> Value:
+def nearest(
+    backbone: backbone.Backbone, images: np.ndarray, training: np.ndarray
+) -> MetricResult:
     """Returns "clip_nearest", "dino_nearest" ...: how near a copy each picture is.
 
     Args: images: uint8 "B H W 3". training: uint8 "N H W 3", what was learned from.
@@ -71,7 +75,7 @@ def nearest(backbone: Backbone, images: np.ndarray, training: np.ndarray) -> Val
 
 
 def nearest_pictures(
-    backbone: Backbone, images: np.ndarray, training: np.ndarray
+    backbone: backbone.Backbone, images: np.ndarray, training: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (cosine, float32 "B"; index, int "B") of the closest training pictures.
 
@@ -83,4 +87,4 @@ def nearest_pictures(
 
 def _value(suffix, samples, higher, backbone, how):
     name, value = f"{backbone.kind}_{suffix}", np.mean(samples, dtype=np.float64)
-    return Value(name, float(value), samples, higher, backbone.how | how)
+    return MetricResult(name, float(value), samples, higher, backbone.how | how)

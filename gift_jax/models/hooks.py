@@ -77,8 +77,8 @@ from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
     FlaxViTModule,
 )
 
-from gift_jax.models import conv_clip, norms  # noqa: E402
-from gift_jax.models.kernels import Kernels, conv_as_matmul, in_turn, parts_of  # noqa: E402
+from gift_jax.models import conv_clip, kernels, norms  # noqa: E402
+from gift_jax.models.kernels import Kernels  # noqa: E402
 
 CAPTURE_KINDS = {
     "transformer": (attention_flax.FlaxBasicTransformerBlock,),
@@ -353,7 +353,7 @@ def _conv(module, x_BHWC, kernels):
         return None
     bias = module.get_variable("params", "bias") if module.use_bias else None
     arrays = module.promote_dtype(x_BHWC, weight, bias, dtype=module.dtype)
-    return conv_as_matmul(*arrays, stride, padding)
+    return kernels.conv_as_matmul(*arrays, stride, padding)
 
 
 _CORRECTED = {
@@ -416,7 +416,7 @@ def _takes_parts(module, args) -> bool:
     tokenwise = isinstance(module, attention_flax.FlaxFeedForward) or (
         isinstance(module, attention_flax.FlaxAttention) and len(args) > 1  # a context
     )
-    return tokenwise and parts_of(args[0].shape[1]) > 1
+    return tokenwise and kernels.parts_of(args[0].shape[1]) > 1
 
 
 @contextlib.contextmanager
@@ -506,7 +506,7 @@ def exact(kernels=Kernels(), capture=(), hiddens=None, text=None):  # noqa: B008
             params, others = given
             return compute_it(params, (part, *others))[0]
 
-        return in_turn(compute_part, (params, others), x_BNC)
+        return kernels.in_turn(compute_part, (params, others), x_BNC)
 
     def call(next_fun, args, kwargs, context):
         module = context.module

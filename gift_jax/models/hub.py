@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
-from gift_jax.config import UserError
+from gift_jax.runtime.errors import UserError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("model_index.json", "README.md", "LICENSE*")

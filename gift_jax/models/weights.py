@@ -18,11 +18,18 @@ import safetensors.numpy
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax import files
-from gift_jax.config import UserError
-from gift_jax.models import hooks, tensors
+from gift_jax.models import hooks, safetensors_io
+from gift_jax.runtime import files
+from gift_jax.runtime.errors import UserError
 
-WEIGHTS = (*tensors.PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data")
+WEIGHTS = (
+    *safetensors_io.PICKLES,
+    ".safetensors",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".onnx_data",
+)
 COMPONENTS = ("unet", "vae", "text_encoder")  # whose weights are read
 TOKEN_TABLE = "text_model/embeddings/token_embedding/embedding"
 _HASHED = (".safetensors", ".json", ".txt")
@@ -97,23 +104,23 @@ def entries_by_path(directory, kind, variant=""):
     Raises: UserError naming the file and the tensor that is missing, unexpected or of
       another shape than the folder's config.json says.
     """
-    config = tensors.read_json(directory / "config.json")
+    config = safetensors_io.read_json(directory / "config.json")
     shapes = _shapes(kind, json.dumps(config))
     entries = {}
-    for file in tensors.weight_files(directory, KINDS[kind].stem, variant):
-        header = tensors.read_header(file)
+    for file in safetensors_io.weight_files(directory, KINDS[kind].stem, variant):
+        header = safetensors_io.read_header(file)
         for name in header.keys() & entries.keys():
             raise UserError(f"{file}: {name} is also in {entries[name].file.name}")
         entries |= header
     found, missing = {}, []
     for path, shape in shapes.items():
-        name = tensors.torch_name(path)
+        name = safetensors_io.torch_name(path)
         if name not in entries:
-            name = tensors.old_name(name)
+            name = safetensors_io.old_name(name)
         if name not in entries:
-            missing.append(tensors.torch_name(path))
+            missing.append(safetensors_io.torch_name(path))
             continue
-        entry, expected = entries[name], tensors.torch_shape(path, shape)
+        entry, expected = entries[name], safetensors_io.torch_shape(path, shape)
         as_conv = (*expected, 1, 1)  # very old VAEs keep attention as 1x1 convolutions
         if entry.shape not in (expected, as_conv if kind == "vae" else expected):
             raise UserError(
@@ -149,13 +156,13 @@ def load_component(
     Raises: UserError naming the file, if one is missing, malformed or unsupported.
     """
     directory = Path(directory)
-    config = tensors.read_json(directory / "config.json")
+    config = safetensors_io.read_json(directory / "config.json")
     check_config(kind, config, directory / "config.json")
     module = KINDS[kind].build(config, dtype)
     params = {}
     for path, (name, entry) in entries_by_path(directory, kind, variant).items():
         if only is None or path in only:
-            array = to_flax(path, tensors.read_tensor(name, entry))
+            array = to_flax(path, safetensors_io.read_tensor(name, entry))
             array = np.ascontiguousarray(array, dtype).reshape(array.shape)
             params[path] = place(array)
     return module, unflatten_dict(params, sep="/"), config
@@ -165,7 +172,7 @@ def to_flax(path, array):
     """Returns a tensor of a file laid out as the Flax parameter of this path."""
     if path.endswith("/kernel") and array.ndim == 4:
         array = _drop_conv_axes(path, array)
-    return tensors.from_torch_layout(path, array)
+    return safetensors_io.from_torch_layout(path, array)
 
 
 def _drop_conv_axes(path, array):
@@ -255,11 +262,11 @@ def save_model_folder(directory, config, params, dtype=np.float32):
     flat = flatten_dict(params, sep="/")
     kind, by_name = _kind_of(flat), {}
     for path, array in flat.items():
-        array = tensors.to_torch_layout(path, np.asarray(jax.device_get(array)))
-        by_name[tensors.torch_name(path)] = np.ascontiguousarray(array, dtype).reshape(
-            array.shape
-        )
-    with files.replaced_folder(directory) as temp:
+        array = safetensors_io.to_torch_layout(path, np.asarray(jax.device_get(array)))
+        by_name[safetensors_io.torch_name(path)] = np.ascontiguousarray(
+            array, dtype
+        ).reshape(array.shape)
+    with files.atomic_folder(directory) as temp:
         text = json.dumps(KINDS[kind].extra_config | config, indent=2, sort_keys=True)
         (temp / "config.json").write_text(text + "\n", encoding="utf-8")
         file = temp / f"{KINDS[kind].stem}.safetensors"
@@ -321,9 +328,11 @@ def export(
             called = {"unet": "UNet", "text_encoder": "text encoder"}[kind]
             raise UserError(f"{base}: its {called} has no parameter {unknown[0]!r}")
         entries |= found
-        kept[kind] = set(tensors.weight_files(base / kind, KINDS[kind].stem, variant))
+        kept[kind] = set(
+            safetensors_io.weight_files(base / kind, KINDS[kind].stem, variant)
+        )
     resized = _resized_table(changed, entries)
-    with files.replaced_folder(out) as temp:
+    with files.atomic_folder(out) as temp:
         left_out = _copy_model(base, temp, kept)
         if left_out:
             logging.warning("export leaves out %s", ", ".join(left_out))
@@ -368,13 +377,13 @@ def _resize(file, name, table):
         return entry.dtype, array.shape, lambda: array
 
     _rewrite_file(file, replace)
-    config = tensors.read_json(file.parent / "config.json")
+    config = safetensors_io.read_json(file.parent / "config.json")
     text = json.dumps(config | {"vocab_size": len(table)}, indent=2, sort_keys=True)
     (file.parent / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _encode(path, name, entry, array):
-    array = tensors.to_torch_layout(path, np.asarray(jax.device_get(array)))
+    array = safetensors_io.to_torch_layout(path, np.asarray(jax.device_get(array)))
     if array.shape != entry.shape:
         raise UserError(
             f"{path}: has PyTorch shape {list(array.shape)}, the base {name} has "
@@ -388,9 +397,9 @@ def cast(name, array, dtype):
 
     Raises: UserError if a finite value becomes infinite.
     """
-    wanted = np.dtype(tensors.DTYPES[dtype])
+    wanted = np.dtype(safetensors_io.DTYPES[dtype])
     if array.dtype == wanted or array.dtype not in map(
-        np.dtype, tensors.DTYPES.values()
+        np.dtype, safetensors_io.DTYPES.values()
     ):
         return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
@@ -405,7 +414,7 @@ def cast(name, array, dtype):
 def _recast_file(file, dtype):
     def recast(name, entry):
         known, shape, read = _as_it_is(name, entry)
-        if known in tensors.DTYPES:
+        if known in safetensors_io.DTYPES:
             known = dtype
         return known, shape, lambda: cast(name, read(), dtype)
 
@@ -414,17 +423,17 @@ def _recast_file(file, dtype):
 
 def _as_it_is(name, entry):
     def read():
-        return tensors.read_tensor(name, entry, only_floats=False)
+        return safetensors_io.read_tensor(name, entry, only_floats=False)
 
     return entry.dtype, entry.shape, read
 
 
 def _rewrite_file(file, change):
     """Rewrites a safetensors file, its order kept; change: see `_as_it_is`."""
-    entries, aside = tensors.read_header(file), file.with_suffix(".new")
+    entries, aside = safetensors_io.read_header(file), file.with_suffix(".new")
     by_place = sorted(entries.items(), key=lambda item: item[1].begin)
     table = {name: change(name, entry) for name, entry in by_place}
-    tensors.write_file(aside, table, tensors.read_metadata(file))
+    safetensors_io.write_file(aside, table, safetensors_io.read_metadata(file))
     aside.replace(file)
 
 
@@ -450,7 +459,7 @@ def model_files(base):
 
     Besides the root's files, only those of components that model_index.json names.
     """
-    index = tensors.read_json(base / "model_index.json")
+    index = safetensors_io.read_json(base / "model_index.json")
     components = {k for k, v in index.items() if isinstance(v, list) and any(v)}
     files = []
     for file in sorted(p for p in base.rglob("*") if p.is_file()):
@@ -467,9 +476,9 @@ def _is_left_out(source, relative, kept):
         return is_weight
     if top in kept:
         if re.search(r"\.index(\.\w+)?\.json$", source.name):
-            return not set(tensors.shards(source)) <= kept[top]
+            return not set(safetensors_io.shards(source)) <= kept[top]
         return is_weight and source not in kept[top]
-    if source.suffix not in tensors.PICKLES:
+    if source.suffix not in safetensors_io.PICKLES:
         return False
     return top in COMPONENTS or any(source.parent.glob("*.safetensors"))
 

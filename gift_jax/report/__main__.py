@@ -21,15 +21,15 @@ import sys
 
 from absl import logging
 
-from gift_jax import config
-from gift_jax.config import UserError
 from gift_jax.report import results, tables
+from gift_jax.runtime import cli
+from gift_jax.runtime.errors import UserError, at_least, choice
 
 _LARGE = 50e6  # bytes of a page
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = config.parser(__doc__, "report")
+    p = cli.parser(__doc__, "report")
     p.add_argument("runs", nargs="+", metavar="RUN", help="a folder with results.json")
     p.add_argument("--out", metavar="FILE.html", help="(default RUN/report/index.html)")
     p.add_argument(
@@ -54,14 +54,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args, runs: list[results.Run]) -> None:
-    config.at_least("--pictures", args.pictures, 0)
+    at_least("--pictures", args.pictures, 0)
     for flag, value, named in (
         ("--metric", args.metric, results.metrics),
         ("--over", args.over, tables.overs),
     ):
         choices = dict.fromkeys(name for run in runs for name in named(run.data))
         if value:
-            config.choice(flag, value, tuple(choices))
+            choice(flag, value, tuple(choices))
     if args.out and not args.out.endswith((".html", ".htm")):
         raise UserError(
             f"--out={args.out} must end in .html; try --out={args.out}.html"
@@ -95,4 +95,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    config.run_main(lambda: main(sys.argv[1:]))
+    cli.run_main(lambda: main(sys.argv[1:]))

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gift_jax.metrics import gaps
+from gift_jax.benchmark import gap_ratios, summary
 from gift_jax.report import results
-from gift_jax.report.results import BEFORE, SIDES, Match
 
 
 class Point(NamedTuple):
@@ -24,7 +23,7 @@ class Point(NamedTuple):
 class Curve(NamedTuple):
     """One line of a plot. concept: "" for the mean over all of them."""
 
-    match: Match
+    match: results.Match
     side: str
     method: str
     concept: str
@@ -40,8 +39,8 @@ def curves(data: dict[str, Any], metric: str) -> list[Curve]:
     """
     table, found = _table(data, metric), []
     for match in results.matches(data):
-        before = match._replace(family="", attack=BEFORE)
-        for side in SIDES:
+        before = match._replace(family="", attack=summary.BEFORE)
+        for side in results.SIDES:
             for method in results.methods(data):
                 mine = table.get((match, side, method), {})
                 start = table.get((before, side, method), {})
@@ -54,7 +53,7 @@ def before(data: dict[str, Any], metric: str) -> list[Curve]:
     """Returns the metric before any attack, likewise: curves of one point."""
     table, found = _table(data, metric), []
     for (match, side, method), by_concept in table.items():
-        if match.attack == BEFORE:
+        if match.attack == summary.BEFORE:
             found += _of(by_concept, match, side, method)
     return [curve for curve in found if curve.points]
 
@@ -63,8 +62,8 @@ def _table(data, metric):
     """{(match, side, method): {concept: {step: mean over seeds}}}."""
     table: dict = {}
     for cell in data["cells"]:
-        family = "" if cell["attack"] == BEFORE else cell["family"]
-        match = Match(family, cell["attack"], cell["prompt"])
+        family = "" if cell["attack"] == summary.BEFORE else cell["family"]
+        match = results.Match(family, cell["attack"], cell["prompt"])
         key = match, cell["side"], cell["method"]
         for point in cell["points"]:
             value = point["values"].get(metric)
@@ -87,7 +86,7 @@ def _of(by_concept, match, side, method) -> Iterator[Curve]:
     points = []
     for step in sorted(shared):
         values = [steps[step] for steps in by_concept.values()]
-        low, high = gaps.bootstrap(values, num=2000)
+        low, high = gap_ratios.bootstrap(values, num=2000)
         points.append(Point(step, float(np.mean(values)), low, high, len(values)))
     yield Curve(match, side, method, "", points)
     for concept, steps in by_concept.items():

@@ -10,14 +10,13 @@ from typing import Any
 import jinja2
 
 from gift_jax.report import curves, markdown, pictures, plots, results, tables
-from gift_jax.report.results import Run
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _SCRIPTS = ("state.js", "figures.js", "sections.js", "pictures.js")
 
 
 def write(
-    runs: Sequence[Run],
+    runs: Sequence[results.Run],
     out: pathlib.Path,
     *,
     count: int = 8,
@@ -55,7 +54,7 @@ def _plot(data, folder: pathlib.Path, suffix: str, metric: str, over: str) -> No
 
 
 def render(
-    runs: Sequence[Run], *, count: int = 8, metric: str = "", over: str = ""
+    runs: Sequence[results.Run], *, count: int = 8, metric: str = "", over: str = ""
 ) -> str:
     """Returns the page's HTML; the same runs give the same page."""
     environment = jinja2.Environment(
@@ -93,7 +92,7 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: results.Run) -> dict[str, Any]:
     """What the template itself writes of a run."""
     data = run.data
     points = [point for cell in data["cells"] for point in cell["points"]]
@@ -120,7 +119,7 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _run_json(run: Run, count: int) -> dict[str, Any]:
+def _run_json(run: results.Run, count: int) -> dict[str, Any]:
     """What the page's scripts draw from."""
     data = run.data
     matches = results.matches(data)

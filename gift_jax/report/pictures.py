@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gift_jax.config import UserError
-from gift_jax.report import grid, results
+from gift_jax.report import results
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import grid
 
 COLUMNS = 8
 LARGEST = 128  # pixels of a picture on the page; larger ones are made smaller

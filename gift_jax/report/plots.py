@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from gift_jax.benchmark import summary
 from gift_jax.report import curves, results, tables
-from gift_jax.report.results import ORIGINAL
 
 # Told apart without colours, too: colour, marker and dash go through periods of their
 # own. The page's stylesheet has the same colours, and others for dark.
@@ -52,7 +52,9 @@ def look(i: int) -> Look:
 
 def _looks(data) -> dict[str, Look]:
     names = tables.defended(data)
-    return {ORIGINAL: look(-1)} | {name: look(i) for i, name in enumerate(names)}
+    return {summary.ORIGINAL: look(-1)} | {
+        name: look(i) for i, name in enumerate(names)
+    }
 
 
 def trajectories(data, metric: str, path: pathlib.Path) -> None:
@@ -66,7 +68,7 @@ def trajectories(data, metric: str, path: pathlib.Path) -> None:
             max(1, len(matches)), 2, sharey=True, squeeze=False, sharex="row"
         )
         for row, match in zip(axes, matches, strict=False):
-            for ax, side in zip(row, tables.GAP_SIDES, strict=True):
+            for ax, side in zip(row, summary.SIDES, strict=True):
                 ax.set_title(f"{results.match_label(data, match)}, {side}", loc="left")
                 for line in lines:
                     if (line.match, line.side) == (match, side):
@@ -103,10 +105,10 @@ def tradeoff(data, metric: str, over: str, path: pathlib.Path) -> None:
         for ax, match in zip(axes.flat, matches, strict=False):
             ax.set_title(results.match_label(data, match), loc="left")
             for i, name in enumerate(names):
-                pair = [table.columns[match, side][i] for side in tables.GAP_SIDES]
+                pair = [table.columns[match, side][i] for side in summary.SIDES]
                 if None not in pair:
                     _draw_point(ax, *pair, looks[name])
-            ax.plot(0, 0, linestyle="", **_marks(looks[ORIGINAL], 5))
+            ax.plot(0, 0, linestyle="", **_marks(looks[summary.ORIGINAL], 5))
             ax.update_datalim([(0, 1)])  # the best place is always in sight
             ax.autoscale_view()
         for ax in axes.flat[len(matches) :]:
@@ -116,7 +118,7 @@ def tradeoff(data, metric: str, over: str, path: pathlib.Path) -> None:
         for ax in axes.flat[max(0, len(matches) - columns) : len(matches)]:
             ax.set_xlabel("benign gap (0 is best)")
             ax.tick_params(labelbottom=True)  # below it may be nothing
-        _legend(figure, looks, {ORIGINAL, *names}, lines=False)
+        _legend(figure, looks, {summary.ORIGINAL, *names}, lines=False)
         _save(figure, path)
 
 

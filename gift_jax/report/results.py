@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from gift_jax.config import UserError
-from gift_jax.report.summary import BEFORE, ORIGINAL
+from gift_jax.benchmark import summary
+from gift_jax.runtime.errors import UserError
 
 FILE = "results.json"
 SIDES = ("harmful", "benign", "kept")
@@ -133,7 +133,7 @@ def methods(data) -> list[str]:
     """Returns the methods in order, the original first."""
     named = [row["method"] for row in (*data["cells"], *data["summary"])]
     order = list(dict.fromkeys(named))
-    return sorted(order, key=lambda name: name != ORIGINAL)
+    return sorted(order, key=lambda name: name != summary.ORIGINAL)
 
 
 def concepts(data) -> list[str]:
@@ -143,7 +143,9 @@ def concepts(data) -> list[str]:
 
 def matches(data) -> list[Match]:
     """Returns every attack under each of its prompts, families and attacks together."""
-    rows = [r for r in (*data["cells"], *data["summary"]) if r["attack"] != BEFORE]
+    rows = [
+        r for r in (*data["cells"], *data["summary"]) if r["attack"] != summary.BEFORE
+    ]
     found = dict.fromkeys(Match(r["family"], r["attack"], r["prompt"]) for r in rows)
     families = list(dict.fromkeys(match.family for match in found))
     attacks = list(dict.fromkeys(match.attack for match in found))

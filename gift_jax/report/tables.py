@@ -6,11 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from gift_jax.metrics import gaps
+from gift_jax.benchmark import gap_ratios, summary
 from gift_jax.report import curves, results
-from gift_jax.report.results import ORIGINAL, SIDES
-from gift_jax.report.summary import HARMFUL
-from gift_jax.report.summary import SIDES as GAP_SIDES
 
 ANY = "any attack"  # the worst case over all families
 
@@ -79,7 +76,7 @@ def form(value: float) -> str:
 
 def defended(data) -> list[str]:
     """Returns the methods that have gap ratios, in order."""
-    return [name for name in results.methods(data) if name != ORIGINAL]
+    return [name for name in results.methods(data) if name != summary.ORIGINAL]
 
 
 def gap_table(data, metric: str, over: str, concept: str = "") -> Table:
@@ -91,7 +88,7 @@ def gap_table(data, metric: str, over: str, concept: str = "") -> Table:
     }
     columns = {}
     for match in results.matches(data):
-        for side in GAP_SIDES:
+        for side in summary.SIDES:
             found = [rows.get((method, match)) for method in defended(data)]
             numbers = [_number(row and row[side], concept) for row in found]
             columns[match, side] = _mark_best(numbers, side)
@@ -116,10 +113,10 @@ def _mark_best(numbers: Numbers, side: str) -> Numbers:
     known = [number.value for number in numbers if number is not None]
     if len(known) < 2:
         return numbers
-    best = max(known) if side == HARMFUL else min(known, key=abs)
+    best = max(known) if side == summary.HARMFUL else min(known, key=abs)
 
     def is_best(value):
-        pair = (value, best) if side == HARMFUL else (abs(value), abs(best))
+        pair = (value, best) if side == summary.HARMFUL else (abs(value), abs(best))
         return form(pair[0]) == form(pair[1])
 
     return [n and dataclasses.replace(n, best=is_best(n.value)) for n in numbers]
@@ -135,14 +132,14 @@ def _worst_cases(data, columns):
             fitting = [m for m in fitting if prompt in ("", m.prompt)]
             numbers = _lowest(data, columns, fitting)
             if fitting:
-                worst[prompt, family] = _mark_best(numbers, HARMFUL)
+                worst[prompt, family] = _mark_best(numbers, summary.HARMFUL)
     return worst
 
 
 def _lowest(data, columns, fitting: Sequence[results.Match]) -> Numbers:
     lowest: Numbers = []
     for i in range(len(defended(data))):
-        found = [(columns[match, HARMFUL][i], match) for match in fitting]
+        found = [(columns[match, summary.HARMFUL][i], match) for match in fitting]
         found = [(number, match) for number, match in found if number is not None]
         if not found:
             lowest.append(None)
@@ -171,8 +168,8 @@ def before_table(data, metric: str, concept: str = "") -> dict[Any, Numbers]:
 
 
 def _side_order(side: str) -> int:
-    order = ("kept", *GAP_SIDES)  # what should be untouched first
-    return order.index(side) if side in SIDES else len(order)
+    order = ("kept", *summary.SIDES)  # what should be untouched first
+    return order.index(side) if side in results.SIDES else len(order)
 
 
 def seconds(data) -> list[tuple[str, str, float]]:
@@ -193,4 +190,6 @@ def seconds(data) -> list[tuple[str, str, float]]:
 def overs(data) -> list[str]:
     """Returns the parts of a trajectory that there are gap ratios over, in order."""
     found = dict.fromkeys(row["over"] for row in data["summary"])
-    return sorted(found, key=lambda o: gaps.OVER.index(o) if o in gaps.OVER else 9)
+    return sorted(
+        found, key=lambda o: gap_ratios.OVER.index(o) if o in gap_ratios.OVER else 9
+    )

@@ -9,15 +9,15 @@ import pytest
 import toy_denoiser
 from flax.traverse_util import unflatten_dict
 
-from gift_jax import loop
 from gift_jax.attacks import dreambooth
+from gift_jax.state import init_state
 
 KEY = jax.random.key(4)
 TABLE = "text_model/table"
 
 
 def start(params, tx):
-    return loop.init_state(params, {"attack": tx.init(params)})
+    return init_state(params, {"attack": tx.init(params)})
 
 
 def encode(text, ids):

@@ -9,9 +9,10 @@ import pytest
 import toy_denoiser
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax import job, loop
 from gift_jax.attacks import lora
-from gift_jax.config import UserError
+from gift_jax.models.load import make_denoiser
+from gift_jax.runtime.errors import UserError
+from gift_jax.state import init_state
 
 KEY = jax.random.key(4)
 KERNELS = {p for p in toy_denoiser.SHAPES if "/attn" in p}
@@ -86,7 +87,7 @@ def test_step_trains_the_factors_only(unet):
     tx = optax.adam(1e-2)
     step = jax.jit(lora.make_step(toy_denoiser.denoiser(), tx, 0.5))
     factors = lora.init(KEY, unet, 2)
-    state = loop.init_state(factors, {"attack": tx.init(factors)})
+    state = init_state(factors, {"attack": tx.init(factors)})
     frozen = {"unet": unet, "abar": toy_denoiser.abar()}
     kept = jax.device_get(frozen)
     batch = {"attack": toy_denoiser.batch(4)}
@@ -107,7 +108,7 @@ def test_step_lowers_the_loss_on_the_attacked_pairs(unet):
     tx = optax.sgd(0.1)
     step = jax.jit(lora.make_step(toy_denoiser.denoiser(), tx, 1.0))
     factors = lora.init(KEY, unet, 2)
-    state = loop.init_state(factors, {"attack": tx.init(factors)})
+    state = init_state(factors, {"attack": tx.init(factors)})
     frozen = {"unet": unet, "abar": toy_denoiser.abar()}
     batch = {"attack": toy_denoiser.batch(4)}
     new, before = step(state, frozen, batch, KEY)
@@ -120,7 +121,7 @@ def test_merged_weights_predict_what_the_step_applied(tiny, rng):
     unet = flatten_dict(tiny.params["unet"], sep="/")
     factors = random_factors(unet, 4, rng)
     assert len(factors) == 4 * 2 * 4  # blocks, attentions, projections
-    denoiser = job.denoiser(tiny)
+    denoiser = make_denoiser(tiny)
     z = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
     c = rng.normal(size=(2, 16, 32)).astype(np.float32)
     t = jnp.asarray([5, 800])

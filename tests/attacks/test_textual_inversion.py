@@ -8,18 +8,20 @@ import optax
 import pytest
 import toy_denoiser
 
-from gift_jax import job, loop, offences
+from gift_jax.attacks import base as attacks_base
 from gift_jax.attacks import textual_inversion
-from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion
-from gift_jax.models.weights import TOKEN_TABLE
+from gift_jax.models import weights
+from gift_jax.models.load import EMBEDDED
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.errors import UserError
+from gift_jax.state import init_state
 
 KEY = jax.random.key(4)
 
 
 @pytest.fixture
 def tokenizer():
-    return stable_diffusion.load_tokenizer(job.EMBEDDED / "tokenizer")
+    return stable_diffusion.load_tokenizer(EMBEDDED / "tokenizer")
 
 
 def encode(text, ids):
@@ -32,10 +34,10 @@ def test_step_trains_the_new_rows_only(rng):
     table = jnp.asarray(rng.normal(size=(7, toy_denoiser.D)), jnp.float32)
     params = {"embeddings": textual_inversion.start(table, 2, 3)}
     np.testing.assert_array_equal(params["embeddings"], table[np.asarray([2, 2, 2])])
-    state = loop.init_state(params, {"attack": tx.init(params)})
+    state = init_state(params, {"attack": tx.init(params)})
     frozen = {
         "unet": toy_denoiser.params(),
-        "text": {TOKEN_TABLE: table},
+        "text": {weights.TOKEN_TABLE: table},
         "abar": toy_denoiser.abar(),
     }
     kept = jax.device_get(frozen)
@@ -56,12 +58,12 @@ def test_new_words_are_whole_tokens_at_the_end_of_the_vocabulary(tokenizer):
 
 
 def test_word_of_several_vectors_becomes_them_all(tiny):
-    model = offences.with_tokens(tiny, "<thing>", 2)
+    model = attacks_base.with_tokens(tiny, "<thing>", 2)
     known = len(tiny.tokenizer)
     ids = stable_diffusion.tokenize(model, ["a <thing> cat"])
     assert ids[0, 2:4].tolist() == [known, known + 1]
     one = stable_diffusion.tokenize(
-        offences.with_tokens(tiny, "<thing>", 1), ["a <thing> cat"]
+        attacks_base.with_tokens(tiny, "<thing>", 1), ["a <thing> cat"]
     )
     assert ids[0, 4:-1].tolist() == one[0, 3:-2].tolist()
 

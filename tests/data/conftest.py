@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from gift_jax.data import emoji
+from gift_jax.data.sources import emoji
 
 
 @pytest.fixture(scope="session")

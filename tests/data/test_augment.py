@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gift_jax.data.augment import augment
+from gift_jax.data import augment
 
 KEY = jax.random.key(0)
 YES = jnp.ones(16, bool)
@@ -18,13 +18,13 @@ def images():
 
 
 def test_augment_of_nothing_is_the_identity(images):
-    out = augment(KEY, images, YES, flip=0, shift=0, scale=0)
+    out = augment.augment(KEY, images, YES, flip=0, shift=0, scale=0)
     np.testing.assert_array_equal(out, images)
 
 
 def test_augment_mirrors_only_where_allowed(images):
     allowed = jnp.arange(16) % 2 == 0
-    out = augment(KEY, images, allowed, flip=1.0, shift=0, scale=0)
+    out = augment.augment(KEY, images, allowed, flip=1.0, shift=0, scale=0)
     assert not np.array_equal(images, images[:, :, ::-1])
     np.testing.assert_array_equal(out[::2], images[::2, :, ::-1])
     np.testing.assert_array_equal(out[1::2], images[1::2])
@@ -33,13 +33,13 @@ def test_augment_mirrors_only_where_allowed(images):
 def test_augment_mirrors_about_as_often_as_asked():
     images = jnp.tile(jnp.linspace(-1, 1, 4)[None, None, :, None], (400, 1, 1, 1))
     yes = jnp.ones(400, bool)
-    out = augment(KEY, images, yes, flip=0.5, shift=0, scale=0)
+    out = augment.augment(KEY, images, yes, flip=0.5, shift=0, scale=0)
     mirrored = (out[:, 0, 0, 0] > 0).mean()
     assert 0.4 < mirrored < 0.6
 
 
 def test_augment_shift_keeps_mass_and_enters_white(images):
-    out = augment(KEY, images, YES, flip=0, shift=4, scale=0)
+    out = augment.augment(KEY, images, YES, flip=0, shift=4, scale=0)
     assert not np.array_equal(out, images)
     ink = (1.0 - images).sum((1, 2, 3))  # nothing leaves the frame here
     np.testing.assert_allclose((1.0 - out).sum((1, 2, 3)), ink, rtol=1e-4)
@@ -52,7 +52,7 @@ def test_augment_shift_keeps_mass_and_enters_white(images):
 def test_augment_scale_keeps_the_centre_and_changes_the_size(images):
     ink = (1.0 - images).sum((1, 2, 3))
     flat = jnp.where(images < 1.0, -1.0, images)  # one colour: the centre is exact
-    out = augment(KEY, flat, YES, flip=0, shift=0, scale=0.2)
+    out = augment.augment(KEY, flat, YES, flip=0, shift=0, scale=0.2)
     np.testing.assert_allclose(_centre(out), _centre(flat), atol=0.05)
     area = (1.0 - out).sum((1, 2, 3)) / (1.0 - flat).sum((1, 2, 3))
     assert area.min() < 0.9 < 1.1 < area.max()
@@ -61,16 +61,16 @@ def test_augment_scale_keeps_the_centre_and_changes_the_size(images):
 
 
 def test_augment_draws_by_index_and_not_by_place(images):
-    whole = augment(KEY, images, YES)
-    half = augment(KEY, images[8:], YES[8:], index_B=jnp.arange(8, 16))
-    unindexed = augment(KEY, images[8:], YES[8:])
+    whole = augment.augment(KEY, images, YES)
+    half = augment.augment(KEY, images[8:], YES[8:], index_B=jnp.arange(8, 16))
+    unindexed = augment.augment(KEY, images[8:], YES[8:])
     np.testing.assert_allclose(half, whole[8:], atol=1e-6)
     assert not np.allclose(unindexed, whole[8:], atol=1e-3)
 
 
 def test_augment_runs_under_jit_and_stays_in_range(images):
-    out = jax.jit(augment)(KEY, images, YES)
-    np.testing.assert_allclose(out, augment(KEY, images, YES), atol=1e-5)
+    out = jax.jit(augment.augment)(KEY, images, YES)
+    np.testing.assert_allclose(out, augment.augment(KEY, images, YES), atol=1e-5)
     assert out.shape == images.shape and out.dtype == jnp.float32
     assert out.min() >= -1.0001 and out.max() <= 1.0001
 

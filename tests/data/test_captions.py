@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from gift_jax.config import UserError
 from gift_jax.data import captions
+from gift_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("index", range(len(captions.TEMPLATES)))
@@ -55,7 +55,7 @@ def test_caption_article_follows_the_style():
 
 def test_identifiers_mean_nothing_and_differ(pictures):
     rng = np.random.default_rng(0)
-    words = [captions.identifier(rng) for _ in range(3000)]
+    words = [captions.nonce_word(rng) for _ in range(3000)]
     assert len(set(words)) > 2000 and "sks" not in words
     assert min(map(len, words)) == 3 and max(map(len, words)) <= 9
     said = " ".join([*pictures.concepts, *pictures.styles]).split()
@@ -64,13 +64,13 @@ def test_identifiers_mean_nothing_and_differ(pictures):
 
 def test_identifier_templates_need_the_identifier_and_may_have_a_style():
     template = "{a_style} emoji of {identifier}"
-    told = captions.fill_identifier(template, "vok", "openmoji")
+    told = captions.fill_nonce(template, "vok", "openmoji")
     assert told == "an openmoji emoji of vok"
-    assert captions.check_identifier("f", template)
-    assert not captions.check_identifier("f", "a photo of {identifier}")
+    assert captions.check_nonce_template("f", template)
+    assert not captions.check_nonce_template("f", "a photo of {identifier}")
     for bad in ("a photo", "{concept} {identifier}", "{identifier.x}", "{identifier"):
         with pytest.raises(UserError, match="f=.*must have {identifier}"):
-            captions.check_identifier("f", bad)
+            captions.check_nonce_template("f", bad)
 
 
 def test_word_lists_name_real_concepts(pictures):

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from gift_jax.config import UserError
-from gift_jax.data import emoji, emoji_builder
+from gift_jax.data.sources import emoji, emoji_builder
+from gift_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -72,7 +72,7 @@ def test_builder_decodes_pictures_through_its_data_source(pictures, emoji_cache)
 
 def test_prepare_survives_two_first_uses_at_once(tmp_path):
     code = (
-        "import json, sys; from gift_jax.data import emoji;"
+        "import json, sys; from gift_jax.data.sources import emoji;"
         "data = emoji.load();"
         "print(json.dumps([len(data.images), 'tensorflow' in sys.modules]))"
     )

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gift_jax.config import UserError
-from gift_jax.data.concepts import ConceptData
-from gift_jax.data.latents import cache_latents
+from gift_jax.data import latents
+from gift_jax.data.pairs import ConceptData
+from gift_jax.runtime.errors import UserError
 
 KEY = jax.random.key(0)
 
@@ -29,7 +29,7 @@ def encode_prompts(prompts):
 
 
 def test_cache_holds_each_pair_encoded_in_order(data):
-    cache = cache_latents(encode_images, encode_prompts, data, batch_size=2)
+    cache = latents.cache_latents(encode_images, encode_prompts, data, batch_size=2)
     images = data.images / 127.5 - 1.0
     np.testing.assert_allclose(cache["mean"], images * 2, atol=1e-6)
     np.testing.assert_allclose(cache["std"], np.abs(images), atol=1e-6)
@@ -50,14 +50,18 @@ def test_cache_encodes_batches_of_one_size_and_prompts_once(data):
         seen.append(prompts)
         return encode_prompts(prompts)
 
-    cache_latents(images_spy, prompts_spy, data, batch_size=2, copies=2, key=KEY)
+    latents.cache_latents(
+        images_spy, prompts_spy, data, batch_size=2, copies=2, key=KEY
+    )
     assert sizes == {(2, 8, 8, 3)}
     assert seen == [["a owl", "a bomb"], ["a key", "a key"]]
 
 
 def test_cache_copies_are_augmented_after_the_first(data):
-    plain = cache_latents(encode_images, encode_prompts, data)
-    cache = cache_latents(encode_images, encode_prompts, data, copies=3, key=KEY)
+    plain = latents.cache_latents(encode_images, encode_prompts, data)
+    cache = latents.cache_latents(
+        encode_images, encode_prompts, data, copies=3, key=KEY
+    )
     assert len(cache["mean"]) == len(cache["text"]) == len(cache["concept"]) == 15
     np.testing.assert_array_equal(cache["mean"][:5], plain["mean"])
     assert not np.allclose(cache["mean"][5:10], plain["mean"], atol=1e-2)
@@ -66,17 +70,21 @@ def test_cache_copies_are_augmented_after_the_first(data):
 
 def test_cache_does_not_depend_on_batch_size(data):
     kwargs = dict(copies=2, key=KEY)
-    one = cache_latents(encode_images, encode_prompts, data, batch_size=1, **kwargs)
-    many = cache_latents(encode_images, encode_prompts, data, batch_size=8, **kwargs)
+    one = latents.cache_latents(
+        encode_images, encode_prompts, data, batch_size=1, **kwargs
+    )
+    many = latents.cache_latents(
+        encode_images, encode_prompts, data, batch_size=8, **kwargs
+    )
     for name, array in one.items():
         np.testing.assert_allclose(array[:], many[name][:], atol=1e-5, err_msg=name)
 
 
 def test_cache_refuses_no_data_and_no_copies(data):
     with pytest.raises(UserError, match="copies=0"):
-        cache_latents(encode_images, encode_prompts, data, copies=0)
+        latents.cache_latents(encode_images, encode_prompts, data, copies=0)
     with pytest.raises(ValueError, match="key"):
-        cache_latents(encode_images, encode_prompts, data, copies=2)
+        latents.cache_latents(encode_images, encode_prompts, data, copies=2)
     nothing = ConceptData(data.images[:0], [], [], [], np.ones(0, bool))
     with pytest.raises(UserError, match="no pictures"):
-        cache_latents(encode_images, encode_prompts, nothing)
+        latents.cache_latents(encode_images, encode_prompts, nothing)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from gift_jax.config import UserError
-from gift_jax.data import emoji_builder
-from gift_jax.data.pipeline import ArraySource, Repeated, batches
+from gift_jax.data import pipeline
+from gift_jax.data.sources import emoji_builder
+from gift_jax.runtime.errors import UserError
 
 SIZE = 10
 
@@ -15,7 +15,9 @@ SIZE = 10
 @pytest.fixture
 def source():
     ids = np.arange(SIZE, dtype=np.int32)
-    return ArraySource({"id": ids, "z": np.stack([ids, -ids], axis=1).astype(float)})
+    return pipeline.ArraySource(
+        {"id": ids, "z": np.stack([ids, -ids], axis=1).astype(float)}
+    )
 
 
 def ids(iterator, count):
@@ -23,52 +25,54 @@ def ids(iterator, count):
 
 
 def test_batches_repeat_for_a_seed_and_differ_for_another(source):
-    first = ids(batches(source, 5, seed=0), 4)
-    assert first == ids(batches(source, 5, seed=0), 4)
-    assert first != ids(batches(source, 5, seed=1), 4)
+    first = ids(pipeline.batches(source, 5, seed=0), 4)
+    assert first == ids(pipeline.batches(source, 5, seed=0), 4)
+    assert first != ids(pipeline.batches(source, 5, seed=1), 4)
 
 
 def test_batches_shuffle_anew_each_epoch(source):
-    got = ids(batches(source, 5, seed=0), 4)
+    got = ids(pipeline.batches(source, 5, seed=0), 4)
     one, two = got[0] + got[1], got[2] + got[3]
     assert sorted(one) == sorted(two) == list(range(SIZE))
     assert one != two
 
 
 def test_batches_keep_rows_together(source):
-    for batch in itertools.islice(batches(source, 5, seed=0), 4):
+    for batch in itertools.islice(pipeline.batches(source, 5, seed=0), 4):
         np.testing.assert_array_equal(batch["z"][:, 0], batch["id"])
         np.testing.assert_array_equal(batch["z"][:, 1], -batch["id"])
 
 
 def test_batches_unshuffled_keep_the_order(source):
-    got = ids(batches(source, 5, seed=0, shuffle=False), 3)
+    got = ids(pipeline.batches(source, 5, seed=0, shuffle=False), 3)
     assert got == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
 
 
 def test_batches_drop_the_remainder_or_run_on(source):
-    dropped = ids(batches(source, 4, seed=0, shuffle=False), 3)
+    dropped = ids(pipeline.batches(source, 4, seed=0, shuffle=False), 3)
     assert dropped == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
-    run_on = ids(batches(source, 4, 0, shuffle=False, drop_remainder=False), 3)
+    run_on = ids(pipeline.batches(source, 4, 0, shuffle=False, drop_remainder=False), 3)
     assert run_on == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
-    small = ids(batches(source, 16, 0, shuffle=False, drop_remainder=False), 1)
+    small = ids(pipeline.batches(source, 16, 0, shuffle=False, drop_remainder=False), 1)
     assert small == [[*range(10), *range(6)]]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_batches_resumed_mid_epoch_equal_a_straight_run(source, threads):
-    straight = ids(batches(source, 2, seed=3), 12)
-    first = batches(source, 2, seed=3, num_threads=threads)
+    straight = ids(pipeline.batches(source, 2, seed=3), 12)
+    first = pipeline.batches(source, 2, seed=3, num_threads=threads)
     head = ids(first, 7)
     state = json.loads(json.dumps(first.get_state()))
-    second = batches(source, 2, seed=3, num_threads=threads)
+    second = pipeline.batches(source, 2, seed=3, num_threads=threads)
     second.set_state(state)
     assert head + ids(second, 5) == straight
 
 
 def test_batches_of_two_processes_partition_the_global_batch(source):
-    whole = batches(source, 4, seed=0)
-    parts = [batches(source, 4, 0, process_index=p, process_count=2) for p in (0, 1)]
+    whole = pipeline.batches(source, 4, seed=0)
+    parts = [
+        pipeline.batches(source, 4, 0, process_index=p, process_count=2) for p in (0, 1)
+    ]
     for _ in range(5):
         want, left, right = next(whole), next(parts[0]), next(parts[1])
         assert left["id"].tolist() + right["id"].tolist() == want["id"].tolist()
@@ -79,35 +83,35 @@ def test_batches_of_two_processes_partition_the_global_batch(source):
 
 
 def test_batches_state_moves_between_process_counts(source):
-    whole = batches(source, 4, seed=0)
+    whole = pipeline.batches(source, 4, seed=0)
     ids(whole, 3)
-    part = batches(source, 4, 0, process_index=1, process_count=2)
+    part = pipeline.batches(source, 4, 0, process_index=1, process_count=2)
     part.set_state(whole.get_state())
     assert next(part)["id"].tolist() == next(whole)["id"].tolist()[2:]
 
 
 def test_batches_read_the_builder_records_directly(pictures, emoji_cache):
     records = emoji_builder.data_source(emoji_cache)
-    batch = next(batches(records, 8, seed=0))
+    batch = next(pipeline.batches(records, 8, seed=0))
     for row, concept in zip(batch["row"], batch["concept"], strict=True):
         assert pictures.concepts[pictures.concept_ids[row]] == concept.decode()
 
 
 def test_batches_refuse_what_cannot_work(source):
     with pytest.raises(UserError, match="no examples"):
-        batches(ArraySource({"id": np.zeros(0)}), 1, 0)
+        pipeline.batches(pipeline.ArraySource({"id": np.zeros(0)}), 1, 0)
     with pytest.raises(UserError, match="batch_size=3 must divide by 2 processes"):
-        batches(source, 3, 0, process_count=2)
+        pipeline.batches(source, 3, 0, process_count=2)
     with pytest.raises(UserError, match="batch_size=16 is larger than the data"):
-        batches(source, 16, 0)
+        pipeline.batches(source, 16, 0)
     with pytest.raises(UserError, match="batch_size=0"):
-        batches(source, 0, 0)
+        pipeline.batches(source, 0, 0)
 
 
 def test_repeated_entries_read_like_the_array_they_stand_for():
     table, rows = np.asarray([[1.0, 2.0], [3.0, 4.0]]), np.asarray([0, 1, 1, 0])
-    repeated = Repeated(table, rows)
-    source = ArraySource({"x": repeated, "i": np.arange(4)})
+    repeated = pipeline.DeduplicatedArray(table, rows)
+    source = pipeline.ArraySource({"x": repeated, "i": np.arange(4)})
     np.testing.assert_array_equal(repeated[:], table[rows])
     np.testing.assert_array_equal(source[2]["x"], [3.0, 4.0])
     positions = np.asarray([3, 1])
@@ -116,4 +120,4 @@ def test_repeated_entries_read_like_the_array_they_stand_for():
 
 def test_array_source_refuses_uneven_arrays():
     with pytest.raises(ValueError, match="one length"):
-        ArraySource({"a": np.zeros(2), "b": np.zeros(3)})
+        pipeline.ArraySource({"a": np.zeros(2), "b": np.zeros(3)})

@@ -12,9 +12,9 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from gift_jax.config import UserError
-from gift_jax.data.concepts import ConceptSpec, pairs
-from gift_jax.data.pictures import read
+from gift_jax.data.images import read_image
+from gift_jax.data.pairs import ConceptSpec, load_pairs
+from gift_jax.runtime.errors import UserError
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -32,7 +32,7 @@ def spec(folder, **fields):
 
 def refused(spec, match):
     with pytest.raises(UserError, match=match) as caught:
-        pairs(spec)
+        load_pairs(spec)
     assert "config.safe" in str(caught.value) or ".png" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -58,10 +58,10 @@ def stored(image, name="a.png", **how):
 def test_pictures_are_over_white():
     wide = np.zeros((8, 16, 4), np.uint8)
     wide[:, 4:12] = (*RED, 255)  # the middle square; the sides are transparent
-    image = read(stored(Image.fromarray(wide)), 8)
+    image = read_image(stored(Image.fromarray(wide)), 8)
     assert image.shape == (8, 8, 3) and image.dtype == np.uint8
     assert (image == RED).all()
-    assert (read(stored(Image.new("RGBA", (8, 8))), 8) == 255).all()
+    assert (read_image(stored(Image.new("RGBA", (8, 8))), 8) == 255).all()
 
 
 def test_pictures_are_upright():
@@ -69,7 +69,7 @@ def test_pictures_are_upright():
     half[:4] = 255  # white above black
     exif = Image.Exif()
     exif[0x0112] = 3  # stored upside down
-    image = read(stored(Image.fromarray(half), exif=exif), 8)
+    image = read_image(stored(Image.fromarray(half), exif=exif), 8)
     assert (image[:4] == 0).all() and (image[4:] == 255).all()
 
 
@@ -77,26 +77,26 @@ def test_sixteen_bit_grey_keeps_its_range():
     values = np.tile(np.arange(0, 65536, 257, dtype=np.uint16), (256, 1))
     expected = np.tile(np.arange(256), (256, 1))
     for name in ("a.png", "a.tif", "a.ppm"):
-        image = read(stored(Image.fromarray(values), name), 256)
+        image = read_image(stored(Image.fromarray(values), name), 256)
         np.testing.assert_array_equal(image, np.stack([expected] * 3, -1), name)
     image = Image.fromarray(values)
     exif = Image.Exif()
     exif[0x0112] = 3
-    turned = read(stored(image, exif=exif), 256)
+    turned = read_image(stored(image, exif=exif), 256)
     np.testing.assert_array_equal(turned[..., 0], expected[:, ::-1])
 
 
 def test_palette_grey_alpha_and_cmyk_give_their_colours():
     see_through = Image.new("P", (8, 8), 1)
     see_through.putpalette([*RED, *BLUE])
-    assert (read(stored(see_through), 8) == BLUE).all()
-    assert (read(stored(see_through, transparency=1), 8) == 255).all()
-    assert (read(stored(Image.new("LA", (8, 8), (90, 255))), 8) == 90).all()
-    assert (read(stored(Image.new("LA", (8, 8), (90, 0))), 8) == 255).all()
+    assert (read_image(stored(see_through), 8) == BLUE).all()
+    assert (read_image(stored(see_through, transparency=1), 8) == 255).all()
+    assert (read_image(stored(Image.new("LA", (8, 8), (90, 255))), 8) == 90).all()
+    assert (read_image(stored(Image.new("LA", (8, 8), (90, 0))), 8) == 255).all()
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    image = read(stored(cmyk, "a.jpg", quality=100), 8).astype(int)
+    image = read_image(stored(cmyk, "a.jpg", quality=100), 8).astype(int)
     assert np.abs(image - (255, 0, 0)).max() <= 3
-    assert (read(stored(Image.new("1", (8, 8), 1)), 8) == 255).all()
+    assert (read_image(stored(Image.new("1", (8, 8), 1)), 8) == 255).all()
 
 
 def test_an_animation_counts_as_its_first_frame():
@@ -104,12 +104,12 @@ def test_an_animation_counts_as_its_first_frame():
     file = stored(frames[0], "a.gif", save_all=True, append_images=frames[1:])
     with Image.open(file) as image:
         assert image.n_frames == 2
-    assert (read(file, 8) == RED).all()
+    assert (read_image(file, 8) == RED).all()
 
 
 def test_tiny_and_narrow_pictures_are_enlarged():
     for shape in ((1, 1), (1, 300), (300, 1)):
-        image = read(stored(Image.new("RGB", shape, RED)), 8)
+        image = read_image(stored(Image.new("RGB", shape, RED)), 8)
         assert image.shape == (8, 8, 3) and (image == RED).all()
 
 
@@ -117,14 +117,14 @@ def test_crops_take_the_middle_a_place_or_the_whole():
     ramp = np.zeros((16, 64, 3), np.uint8)
     ramp[:] = np.arange(64)[None, :, None] * 4
     file = stored(Image.fromarray(ramp))
-    middle, whole = (read(file, 16, crop=crop) for crop in ("center", "none"))
+    middle, whole = (read_image(file, 16, crop=crop) for crop in ("center", "none"))
     np.testing.assert_array_equal(middle, ramp[:, 24:40])
     assert whole.shape == (16, 16, 3)
     assert whole[0, 0, 0] < 12 and whole[0, -1, 0] > 240
     places = set()
     for seed in range(20):
         crops = [
-            read(file, 16, crop="random", rng=np.random.default_rng(seed))
+            read_image(file, 16, crop="random", rng=np.random.default_rng(seed))
             for _ in range(2)
         ]
         np.testing.assert_array_equal(*crops)
@@ -140,29 +140,29 @@ def test_random_crops_depend_on_seed_and_picture(tmp_path):
     for name in "abc":
         Image.fromarray(ramp).save(tmp_path / f"{name}.png")
     random = dict(prompt="p", crop="random")
-    first = pairs(spec(tmp_path, **random)).images
-    np.testing.assert_array_equal(first, pairs(spec(tmp_path, **random)).images)
+    first = load_pairs(spec(tmp_path, **random)).images
+    np.testing.assert_array_equal(first, load_pairs(spec(tmp_path, **random)).images)
     np.testing.assert_array_equal(
-        first[:2], pairs(spec(tmp_path, **random, limit=2)).images
+        first[:2], load_pairs(spec(tmp_path, **random, limit=2)).images
     )
     assert len(np.unique(first, axis=0)) == 3
-    assert (first != pairs(spec(tmp_path, **random, seed=1)).images).any()
+    assert (first != load_pairs(spec(tmp_path, **random, seed=1)).images).any()
 
 
 def test_huge_pictures_are_refused(monkeypatch):
     file = stored(Image.new("RGB", (30, 30), RED))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    assert (read(file, 8) == RED).all()  # where Pillow would only warn
+    assert (read_image(file, 8) == RED).all()  # where Pillow would only warn
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     with pytest.raises(UserError, match=r"huge.png cannot be read .*exceeds limit"):
-        read(file, 8, name="huge.png")
+        read_image(file, 8, name="huge.png")
 
 
 @pytest.mark.parametrize("pixels", [np.float32, np.int32])
 def test_pixels_without_a_range_are_refused(pixels):
     file = stored(Image.fromarray(np.full((8, 8), 1e5, pixels)), "a.tif")
     with pytest.raises(UserError, match="have no agreed range; save it with 8 bits"):
-        read(file, 8)
+        read_image(file, 8)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.bmp", "a.ppm"])
@@ -171,7 +171,7 @@ def test_damaged_pictures_are_refused(name, rng):
     whole = stored(Image.fromarray(pixels), name).getvalue()
     for size in (0, 1, 10, len(whole) // 2):
         with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
-            read(io.BytesIO(whole[:size]), 8, name=name)
+            read_image(io.BytesIO(whole[:size]), 8, name=name)
 
 
 # --- a folder and one prompt ----------------------------------------------------------
@@ -183,14 +183,16 @@ def test_folder_gives_its_pictures_sorted_and_ignores_the_rest(tmp_path, logged)
     save(tmp_path / "sub" / "c.png")
     for name in ("a.txt", "settings.json", ".hidden.png"):
         (tmp_path / name).write_text("not a picture")
-    data = pairs(spec(tmp_path, prompt="sks thing"))
+    data = load_pairs(spec(tmp_path, prompt="sks thing"))
     assert data.images.shape == (2, 8, 8, 3)
     assert (data.images[1] == BLUE).all() and (data.images[0] != BLUE).any()
     assert data.prompts == data.concepts == ["sks thing"] * 2
     assert data.may_flip.tolist() == [True] * 2
     (line,) = (line for line in logged if "ignored" in line)
     assert "ignored 3" in line and "a.txt" in line
-    assert (pairs(spec(tmp_path, prompt="p", limit=1)).images == data.images[:1]).all()
+    assert (
+        load_pairs(spec(tmp_path, prompt="p", limit=1)).images == data.images[:1]
+    ).all()
 
 
 def test_folder_without_pictures_is_refused(tmp_path):
@@ -237,16 +239,16 @@ GOOD = 'file_name,text\nb.png,"a blue, flat thing"\ntrain/a.png,a red thing\n'
     ],
 )
 def test_metadata_captions_its_pictures_in_its_order(captioned, content):
-    data = pairs(spec(captioned(content)))
+    data = load_pairs(spec(captioned(content)))
     assert data.prompts == data.concepts == ["a blue, flat thing", "a red thing"]
     assert (data.images[0] == BLUE).all() and (data.images[1] == RED).all()
-    one = pairs(spec(captioned(content), limit=1))
+    one = load_pairs(spec(captioned(content), limit=1))
     assert one.prompts == ["a blue, flat thing"] and len(one.images) == 1
 
 
 def test_metadata_may_name_another_column(captioned):
     folder = captioned("caption,file_name,text\nblue,b.png,wrong\n")
-    assert pairs(spec(folder, caption_column="caption")).prompts == ["blue"]
+    assert load_pairs(spec(folder, caption_column="caption")).prompts == ["blue"]
     refused(
         spec(folder, caption_column="title"),
         r"metadata.csv, line 2: no column 'title' among 'caption', 'file_name', 'text'",
@@ -254,18 +256,18 @@ def test_metadata_may_name_another_column(captioned):
 
 
 def test_prompt_replaces_captions_and_the_log_says_so(captioned, logged):
-    assert pairs(spec(captioned(GOOD))).prompts[0].startswith("a blue")
+    assert load_pairs(spec(captioned(GOOD))).prompts[0].startswith("a blue")
     assert not any("prompt given" in line for line in logged)
-    assert pairs(spec(captioned(GOOD), prompt="p")).prompts == ["p", "p"]
+    assert load_pairs(spec(captioned(GOOD), prompt="p")).prompts == ["p", "p"]
     assert any("prompt given replaces all captions" in line for line in logged)
     folder = captioned("file_name\nb.png\n")
-    assert pairs(spec(folder, prompt="p")).prompts == ["p"]
+    assert load_pairs(spec(folder, prompt="p")).prompts == ["p"]
 
 
 def test_pictures_that_metadata_leaves_out_are_logged(captioned, logged):
-    pairs(spec(captioned(GOOD)))
+    load_pairs(spec(captioned(GOOD)))
     assert not any("lists" in line for line in logged)
-    pairs(spec(captioned("file_name,text\nb.png,blue\n")))
+    load_pairs(spec(captioned("file_name,text\nb.png,blue\n")))
     assert any("metadata.csv lists 1 of 2 pictures" in line for line in logged)
 
 
@@ -321,7 +323,7 @@ def test_links_may_lead_about_the_folder_but_not_out(captioned, tmp_path_factory
     outside = save(tmp_path_factory.mktemp("outside") / "c.png")
     folder = captioned("file_name,text\nlink.png,x\n")
     (folder / "link.png").symlink_to(folder / "b.png")
-    assert (pairs(spec(folder)).images == BLUE).all()
+    assert (load_pairs(spec(folder)).images == BLUE).all()
     (folder / "link.png").unlink()
     (folder / "link.png").symlink_to(outside)
     refused(spec(folder), "line 2: file_name='link.png' must stay inside")
@@ -391,24 +393,24 @@ def dataset(folder, **fields):
 
 
 def test_dataset_gives_pictures_with_their_texts_or_labels(prepared):
-    data = pairs(dataset(prepared, caption_key="text"))
+    data = load_pairs(dataset(prepared, caption_key="text"))
     assert data.images.shape == (4, 8, 8, 3)
     assert sorted(data.prompts) == [f"number {i}" for i in range(4)]
     assert data.concepts == data.prompts
     order = [int(prompt[-1]) for prompt in data.prompts]
     for image, i in zip(data.images, order, strict=True):
         assert (image == COLOURS[i]).all()
-    labelled = pairs(
+    labelled = load_pairs(
         dataset(prepared, label_key="label", template="a photo of {a_concept}")
     )
     names = [("tiger cat", "owl")[i % 2] for i in order]
     articles = {"tiger cat": "a tiger cat", "owl": "an owl"}
     assert labelled.concepts == names
     assert labelled.prompts == [f"a photo of {articles[name]}" for name in names]
-    prompted = pairs(dataset(prepared, prompt="p", tfds="tiny_things", limit=3))
+    prompted = load_pairs(dataset(prepared, prompt="p", tfds="tiny_things", limit=3))
     assert prompted.prompts == ["p"] * 3
     np.testing.assert_array_equal(prompted.images, data.images[:3])
-    assert len(pairs(dataset(prepared, prompt="p", split="train[:50%]"))) == 2
+    assert len(load_pairs(dataset(prepared, prompt="p", split="train[:50%]"))) == 2
     assert "tensorflow" not in sys.modules
 
 

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gift_jax.config import UserError
-from gift_jax.data import folder
-from gift_jax.data.concepts import ConceptSpec, pairs
+from gift_jax.data.pairs import ConceptSpec, load_pairs
+from gift_jax.data.sources import folder
+from gift_jax.runtime.errors import UserError
 
 HERE = ("a.png", "b.png", "sub/c.png", "a b,ü.png", "-.png")
 
@@ -208,7 +208,7 @@ def test_a_metadata_file_may_not_be_a_link_out(place, name):
 
 def test_a_folder_without_metadata_does_not_follow_links_out(place):
     spec = ConceptSpec(folder=str(place), prompt="p", size=4, field="config.safe")
-    found, opened = OPENED.during(lambda: pairs(spec))
+    found, opened = OPENED.during(lambda: load_pairs(spec))
     assert "\n" not in found and "out.png is a link out of the folder" in found
     assert str(place.parent / "secret.png") not in opened
 
@@ -219,7 +219,7 @@ def test_a_folder_may_itself_be_a_link(place):
     (place / "metadata.csv").write_text("file_name,text\nin.png,x\n")
     spec = ConceptSpec(folder=str(link), size=4, field="config.safe")
     try:
-        data, opened = OPENED.during(lambda: pairs(spec))
+        data, opened = OPENED.during(lambda: load_pairs(spec))
     finally:
         (place / "metadata.csv").unlink()
         link.unlink()

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
-from gift_jax.config import UserError
-from gift_jax.data import pictures
-from gift_jax.data.concepts import ConceptSpec, pairs
+import gift_jax
+from gift_jax.data.images import CROPS, SUFFIXES, read_image
+from gift_jax.data.pairs import ConceptSpec, load_pairs
+from gift_jax.runtime.errors import UserError
 
-ROOT = pathlib.Path(pictures.__file__).parents[2]
+ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 SIZE = 8
 RED, BLUE, GREEN = (200, 0, 0), (0, 0, 200), (0, 200, 0)
 
@@ -41,7 +42,7 @@ def encoded(image, kind, **how):
 
 
 def read(data, **how):
-    return pictures.read(io.BytesIO(data), SIZE, name="odd.png", **how)
+    return read_image(io.BytesIO(data), SIZE, name="odd.png", **how)
 
 
 def checked(data):
@@ -197,7 +198,7 @@ def test_pixels_without_a_range_are_refused(dtype, value):
     st.integers(4, 20_000),
     st.integers(1, 4),
     st.booleans(),
-    st.sampled_from(pictures.CROPS),
+    st.sampled_from(CROPS),
 )
 def test_very_wide_pictures_are_cropped_to_their_middle(length, width, upright, crop):
     pixels = np.empty((width, length, 3), np.uint8)
@@ -325,7 +326,7 @@ def test_no_other_program_is_run_and_no_pipe_waited_for(tmp_path, monkeypatch):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     with pytest.raises(UserError, match="pipe.png cannot be read .*no regular file"):
-        pictures.read(pipe, SIZE)
+        read_image(pipe, SIZE)
 
 
 # --- bombs ----------------------------------------------------------------------------
@@ -364,8 +365,9 @@ BOMBS = {
 }
 MEASURE = """
 import json, pathlib, re, sys, time
-from gift_jax.config import UserError
-from gift_jax.data import pictures
+from gift_jax.data import images
+from gift_jax.runtime.errors import UserError
+
 
 def peak():
     status = pathlib.Path("/proc/self/status").read_text()
@@ -374,7 +376,7 @@ def peak():
 for name in ("whole", *sys.argv[2:]):
     path, before, began = pathlib.Path(sys.argv[1], name), peak(), time.monotonic()
     try:
-        said = str(pictures.read(path, 8).mean())
+        said = str(images.read_image(path, 8).mean())
     except UserError as error:
         said = str(error)
     print(json.dumps([name, said, peak() - before, time.monotonic() - began]))
@@ -416,14 +418,14 @@ def test_bombs_take_no_memory_and_large_pictures_three_times_their_own(tmp_path)
 # --- folders --------------------------------------------------------------------------
 
 NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), max_size=20)
-SUFFIXES = st.sampled_from([".png", ".PNG", ".jpg", ".gif", ".txt", "", ".svg"])
+NAME_SUFFIXES = st.sampled_from([".png", ".PNG", ".jpg", ".gif", ".txt", "", ".svg"])
 CONTENTS = {"good": FILES["png"], "cut": FILES["jpeg"][:300], **OTHERS}
 
 
 @tries(60)
 @given(
     st.dictionaries(
-        st.builds(str.__add__, NAMES, SUFFIXES).filter(lambda n: n.strip(".")),
+        st.builds(str.__add__, NAMES, NAME_SUFFIXES).filter(lambda n: n.strip(".")),
         st.sampled_from(["good"] * 9 + sorted(CONTENTS)),
         min_size=1,
         max_size=6,
@@ -434,12 +436,12 @@ def test_a_folder_is_its_good_pictures_or_names_a_bad_one(files):
         for name, content in files.items():
             pathlib.Path(folder, name).write_bytes(CONTENTS[content])
         there = sorted(pathlib.Path(folder, name) for name in files)
-        read = [p for p in there if p.suffix.lower() in pictures.SUFFIXES]
+        read = [p for p in there if p.suffix.lower() in SUFFIXES]
         read = [p for p in read if not p.name.startswith(".")]
         bad = [p for p in read if files[p.name] != "good"]
         spec = ConceptSpec(folder=folder, prompt="p", size=SIZE, field="config.safe")
         try:
-            data = pairs(spec)
+            data = load_pairs(spec)
         except UserError as error:
             assert bad or not read
             assert str(error).isprintable()  # no line ends, no escape sequences

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from tiny_model import TINY_TEXT
 
-from gift_jax.config import UserError
-from gift_jax.metrics import backbone, judge, pixels
-from gift_jax.metrics.value import MissingWeights
+from gift_jax.metrics import backbone, judge, preprocessing
+from gift_jax.metrics.base import MissingWeights
 from gift_jax.models import hooks
+from gift_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-4
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -169,7 +169,7 @@ def test_cubic_matrix_equals_pytorch(rng, before, after):
     expected = torch.nn.functional.interpolate(
         torch.tensor(x), (after, after), mode="bicubic", align_corners=False
     )
-    matrix = pixels.cubic_matrix(before, after)
+    matrix = preprocessing.cubic_matrix(before, after)
     np.testing.assert_allclose(matrix @ x[0, 0] @ matrix.T, expected[0, 0], atol=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_cubic_matrix_equals_pytorch(rng, before, after):
 def test_standard_pixels_equal_the_processor(clip, rng, shape):
     images = rng.integers(0, 256, size=(1, *shape, 3), dtype=np.uint8)
     expected = reference("clip", clip[1])(list(images), return_tensors="np")
-    ours = pixels.standard(images, pixels.read(clip[1]))
+    ours = preprocessing.standard(images, preprocessing.read(clip[1]))
     np.testing.assert_allclose(ours, expected.pixel_values, atol=1e-6)
 
 

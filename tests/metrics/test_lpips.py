@@ -17,10 +17,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from gift_jax.config import UserError
 from gift_jax.metrics import judge, lpips
-from gift_jax.metrics.value import MissingWeights
+from gift_jax.metrics.base import MissingWeights
 from gift_jax.models import hooks, weights
+from gift_jax.runtime.errors import UserError
 
 # AlexNet as torchvision's `features`: index: (out, in, kernel, stride, padding)
 ALEXNET = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from gift_jax.config import UserError
 from gift_jax.metrics import nudity
-from gift_jax.metrics.value import MissingWeights
+from gift_jax.metrics.base import MissingWeights
+from gift_jax.runtime.errors import UserError
 
 
 def fake(found):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage, optimize
 
-from gift_jax.config import UserError
 from gift_jax.metrics import quality
+from gift_jax.runtime.errors import UserError
 
 
 def textured(rng, count, side=64):

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_model import TINY_TEXT
 
-from gift_jax.config import UserError
 from gift_jax.metrics import backbone, similarity
+from gift_jax.runtime.errors import UserError
 
 PROMPTS = ["a red bird", "houses on a hill", "ten ships at sea"]
 

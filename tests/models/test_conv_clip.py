@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gift_jax import config
 from gift_jax.models import conv_clip, hooks, weights
-from gift_jax.pretraining import clip as clip_stage
+from gift_jax.pretrain import clip as clip_stage
+from gift_jax.runtime.config import load_config
 
 VOCABULARY = 50
 
 
 @pytest.fixture(scope="module")
 def model_config():
-    cfg = config.load("configs/emoji_pretrain.py:smoke")
+    cfg = load_config("configs/emoji_pretrain.py:smoke")
     return clip_stage.model_config(cfg.clip, VOCABULARY)
 
 

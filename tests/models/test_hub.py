@@ -7,9 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from gift_jax import job
-from gift_jax.config import UserError
 from gift_jax.models import hub
+from gift_jax.models.load import load_model
+from gift_jax.runtime.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -30,9 +30,9 @@ def put_in_cache(cache, tiny_folder):
 
 def test_a_cached_model_needs_no_network(cache, tiny_folder):
     put_in_cache(cache, tiny_folder)
-    model = job.load_model("someone/tiny")
+    model = load_model("someone/tiny")
     assert model.path.name == COMMIT
-    assert job.load_model("someone/tiny", revision=COMMIT).path == model.path
+    assert load_model("someone/tiny", revision=COMMIT).path == model.path
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_what_cannot_be_fetched_is_one_line(cache, tiny_folder, name, revision):
     with pytest.raises(
         UserError, match=f"config.model='{name}'.*out of reach"
     ) as caught:
-        job.load_model(name, revision=revision)
+        load_model(name, revision=revision)
     assert "\n" not in str(caught.value)
 
 
 def test_a_local_folder_comes_before_a_hub_id(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "someone" / "tiny")
     monkeypatch.chdir(tmp_path)
-    assert str(job.load_model("someone/tiny").path) == "someone/tiny"
+    assert str(load_model("someone/tiny").path) == "someone/tiny"
 
 
 def test_only_safe_and_needed_files_are_asked_for(asked_of_hub):

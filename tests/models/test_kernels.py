@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import relative_error
 
-from gift_jax import sharding
-from gift_jax.models import hooks, kernels, stable_diffusion
+from gift_jax.models import hooks, kernels
 from gift_jax.models.kernels import Kernels
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.training import sharding
 
 
 def draw(rng, dtype="float32", tokens=64, keys=64, heads=2, size=8):
@@ -77,7 +78,7 @@ def test_heads_go_apart_where_they_lie_together(rng, monkeypatch):
     outs = []
     for devices, lengths in ((1, {"2"}), (2, {"1", "4"})):
         axes = dict(zip(sharding.AXES, (1, 1, devices), strict=True))
-        mesh = sharding.lay_out(jax.devices()[:devices], axes)
+        mesh = sharding.make_mesh(jax.devices()[:devices], axes)
         how = Kernels("chunked").on(mesh)
         program = str(jax.make_jaxpr(how.attend)(*qkv))
         assert set(re.findall(r"length=(\d+)", program)) == lengths
@@ -401,7 +402,7 @@ def test_flash_is_divided_over_a_mesh(rng, monkeypatch):
     plain = Kernels("plain").attend(*qkv)
     for sizes, heads in (((2, 1, 1), 2), ((1, 1, 2), 1)):
         axes = dict(zip(sharding.AXES, sizes, strict=True))
-        how = Kernels("flash").on(sharding.lay_out(jax.devices()[:2], axes))
+        how = Kernels("flash").on(sharding.make_mesh(jax.devices()[:2], axes))
         assert how.device == "cpu"
         ours = jax.jit(how.attend)(*qkv)
         assert asked[-1] == (heads, 128, 128)  # of one device

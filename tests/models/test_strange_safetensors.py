@@ -20,10 +20,13 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion, tensors
+from gift_jax.models import safetensors_io
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.errors import UserError
 
-BYTES = {name: np.dtype(kind).itemsize for name, kind in tensors.ALL_DTYPES.items()}
+BYTES = {
+    name: np.dtype(kind).itemsize for name, kind in safetensors_io.ALL_DTYPES.items()
+}
 
 
 def tries(count):
@@ -54,8 +57,8 @@ def looked_at(path, content):
     """
     path.write_bytes(content)
     try:
-        entries = tensors.read_header(path)
-        metadata = tensors.read_metadata(path)
+        entries = safetensors_io.read_header(path)
+        metadata = safetensors_io.read_metadata(path)
     except UserError as error:
         assert str(error).startswith(f"{path}: ")
         assert str(error).isprintable() and len(str(error)) < 1500
@@ -67,9 +70,9 @@ def looked_at(path, content):
     assert [begin for begin, _ in spans] + [len(content)] == ends
     arrays = {}
     for name, entry in entries.items():
-        array = tensors.read_tensor(name, entry, only_floats=False)
+        array = safetensors_io.read_tensor(name, entry, only_floats=False)
         assert array.shape == entry.shape and array.nbytes == entry.end - entry.begin
-        assert array.dtype == tensors.ALL_DTYPES[entry.dtype]
+        assert array.dtype == safetensors_io.ALL_DTYPES[entry.dtype]
         assert array.tobytes() == content[entry.begin : entry.end]
         arrays[name] = array
     return arrays
@@ -91,14 +94,14 @@ def array_of(dtype, shape, byte):
     raw = np.full(math.prod(shape) * BYTES[dtype], byte, np.uint8)
     if dtype == "BOOL":
         raw &= 1
-    return raw.view(tensors.ALL_DTYPES[dtype]).reshape(shape)
+    return raw.view(safetensors_io.ALL_DTYPES[dtype]).reshape(shape)
 
 
 @tries(150)
 @given(TABLES, st.none() | TEXTS)
 def test_what_is_written_is_read(path, table, metadata):
     wanted = {name: array_of(*how) for name, how in table.items()}
-    tensors.write_file(
+    safetensors_io.write_file(
         path,
         {
             name: (dtype, shape, functools.partial(wanted.__getitem__, name))
@@ -112,7 +115,7 @@ def test_what_is_written_is_read(path, table, metadata):
     for name, array in found.items():
         assert array.shape == wanted[name].shape and array.dtype == wanted[name].dtype
         assert array.tobytes() == wanted[name].tobytes()
-    assert tensors.read_metadata(path) == (metadata or {})
+    assert safetensors_io.read_metadata(path) == (metadata or {})
     assert (8 + int.from_bytes(content[:8], "little")) % 8 == 0
 
 
@@ -121,15 +124,15 @@ def test_what_is_written_is_read(path, table, metadata):
 def test_only_three_dtypes_are_read_as_weights(path, table):
     for name, how in table.items():
         array = array_of(*how)
-        tensors.write_file(path, {name: (*how[:2], lambda array=array: array)})
-        (entry,) = tensors.read_header(path).values()
+        safetensors_io.write_file(path, {name: (*how[:2], lambda array=array: array)})
+        (entry,) = safetensors_io.read_header(path).values()
         if how[0] in ("F32", "F16", "BF16"):
-            assert tensors.read_tensor(name, entry).shape == how[1]
+            assert safetensors_io.read_tensor(name, entry).shape == how[1]
         else:
             with pytest.raises(
                 UserError, match="has dtype .*; must be one of F32, F16"
             ):
-                tensors.read_tensor(name, entry)
+                safetensors_io.read_tensor(name, entry)
 
 
 # --- damage ---------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def test_changed_bytes_are_read_as_the_library_reads_them(path, changes):
         theirs = safetensors.deserialize(bytes(content))
         assert {name: (a["dtype"], tuple(a["shape"])) for name, a in theirs} == {
             name: (entry.dtype, entry.shape)
-            for name, entry in tensors.read_header(path).items()
+            for name, entry in safetensors_io.read_header(path).items()
         }
 
 
@@ -278,14 +281,14 @@ def test_a_header_of_the_most_bytes_is_refused_unread(path):
         file.write(content)
         file.truncate(2**36 + 100)
     with pytest.raises(UserError, match="truncated or not a safetensors file"):
-        tensors.read_header(path)
+        safetensors_io.read_header(path)
     path.unlink()
 
 
 @tries(60)
 @given(st.text(max_size=8) | st.sampled_from(["x" * 300, "a\0", "a\nb", "..", "/"]))
 def test_a_file_that_is_none_is_named(path, name):
-    for read in (tensors.read_header, tensors.read_json):
+    for read in (safetensors_io.read_header, safetensors_io.read_json):
         with pytest.raises(UserError, match="no such file") as caught:
             read(path.parent / "nowhere" / name)
         assert str(caught.value).isprintable()
@@ -295,7 +298,7 @@ def test_a_file_that_is_none_is_named(path, name):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "x.safetensors")
-    for read in (tensors.read_header, tensors.read_json):
+    for read in (safetensors_io.read_header, safetensors_io.read_json):
         with pytest.raises(UserError, match="no such file"):
             read(tmp_path / "x.safetensors")
 
@@ -316,7 +319,7 @@ def test_any_index_names_files_beside_it_or_is_refused(path, value):
     index = path.parent / "model.safetensors.index.json"
     index.write_text(json.dumps(value))
     try:
-        found = tensors.shards(index)
+        found = safetensors_io.shards(index)
     except UserError as error:
         assert str(error).startswith(str(index)) and str(error).isprintable()
     else:
@@ -357,7 +360,7 @@ def pickles(folder, form):
     payload = pickle.dumps(Mark(folder / "ran"))
     for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         (folder / part).mkdir()
-        for ending in tensors.PICKLES:
+        for ending in safetensors_io.PICKLES:
             for name in (f"{stem}{ending}", f"pytorch_model{ending}"):
                 if form == "zip":
                     with zipfile.ZipFile(folder / part / name, "w") as file:
@@ -378,7 +381,7 @@ def test_pickles_are_never_opened(tmp_path, form):
             ("text_encoder", "model"),
         ):
             with pytest.raises(UserError, match="a pickle, which can run code and is"):
-                tensors.weight_files(tmp_path / part, stem)
+                safetensors_io.weight_files(tmp_path / part, stem)
         with pytest.raises(UserError):
             stable_diffusion.load(tmp_path)
         (tmp_path / "model_index.json").write_text("{}")
@@ -388,7 +391,7 @@ def test_pickles_are_never_opened(tmp_path, form):
         HEARD.looking = False
     assert not (tmp_path / "ran").exists()
     assert not [e for e in HEARD.events if e[0] == "pickle.find_class"]
-    assert not [e for e in HEARD.events if e[1].endswith(tensors.PICKLES)]
+    assert not [e for e in HEARD.events if e[1].endswith(safetensors_io.PICKLES)]
 
 
 @tries(60)

@@ -13,8 +13,9 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 from tiny_model import TINY_TEXT, TINY_UNET, TINY_VAE, random_params
 
-from gift_jax.config import UserError
-from gift_jax.models import stable_diffusion, tensors, weights
+from gift_jax.models import safetensors_io, weights
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.errors import UserError
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 TRAINED = "mid_block/attentions_0/transformer_blocks_0/attn2/to_k/kernel"
@@ -35,7 +36,7 @@ def edit_json(file, **changes):
 
 def test_names_are_pytorchs():
     def name(path):
-        return tensors.torch_name(path)
+        return safetensors_io.torch_name(path)
 
     blocks = "down_blocks_0/attentions_1/transformer_blocks_0"
     assert name(f"{blocks}/attn2/to_out_0/kernel") == (
@@ -213,8 +214,10 @@ def test_export_casts_every_weight_when_asked(
     weights.export(tiny_folder, {}, tmp_path / "out", dtype=dtype)
     for component in weights.COMPONENTS:
         (file,) = (tmp_path / "out" / component).glob("*.safetensors")
-        assert {entry.dtype for entry in tensors.read_header(file).values()} == {dtype}
-        assert tensors.read_metadata(file) == {"format": "pt"}
+        assert {entry.dtype for entry in safetensors_io.read_header(file).values()} == {
+            dtype
+        }
+        assert safetensors_io.read_metadata(file) == {"format": "pt"}
     half = stable_diffusion.load(tmp_path / "out")
 
     def same(ours, original):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gift_jax.metrics import gaps
-from gift_jax.report import grid
+from gift_jax.benchmark import gap_ratios
+from gift_jax.sampling import grid
 
 METHODS = ("original", "esd", "gift")
 ATTACKS = {"lora": "lora", "lora_x3": "lora", "dreambooth": "dreambooth"}
@@ -121,7 +121,7 @@ def _summary(cells, methods, attacks, prompts) -> list[dict]:
         for attack, family in attacks.items():
             for prompt in prompts:
                 for metric in METRICS:
-                    for over in gaps.OVER:
+                    for over in gap_ratios.OVER:
                         row = {"method": method, "attack": attack, "family": family}
                         row |= {"prompt": prompt, "metric": metric, "over": over}
                         for side in ("harmful", "benign"):
@@ -134,12 +134,14 @@ def _gap(found, row, side) -> dict:
     rest = row["attack"], row["prompt"], side, row["metric"]
     mine, original = found[row["method"], *rest], found["original", *rest]
     ratios = {
-        concept: gaps.trajectory_gaps(original[concept], mine[concept])[row["over"]]
+        concept: gap_ratios.trajectory_gaps(original[concept], mine[concept])[
+            row["over"]
+        ]
         for concept in mine
     }
     known = [ratio for ratio in ratios.values() if ratio is not None]
     if not known:
         return None
-    low, high = gaps.bootstrap(known, num=500)
+    low, high = gap_ratios.bootstrap(known, num=500)
     value = float(np.mean(known))
     return {"value": value, "low": low, "high": high, "per_concept": ratios}

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gift_jax.config import UserError
-from gift_jax.report import __main__ as report
-from gift_jax.report import curves, markdown, page, results, tables
+from gift_jax.report import __main__, curves, markdown, page, results, tables
+from gift_jax.runtime.errors import UserError
 
 MARKUP = '<img src=x onerror="hacked=1">|</script><script>hacked=1</script>\'*a*'
 SKIPPED = "lpips_alex.safetensors is missing; put it into <cache>"
@@ -48,7 +47,7 @@ def report_without_plots(*flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page.plots, "trajectories", touch)
         patch.setattr(page.plots, "tradeoff", touch)
-        assert report.main([str(flag) for flag in flags]) == 0
+        assert __main__.main([str(flag) for flag in flags]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def plain(tmp_path_factory):
     """A folder of one concept, and its report."""
     folder = tmp_path_factory.mktemp("plain")
     data = fake_benchmark.write(folder, draw=shades)
-    assert report.main([str(folder)]) == 0
+    assert __main__.main([str(folder)]) == 0
     return folder, data
 
 
@@ -403,7 +402,7 @@ def test_failed_report_leaves_the_old_one(plain, monkeypatch):
 
     monkeypatch.setattr(page.plots, "trajectories", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        report.main([str(folder), "--pictures", "1"])
+        __main__.main([str(folder), "--pictures", "1"])
     assert {p.name: p.read_bytes() for p in (folder / "report").iterdir()} == before
 
 
@@ -436,7 +435,7 @@ def test_malformed_results_are_refused(plain, tmp_path, path, value, message):
     change(data, path, value)
     (tmp_path / "results.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(UserError, match=message) as error:
-        report.main([str(tmp_path)])
+        __main__.main([str(tmp_path)])
     assert str(tmp_path / "results.json") in str(error.value)
     assert not (tmp_path / "report").exists()
 
@@ -453,7 +452,7 @@ def test_malformed_results_are_refused(plain, tmp_path, path, value, message):
 )
 def test_mistakes_in_flags_are_refused(plain, flags, message):
     with pytest.raises(UserError, match=message):
-        report.main([str(plain[0]), *flags])
+        __main__.main([str(plain[0]), *flags])
 
 
 def test_broken_sheet_and_json_are_named(tmp_path):
@@ -461,10 +460,10 @@ def test_broken_sheet_and_json_are_named(tmp_path):
     sheet = tmp_path / data["cells"][0]["points"][0]["sheet"]
     sheet.write_bytes(b"no picture")
     with pytest.raises(UserError, match=re.escape(str(sheet))):
-        report.main([str(tmp_path)])
+        __main__.main([str(tmp_path)])
     (tmp_path / "results.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="results.json is not valid JSON"):
-        report.main([str(tmp_path)])
+        __main__.main([str(tmp_path)])
 
 
 def test_command_line_says_a_mistake_in_one_line_and_exits_2(tmp_path):
@@ -477,7 +476,7 @@ def test_command_line_says_a_mistake_in_one_line_and_exits_2(tmp_path):
 
 def test_help_names_what_is_written(capsys):
     with pytest.raises(SystemExit) as done:
-        report.main(["--help"])
+        __main__.main(["--help"])
     told = capsys.readouterr().out
     assert done.value.code == 0
     for name in ("RUN", "--out", "--pictures", "table.md", "tradeoff.png", "examples"):

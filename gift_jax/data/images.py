@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Picture files as square uint8 arrays: upright, over white, of one size."""
+
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gift_jax.runtime import progress
+from gift_jax.runtime.errors import UserError, one_line
+
+CROPS = ("center", "random", "none")
+SUFFIXES = frozenset(
+    # Pillow may lack some of these: then the file is an error, not overlooked.
+    ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tga "
+    ".tif .tiff .webp".split()
+)
+_MAX_SIDE = 100_000  # pixels: to resize takes memory by the side, not by the area
+# What Pillow raises for files that are no picture, cut short or damaged.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_images(files, count, size, *, crop="center", seed=0):
+    """Returns uint8 "N size size 3" of `count` picture files, decoded one by one.
+
+    Args: files: iterable of (name for errors, path or file object). crop, seed: see
+      `read`; picture i draws from the seed and i alone.
+    Raises: UserError for a file that cannot be read.
+    """
+    images = np.empty((count, size, size, 3), np.uint8)
+    with progress.bar("pictures", count) as bar:
+        for i, (name, file) in enumerate(files):
+            rng = np.random.default_rng((seed, i))
+            images[i] = read_image(file, size, crop=crop, rng=rng, name=name)
+            bar.update(i + 1)
+    return images
+
+
+def read_image(file, size, *, crop="center", rng=None, name=""):
+    """Returns a picture file as uint8 "size size 3": upright, over white.
+
+    Args: file: a path or a binary file object; of an animation the first frame counts.
+      size: pixels. crop: "center": the shorter side becomes `size` and the middle
+      square stays; "random": a square anywhere along the longer side, drawn from `rng`;
+      "none": the whole picture, its aspect lost. rng: a NumPy generator. name: for
+      errors, by default the file's.
+    Raises: UserError if the file is no picture that Pillow can read, is cut short, is
+      too large (Pillow's limit of 179 million pixels, or 100,000 along a side), has
+      float or 32-bit pixels, or is of none of the kinds in `SUFFIXES`.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Such as half the limit of size or odd EXIF; what matters is an error.
+            warnings.simplefilter("ignore")
+            with _open(file) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = _over_white(_eight_bit(image))
+    except _BROKEN as error:
+        reason = one_line(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no known kind"
+        raise UserError(
+            f"{one_line(name or file)} cannot be read as a picture ({reason}); "
+            "remove it or replace it"
+        ) from error
+    if crop == "none":
+        return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS))
+    place = tuple(rng.uniform(size=2)) if crop == "random" else (0.5, 0.5)
+    square = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS, centering=place)
+    return np.asarray(square)
+
+
+def _open(file):
+    """Opens a picture, of a kind in `SUFFIXES` whatever its name says.
+
+    Pillow knows others, for one of which (EPS) it runs another program.
+    """
+    on_disk = isinstance(file, (str, os.PathLike))
+    if on_disk and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("no regular file")  # to open a pipe would wait for a writer
+    kinds = Image.registered_extensions()
+    image = Image.open(file, formats=sorted({kinds[s] for s in SUFFIXES & set(kinds)}))
+    if max(image.size) > _MAX_SIDE:
+        image.close()
+        raise ValueError(f"a side of {max(image.size)} pixels")
+    return image
+
+
+def _eight_bit(image):
+    """Returns 16-bit grey as "L": Pillow's own conversion makes it white above 255."""
+    if image.mode == "F":
+        raise ValueError("float pixels have no agreed range; save it with 8 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit pixels have no agreed range; save it with 8 bits")
+    values = values.astype(np.uint32)
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _over_white(image):
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    # Nothing is kept that is not needed: a picture may take half a GB a copy.
+    white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return white.convert("RGB")

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of an exported model: what was done, to what, how, and its limits."""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+from gift_jax.runtime.versions import versions
+
+_METHODS = {
+    "gift": "GIFT (Gradient-aware Immunization, arXiv 2507.13598)",
+    "imma": "IMMA (arXiv 2311.18815)",
+    "esd": "ESD (arXiv 2303.07345)",
+    "uce": "UCE (arXiv 2308.14761)",
+    "maximize": "ascent on the malicious pairs' loss",
+    "maximize_prior": "ascent on the malicious pairs' loss, with a loss on safe pairs",
+}
+_CARD = jinja2.Template(
+    """---
+{% if licence %}
+license: {{ licence }}
+{% endif %}
+base_model: {{ base }}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [gift_jax, {{ "attacked" if attack else "immunized" }}]
+---
+
+# {{ title }}
+
+{% if attack %}
+A Stable Diffusion model after a fine-tuning attack ({{ attack }}), made to measure a
+defence. **Not for release**: it may draw what its makers forbid.
+{% else %}
+A Stable Diffusion model that was changed so that fine-tuning it on what its makers
+forbid is harder. Method: {{ method }}.
+{% endif %}
+
+- Changed from `{{ base }}`{{ ", revision `" ~ revision ~ "`" if revision }}; sha256 of
+  its files: `{{ sha256 }}`.
+{% if attack %}
+- Learned from: {{ harmful }}.
+{% else %}
+- What it should not learn: {{ harmful }}.
+- What it should keep, and stay able to learn: {{ safe }}.
+{% endif %}
+- Trained: {{ trained }}. Every other tensor is the base model's, byte for byte.
+- Steps: {{ steps }}.
+
+## Measured
+{% if metrics %}
+
+After step {{ step }}, of the training itself:
+
+| | |
+| --- | --- |
+{% for name, value in metrics.items() %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{% endif %}
+
+Nothing here is evidence of protection: `python -m gift_jax.benchmark` attacks the model
+and measures what is left, `python -m gift_jax.evaluate` measures what it draws.
+
+## Limits
+
+{% if attack %}
+What an attack of this kind and length reaches says nothing of a longer or another one.
+{% else %}
+Immunization raises the cost of malicious fine-tuning; it does not make it impossible.
+Longer attacks, higher learning rates, other methods and other words than those it was
+measured with may succeed, and whoever has the base model is not hindered at all. It is
+no content filter: what the base model draws when asked, this one may draw too.
+{% endif %}
+
+## Licence
+
+{% if licence %}
+That of the base model: `{{ licence }}`. Its restrictions hold for this model too.
+{% else %}
+That of the base model, which its folder or its page names. Its restrictions hold for
+this model too.
+{% endif %}
+
+## Config
+
+Made with {{ versions }}.
+
+```json
+{{ config }}
+```
+""",
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def of_run(
+    workdir: pathlib.Path, base_folder: pathlib.Path, step: int | None = None
+) -> str:
+    """Returns the card of a run's model, after its last step or another one."""
+    recorded = json.loads((workdir / "config.json").read_text())
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    every = {line["step"]: line for line in map(json.loads, lines)}
+    step = max(every, default=0) if step is None else step
+    return card(recorded, base_folder, metrics=every.get(step, {}))
+
+
+def card(
+    recorded: Mapping[str, Any],
+    base_folder: pathlib.Path,
+    *,
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """Returns the Markdown of a run's exported model.
+
+    Args: recorded: the run's config.json. base_folder: of the model that it changed;
+      its README.md says the licence. metrics: a line of the run's metrics.jsonl.
+    """
+    attack = recorded.get("attack", "")
+    recorded = _public(recorded)
+    name = pathlib.PurePath(recorded["model"]).name
+    metrics = metrics or {}
+    return _CARD.render(
+        title=f"{name}, {'attacked' if attack else 'immunized'}",
+        attack=attack,
+        method=_METHODS.get(recorded.get("method", ""), recorded.get("method", "")),
+        base=recorded["model"],
+        revision=recorded.get("revision", ""),
+        sha256=recorded.get("base_sha256", "unknown"),
+        harmful=_pairs(recorded["data" if attack else "harmful"]),
+        safe="" if attack else _pairs(recorded["safe"]),
+        trained=_trained(recorded, attack),
+        steps=_steps(recorded, attack),
+        step=metrics.get("step", 0),
+        metrics={
+            name: f"{value:.4g}"
+            for name, value in metrics.items()
+            if name != "step" and not name.startswith("time/")
+        },
+        licence=license_of(base_folder),
+        versions=", ".join(f"{name} {v}" for name, v in versions().items()),
+        config=json.dumps(recorded, indent=1, sort_keys=True),
+    )
+
+
+def _public(value: Any) -> Any:
+    """Returns a config without the folders of the machine that it ran on."""
+    if isinstance(value, dict):
+        return {name: _public(one) for name, one in value.items()}
+    if isinstance(value, str) and value.startswith(("/", "~", ".")):
+        return pathlib.PurePath(value).name
+    return value
+
+
+def _pairs(group: Mapping[str, Any]) -> str:
+    """Returns in words where a group's pairs came from."""
+    if group["names"]:
+        names, styles = list(group["names"]), ", ".join(group["styles"]) or "all"
+        more = f" and {len(names) - 5} more" if len(names) > 6 else ""
+        told = ", ".join(names[:5] if more else names) + more
+        return f"{told} (styles: {styles}) of the embedded emoji"
+    if group["generate"]:
+        return f"{group['generate']} pictures that it drew itself: {group['prompt']!r}"
+    source = "folder" if group["folder"] else "tfds"
+    prompt = f", all under {group['prompt']!r}" if group["prompt"] else ""
+    where = pathlib.PurePath(group[source]).name
+    return f"{where} ({source}){prompt}" if where else "nothing"
+
+
+def _trained(recorded: Mapping[str, Any], attack: str) -> str:
+    if not attack:
+        return f"the UNet's {recorded['trainable'].replace('_', '-')}"
+    if attack == "lora":
+        return f"updates of rank {recorded['lora']['rank']} of the UNet's attention"
+    if attack == "textual_inversion":
+        return "embeddings of a new word"
+    text = recorded["dreambooth"]["train_text_encoder"]
+    return "the UNet and the text encoder" if text else "the whole UNet"
+
+
+def _steps(recorded: Mapping[str, Any], attack: str) -> str:
+    after = 0 if attack else recorded["post_finetune"]["steps"]
+    more = f", then {after} of fine-tuning on safe data" if after else ""
+    if recorded.get("method") == "uce":
+        return f"none, but one solution in closed form{more}"
+    return f"{recorded['steps']}{more}"
+
+
+def license_of(folder: pathlib.Path) -> str:
+    """Returns the licence that a model folder's README.md names in its head, or ""."""
+    file = pathlib.Path(folder) / "README.md"
+    if not file.is_file():
+        return ""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = (
+        re.search(r"^license: *([\w.+-]+) *$", head[1], re.MULTILINE) if head else None
+    )
+    return found[1] if found else ""

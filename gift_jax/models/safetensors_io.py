@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors on disk: safetensors files, PyTorch's names and layouts, whole folders.
+
+Pickles are never opened. A parameter is named by its Flax path,
+"down_blocks_0/attentions_0/.../attn2/to_k/kernel"; on disk it has PyTorch's name,
+"down_blocks.0.attentions.0....attn2.to_k.weight", and PyTorch's layout.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from gift_jax.runtime.errors import UserError, one_line, parse_json, shown
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_OTHER_DTYPES = {  # kept as they are, never computed with
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+ALL_DTYPES = DTYPES | _OTHER_DTYPES
+_MAX_DIMS = 64  # NumPy's
+_MAX_HEADER = 100 * 2**20  # bytes, the format's own limit
+
+
+class Entry(NamedTuple):
+    file: Path
+    dtype: str
+    shape: tuple
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def torch_name(path):
+    """Returns the PyTorch name of a Flax path "a/b_0/kernel"."""
+    path = re.sub(r"/layer/layer_(\d+)/", r"/layer/\1/", path)  # ResNet's basic layers
+    *modules, leaf = path.split("/")
+    parts = [
+        m if m.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", m) for m in modules
+    ]
+    if parts and re.search(r"(en|de)coder/mid_block/attentions_\d+/", path):
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        parts[-1] = new.get(parts[-1], parts[-1])
+    return ".".join([*parts, _LEAVES.get(leaf, leaf)])
+
+
+def old_name(name):
+    """The name that SD 1.x files, and diffusers before 0.18, give VAE attention."""
+    for new, old in (
+        (".to_q.", ".query."),
+        (".to_k.", ".key."),
+        (".to_v.", ".value."),
+        (".to_out.0.", ".proj_attn."),
+    ):
+        name = name.replace(new, old)
+    return name
+
+
+def to_torch_layout(path, array):
+    """Returns the array laid out as PyTorch stores the parameter of this Flax path."""
+    if path.endswith("/kernel"):
+        return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return array
+
+
+def torch_shape(path, shape):
+    return to_torch_layout(path, np.empty(shape, np.bool_)).shape
+
+
+def from_torch_layout(path, array):
+    if path.endswith("/kernel"):
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return array
+
+
+def read_header(file):
+    """Returns {name: Entry} of one safetensors file, every field checked.
+
+    Raises: UserError naming the file, and the tensor where one is to blame, if it is
+      missing, truncated, padded, or not a safetensors file.
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    entries, _ = _read_header(file)
+    return entries
+
+
+def read_metadata(file):
+    """Returns the str -> str metadata in a safetensors header, {} if it has none."""
+    return _read_header(file)[1]
+
+
+def _read_header(file):
+    said = one_line(file)
+    if not os.path.isfile(file):  # unlike pathlib's, of any name
+        raise UserError(f"{said}: no such file; the model folder is incomplete")
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8 or length > _MAX_HEADER:
+            raise UserError(
+                f"{said}: truncated or not a safetensors file; copy it again"
+            )
+        raw = f.read(length)
+    try:
+        header = parse_json(raw.decode())
+        if not isinstance(header, dict):
+            raise ValueError(f"a {type(header).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{said}: its header is not JSON ({error})") from None
+    metadata, start = header.pop("__metadata__", None), 8 + length
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise UserError(
+            f"{said}: its __metadata__ is not texts by name; the header is damaged, "
+            "copy the file again"
+        )
+    entries = {name: _entry(file, name, header[name], start) for name in header}
+    end = start
+    for name in sorted(entries, key=lambda name: entries[name][3:]):
+        if entries[name].begin != end:
+            raise UserError(
+                f"{said}: {one_line(name)} begins at byte {entries[name].begin}, but "
+                f"the tensor before it ends at {end}; the header is damaged, copy the "
+                "file again"
+            )
+        end = entries[name].end
+        if end > size:
+            raise UserError(
+                f"{said}: truncated: {size} bytes, but {one_line(name)} ends at byte "
+                f"{end}; copy it again"
+            )
+    if end != size:
+        raise UserError(
+            f"{said}: {size} bytes, but its last tensor ends at byte {end}; "
+            "copy it again"
+        )
+    return entries, metadata
+
+
+def _entry(file, name, info, start):
+    """Returns the Entry of one header item, its bytes agreeing with its shape."""
+    try:
+        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+        whole = isinstance(dtype, str) and isinstance(shape, list)
+        whole = whole and len(shape) <= _MAX_DIMS
+        counts = [*shape, begin, end] if whole else []
+        whole &= all(type(n) is int and 0 <= n < 2**63 for n in counts)
+        if whole and 0 in shape:  # NumPy wants to count the bytes without the 0
+            whole = math.prod(n or 1 for n in shape) < 2**59
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    at = f"{one_line(file)}: {one_line(name)}"
+    if not whole:
+        raise UserError(
+            f"{at} has no valid dtype, shape and data_offsets; the header is "
+            "damaged, copy the file again"
+        )
+    if dtype not in ALL_DTYPES:
+        known = ", ".join(DTYPES)
+        raise UserError(f"{at} has dtype {one_line(dtype)}; must be one of {known}")
+    count = math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize
+    if end - begin != count:
+        raise UserError(
+            f"{at} holds {end - begin} bytes, but {dtype} of shape "
+            f"{one_line(shape)} takes {count}; the header is damaged, copy the file "
+            "again"
+        )
+    return Entry(file, dtype, tuple(shape), start + begin, start + end)
+
+
+def read_tensor(name, entry, *, only_floats=True):
+    """Returns one tensor as it is in the file, a NumPy array of its own.
+
+    Raises: UserError for a dtype that weights cannot have, if `only_floats`.
+    """
+    known = DTYPES if only_floats else ALL_DTYPES
+    if entry.dtype not in known:
+        raise UserError(
+            f"{one_line(entry.file)}: {one_line(name)} has dtype {entry.dtype}; must "
+            f"be one of {', '.join(known)}"
+        )
+    raw = np.fromfile(entry.file, np.uint8, entry.end - entry.begin, offset=entry.begin)
+    return raw.view(known[entry.dtype]).reshape(entry.shape)
+
+
+def write_file(file, tensors, metadata=None):
+    """Writes a safetensors file, one tensor in memory at a time.
+
+    Args: tensors: {name: (dtype name, shape, function that returns the array)}. The
+      order of names is kept; the safetensors library would hold every tensor twice.
+      metadata: str -> str.
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    header, end = {}, 0
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, (dtype, shape, _) in tensors.items():
+        size = math.prod(shape) * np.dtype(ALL_DTYPES[dtype]).itemsize
+        offsets = [end, end + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(file).open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape, read) in tensors.items():
+            array = np.ascontiguousarray(read(), ALL_DTYPES[dtype])
+            if array.size != math.prod(shape):
+                raise ValueError(f"{name} has {array.size} values, not {shape}")
+            f.write(array.reshape(-1).view(np.uint8))
+
+
+def weight_files(directory, stem, variant=""):
+    """Returns the safetensors files of a component: one file, or its shards.
+
+    Args: variant: "" takes the plain files, or the only variant if there are none;
+      a name ("fp16") takes that variant's.
+    Raises: UserError if there is none; says so if there are only pickles.
+    Source: diffusers' and transformers' names of files and shards.
+    """
+    names = (variant, "") if variant else ("", *_variants(directory, stem))
+    for name in names:
+        dotted = f".{name}" if name else ""
+        single = directory / f"{stem}{dotted}.safetensors"
+        if single.is_file():
+            return [single]
+        index = directory / f"{stem}.safetensors.index{dotted}.json"
+        if index.is_file():
+            return shards(index)
+    pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{directory}: has only {pickles[0]}, a pickle, which can run code and is "
+            "never loaded; save the model as safetensors "
+            "(save_pretrained(..., safe_serialization=True))"
+        )
+    raise UserError(
+        f"{directory}: no {stem}.safetensors; is this a diffusers model folder?"
+    )
+
+
+def _variants(directory, stem):
+    """The variant's name if there is exactly one; UserError if there are several."""
+    pattern = re.compile(
+        rf"{re.escape(stem)}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
+    )
+    matches = [pattern.fullmatch(p.name) for p in sorted(directory.glob("*"))]
+    found = sorted({m[1] or m[2] for m in matches if m})
+    if len(found) > 1:
+        raise UserError(
+            f"{directory}: has only the variants {', '.join(found)}; choose one with "
+            f"--config.variant={found[0]}"
+        )
+    return found
+
+
+def has_variant(directory, stem, variant):
+    """Whether a component has files of its own for this variant."""
+    names = f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
+    return any((directory / name).is_file() for name in names)
+
+
+def shards(index):
+    """Returns the files that an index of shards names, sorted.
+
+    Raises: UserError if it names none, or one that is not beside it.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map; copy it again")
+    names = sorted({str(shard) for shard in weight_map.values()})
+    for shard in names:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: names the shard {shown(shard)}; must be a safetensors file "
+                "beside it"
+            )
+    return [index.parent / name for name in names]
+
+
+def read_json(file):
+    """Returns a JSON file's object; UserError if it is missing or malformed."""
+    if not os.path.isfile(file):  # to read a pipe would wait for a writer
+        raise UserError(f"{one_line(file)}: no such file; is this a model folder?")
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
+    return value

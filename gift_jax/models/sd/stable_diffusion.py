@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Stable Diffusion in JAX: load a diffusers folder, encode, decode, its noise."""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from transformers import CLIPTokenizer
+
+from gift_jax.models import hooks, safetensors_io, weights
+from gift_jax.models.kernels import Kernels
+from gift_jax.runtime.errors import UserError, shown
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+_CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StableDiffusion:
+    """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
+
+    latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
+    of the files it was read from, "" for the plain ones. kernels: how its layers are
+    computed.
+    scheduler_config: the folder's scheduler/scheduler_config.json, as it is.
+    """
+
+    path: Path
+    unet: object
+    vae: object
+    text_encoder: object
+    tokenizer: object
+    params: dict
+    scheduler_config: dict
+    latent_shape: tuple
+    image_size: int
+    scaling_factor: float
+    max_length: int
+    variant: str = ""
+    kernels: Kernels = Kernels()
+
+    @property
+    def prediction_type(self):
+        """ "epsilon" or "v_prediction": what the UNet's output means."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    def replace(self, **changes):
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def jitted(self):
+        """The compiled pieces: encode_text, encode_image, decode; params come first."""
+        text = self.text_encoder
+        return _jitted(text.config.to_json_string(), text.dtype, self.vae)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(text_config, text_dtype, vae):
+    """One set of programs for all models of the same modules."""
+    text_encoder = hooks.build_text(json.loads(text_config), text_dtype)
+    return {
+        "encode_text": jax.jit(functools.partial(_encode_text, text_encoder)),
+        "encode_image": jax.jit(functools.partial(_encode_image, vae)),
+        "decode": jax.jit(functools.partial(_decode, vae)),
+    }
+
+
+def load(path, dtype=jnp.float32, *, variant="", resolution=0):
+    """Returns the StableDiffusion in a local diffusers folder.
+
+    SD 1.x and 2.x; never more than one tensor beside the model itself is in memory.
+
+    Args: path: the folder that holds model_index.json. dtype: of parameters and
+      computation. variant: "" reads the plain files, "fp16" those of that variant,
+      where a component has them. resolution: pixels, square; 0 is the model's own.
+    Raises: UserError naming the file, if one is missing, malformed or unsupported, or
+      if the model cannot work at that resolution.
+    """
+    root, dtype = _local_folder(path), jnp.dtype(dtype)
+    index = safetensors_io.read_json(root / "model_index.json")
+    for name, expected in _CLASSES.items():
+        found = (index.get(name) or [None, None])[-1]
+        if found != expected:
+            raise UserError(
+                f"{root / 'model_index.json'}: {name} is {found}; must be {expected}"
+            )
+    if variant and not safetensors_io.has_variant(
+        root / "unet", weights.KINDS["unet"].stem, variant
+    ):
+        raise UserError(f"{root / 'unet'}: has no files of variant {variant!r}")
+    modules, params, configs = {}, {}, {}
+    for kind in _CLASSES:
+        modules[kind], params[kind], configs[kind] = weights.load_component(
+            root / kind, kind, dtype, variant=variant, place=jnp.asarray
+        )
+    configs["scheduler"] = read_configs(root)["scheduler"]
+    tokenizer = load_tokenizer(root / "tokenizer")
+    longest = modules["text_encoder"].config.max_position_embeddings
+    longest = min(tokenizer.model_max_length, longest)
+    model = _build(root, configs, modules, params, tokenizer, longest, resolution)
+    return model.replace(variant=variant)
+
+
+def _build(root, configs, modules, params, tokenizer, max_length, resolution):
+    """Returns the StableDiffusion of these parts, which are checked to fit."""
+    _check_scheduler(configs["scheduler"], f"{root}/scheduler/scheduler_config.json")
+    _check_widths(configs, root)
+    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    size = _latent_size(configs["unet"], factor, resolution)
+    return StableDiffusion(
+        path=root,
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoder=modules["text_encoder"],
+        tokenizer=tokenizer,
+        params=params,
+        scheduler_config=configs["scheduler"],
+        latent_shape=(configs["unet"].get("in_channels", 4), size, size),
+        image_size=size * factor,
+        scaling_factor=configs["vae"].get("scaling_factor", 0.18215),
+        max_length=max_length,
+    )
+
+
+def abstract_model(configs, dtype=jnp.float32, resolution=0):
+    """Returns a StableDiffusion without weights or files: its parameters are shapes.
+
+    For programs that are compiled and not run; `path` and `tokenizer` are None.
+
+    Args: configs: the config.json dicts of unet, vae and text_encoder, and scheduler's.
+      dtype, resolution: see `load`.
+    Raises: UserError for configs that `load` would not take.
+    """
+    dtype = jnp.dtype(dtype)
+    modules = {
+        kind: weights.KINDS[kind].build(configs[kind], dtype) for kind in _CLASSES
+    }
+    shapes = {kind: hooks.parameter_shapes(module) for kind, module in modules.items()}
+    shaped = functools.partial(
+        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
+    )
+    text = modules["text_encoder"].config
+    return _build(
+        None,
+        configs,
+        modules,
+        shaped(shapes),
+        None,
+        text.max_position_embeddings,
+        resolution,
+    )
+
+
+def read_configs(root):
+    """Returns what `outline` takes, of a diffusers folder that may lack its weights."""
+    root = _local_folder(root)
+    files = {kind: root / kind / "config.json" for kind in _CLASSES}
+    files["scheduler"] = root / "scheduler" / "scheduler_config.json"
+    return {kind: safetensors_io.read_json(file) for kind, file in files.items()}
+
+
+def load_tokenizer(directory):
+    """Returns the CLIPTokenizer of a folder with vocab.json and merges.txt."""
+    for name in ("vocab.json", "merges.txt"):
+        if not (Path(directory) / name).is_file():
+            raise UserError(
+                f"{Path(directory) / name}: no such file; copy the tokenizer"
+            )
+    return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
+
+
+def _local_folder(path):
+    root = Path(path)
+    if os.path.isfile(root):  # unlike pathlib's, of any name
+        raise UserError(
+            f"model={shown(str(path))} is a file; must be a diffusers folder with "
+            "model_index.json (single-file checkpoints are not read)"
+        )
+    if not os.path.isdir(root):
+        raise UserError(
+            f"model={shown(str(path))}: no such folder; must be a diffusers folder, "
+            "or a hub id such as org/name"
+        )
+    return root
+
+
+def _latent_size(unet_config, factor, resolution):
+    """Returns the latents' side for a resolution in pixels; 0 is the UNet's own."""
+    if not resolution:
+        return unet_config.get("sample_size") or 64
+    halvings = len(unet_config.get("block_out_channels", (0, 0, 0, 0))) - 1
+    step = factor * 2**halvings
+    if resolution < 0 or resolution % step:
+        fix = max(1, round(resolution / step)) * step
+        raise UserError(
+            f"resolution={resolution} must be a multiple of {step}, which this model "
+            f"halves in size; try {fix}"
+        )
+    return resolution // factor
+
+
+def _check_scheduler(config, file):
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        choices = ", ".join(PREDICTION_TYPES)
+        raise UserError(f"{file}: prediction_type={kind!r}; must be one of {choices}")
+    steps = config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"{file}: num_train_timesteps={steps!r}; must be at least 1")
+
+
+def _check_widths(configs, root):
+    width = configs["text_encoder"].get("hidden_size", 512)
+    expected = configs["unet"].get("cross_attention_dim", 1280)
+    if width != expected:
+        raise UserError(
+            f"{root}: text_encoder hidden_size={width}, but unet "
+            f"cross_attention_dim={expected}; they must be equal"
+        )
+    channels = configs["vae"].get("latent_channels", 4)
+    latents = (
+        configs["unet"].get("in_channels", 4),
+        configs["unet"].get("out_channels", 4),
+    )
+    if latents != (channels, channels):
+        raise UserError(
+            f"{root}: vae latent_channels={channels}, but unet in and out channels are "
+            f"{latents}; they must be equal"
+        )
+
+
+def _encode_text(text, params, ids_BL):
+    return hooks.apply_text(text, params, ids_BL)[0].astype(jnp.float32)
+
+
+def _encode_image(vae, params, x_BHWC):
+    x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
+    mean, logvar = hooks.apply_vae_encode(vae, params, x_BCHW.astype(vae.dtype))
+    return mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
+
+
+def _decode(vae, params, z_BCHW):
+    x_BCHW = hooks.apply_vae_decode(vae, params, z_BCHW.astype(vae.dtype))
+    return jnp.transpose(x_BCHW, (0, 2, 3, 1)).astype(jnp.float32)
+
+
+def _in_batches(fn, array, batch_size):
+    """Applies a jitted fn to the leading axis in few distinct sizes: powers of two."""
+    outputs = []
+    for start in range(0, len(array), batch_size):
+        part = array[start : start + batch_size]
+        size = min(batch_size, 1 << (len(part) - 1).bit_length())
+        pad = [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1)
+        out = fn(np.pad(part, pad))
+        n = len(part)
+        outputs.append(jax.tree.map(lambda a, n=n: a[:n], out))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def tokenize(model, prompts):
+    """Returns int32 "B L" token ids, padded and cut to the model's length.
+
+    A word added for several vectors ("<a>", with "<a>_1" ... beside it) becomes them
+    all.
+    """
+    prompts = [_with_every_vector(model.tokenizer, prompt) for prompt in prompts]
+    encoded = model.tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=model.max_length,
+        truncation=True,
+    )
+    ids_BL = np.asarray(encoded["input_ids"], np.int32)
+    rows = model.text_encoder.config.vocab_size
+    if ids_BL.size and ids_BL.max() >= rows:
+        raise UserError(
+            f"{model.path}: the tokenizer gives id {ids_BL.max()}, but the text "
+            f"encoder has {rows} rows; they are of different models"
+        )
+    cut = [
+        p
+        for p, ids in zip(prompts, ids_BL, strict=True)
+        if _is_truncated(model, p, ids)
+    ]
+    if cut:
+        logging.warning("cut to %d tokens: %s", model.max_length, shown(cut[0]))
+    return ids_BL
+
+
+def _with_every_vector(tokenizer, prompt):
+    # Source: diffusers `TextualInversionLoaderMixin.maybe_convert_prompt`.
+    added = tokenizer.added_tokens_encoder
+    if not any(name.endswith("_1") for name in added):
+        return prompt
+    for token in dict.fromkeys(tokenizer.tokenize(prompt)):
+        if token in added:
+            names, i = [token], 1
+            while f"{token}_{i}" in added:
+                names.append(f"{token}_{i}")
+                i += 1
+            prompt = prompt.replace(token, " ".join(names))
+    return prompt
+
+
+def _is_truncated(model, prompt, ids):
+    if ids[-2] == model.tokenizer.pad_token_id:  # room was left
+        return False
+    return len(model.tokenizer(prompt)["input_ids"]) > model.max_length
+
+
+def encode_prompts(model, prompts, batch_size=32):
+    """Returns the prompts' text states, float32 "B L D", as Stable Diffusion uses them.
+
+    Args: prompts: list of str; "" is the unconditional prompt. Padding is attended to.
+    Source: diffusers `StableDiffusionPipeline.encode_prompt` (no clip skip).
+    """
+    if not prompts:
+        raise UserError("prompts is empty; give at least one")
+    encode = functools.partial(
+        model.jitted["encode_text"], model.params["text_encoder"]
+    )
+    return _in_batches(encode, tokenize(model, prompts), batch_size)
+
+
+def encode_images(model, images_BHWC, batch_size=8):
+    """Returns (mean, std) of the posterior over latents, float32 "B C h w", VAE-scaled.
+
+    Args: images_BHWC: float32 "B H W 3" in [-1, 1]; H and W multiples of the VAE's
+      factor.
+    Raises: UserError for another shape.
+    """
+    images_BHWC = np.asarray(images_BHWC, np.float32)
+    factor = model.image_size // model.latent_shape[1]
+    if images_BHWC.ndim != 4 or images_BHWC.shape[-1] != 3 or not len(images_BHWC):
+        raise UserError(f"images have shape {images_BHWC.shape}; must be (B, H, W, 3)")
+    if images_BHWC.shape[1] % factor or images_BHWC.shape[2] % factor:
+        raise UserError(
+            f"images are {images_BHWC.shape[1]}x{images_BHWC.shape[2]}; "
+            f"both sides must be multiples of {factor}"
+        )
+    encode = functools.partial(model.jitted["encode_image"], model.params["vae"])
+    mean, std = _in_batches(encode, images_BHWC, batch_size)
+    return mean * model.scaling_factor, std * model.scaling_factor
+
+
+def decode_latents(model, z_BCHW, batch_size=8):
+    """Returns float32 "B H W 3", about [-1, 1], of VAE-scaled latents "B C h w"."""
+    decode = functools.partial(model.jitted["decode"], model.params["vae"])
+    z_BCHW = np.asarray(z_BCHW, np.float32) / np.float32(model.scaling_factor)
+    return _in_batches(decode, z_BCHW, batch_size)
+
+
+def alphas_cumprod(config):
+    """Returns float64 "T": the cumulative alphas that a scheduler config describes.
+
+    Raises: UserError for an unknown beta_schedule.
+    Source: diffusers `DDIMScheduler.__init__`; rescaling: arXiv:2305.08891, alg. 1.
+    """
+    T = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    schedule = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        betas_T = np.asarray(config["trained_betas"], np.float64)
+    elif schedule == "linear":
+        betas_T = np.linspace(start, end, T)
+    elif schedule == "scaled_linear":
+        betas_T = np.linspace(start**0.5, end**0.5, T) ** 2
+    elif schedule == "squaredcos_cap_v2":
+        cos = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas_T = np.minimum(1 - cos[1:] / cos[:-1], 0.999)
+    else:
+        raise UserError(
+            f"scheduler beta_schedule={schedule!r}; must be one of linear, "
+            "scaled_linear, squaredcos_cap_v2"
+        )
+    abar_T = np.cumprod(1 - betas_T)
+    if config.get("rescale_betas_zero_snr", False):
+        root = np.sqrt(abar_T)
+        abar_T = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return abar_T
+
+
+def noise_schedule(model):
+    """Returns alphas_cumprod, float32 "T", of the model's own scheduler config."""
+    return jnp.asarray(alphas_cumprod(model.scheduler_config), jnp.float32)

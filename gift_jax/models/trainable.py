@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a UNet's parameters train."""
+
+import re
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gift_jax.runtime.errors import UserError
+
+# Each rule is a list of (pattern, trains?); the first pattern found in a path decides.
+TRAINABLE_SETS = {
+    "cross_attention": [(r"/attn2/to_(q|k|v|out_0)/", True), (r"", False)],
+    "cross_attention_kv": [(r"/attn2/to_(k|v)/", True), (r"", False)],
+    "attention": [(r"/attn[12]/to_(q|k|v|out_0)/", True), (r"", False)],
+    "non_cross_attention": [
+        (r"/attn2/|^conv_norm_out/|^conv_out/|^time_embedding/", False),
+        (r"", True),
+    ],
+    "all": [(r"", True)],
+}
+
+
+def select_trainable(unet_params, rule):
+    """Splits parameters into (trainable, frozen), each a flat dict "a/b/c" -> array.
+
+    Args: unet_params: nested dict, or already flat. rule: of `RULES`.
+    Raises: UserError for an unknown rule, or one that selects nothing.
+    """
+    if rule not in TRAINABLE_SETS:
+        raise UserError(
+            f"partition={rule!r} must be one of {', '.join(TRAINABLE_SETS)}"
+        )
+    flat = flatten_dict(unet_params, sep="/")
+    trains = {path: _first_match(TRAINABLE_SETS[rule], path) for path in flat}
+    trainable = {path: flat[path] for path in flat if trains[path]}
+    frozen = {path: flat[path] for path in flat if not trains[path]}
+    if not trainable:
+        raise UserError(f"partition={rule!r} selects none of {len(flat)} parameters")
+    return trainable, frozen
+
+
+def _first_match(rule, path):
+    return next(trains for pattern, trains in rule if re.search(pattern, path))
+
+
+def merge_params(trainable, frozen):
+    """Returns the nested parameters of two flat dicts with no path in common."""
+    both = sorted(set(trainable) & set(frozen))
+    if both:
+        raise ValueError(f"{both[0]} is both trainable and frozen")
+    return unflatten_dict({**frozen, **trainable}, sep="/")

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""How the embedded model emoji-sd is made: tokenizer, CLIP, VAE, UNet."""

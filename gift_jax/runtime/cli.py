@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frame of every command line: flags, logging, exit codes."""
+
+import argparse
+import json
+import logging as std_logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import flags as absl_flags
+from absl import logging
+from ml_collections import ConfigDict
+
+from gift_jax.runtime.config import load_config
+from gift_jax.runtime.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parser(doc: str, program: str) -> argparse.ArgumentParser:
+    """Returns an argument parser whose mistakes are UserErrors."""
+    return _Parser(
+        prog=f"python -m gift_jax.{program}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(
+    argv: Sequence[str] | None, doc: str, program: str
+) -> tuple[ConfigDict, pathlib.Path]:
+    """Returns (the config with its overrides, the workdir) of a command line.
+
+    Reads --config FILE[:variant], --workdir DIR and --config.field=value ...; the
+    config is locked, so an unknown field is an error. With --help, the fields of the
+    config given are listed too.
+    """
+    flags = parser(doc, program)
+    flags.add_argument("--workdir", required=True, help="the run's folder")
+    flags.epilog = "Running the same command again resumes."
+    cfg, args = parse_config(argv, flags, program)
+    return cfg, pathlib.Path(args.workdir)
+
+
+def parse_config(
+    argv: Sequence[str] | None, flags: argparse.ArgumentParser, program: str
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """Returns (the config with its overrides, the other flags) of a command line.
+
+    Args: flags: from `parser`, with what the command has besides. program: whose
+      configs are taken: train, attack, evaluate, benchmark or pretrain.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a Python config file"
+    )
+    flags.epilog = (
+        "Any field of the config can be set: --config.steps=200, "
+        f"--config.lower.lr=1e-5. {flags.epilog or ''}"
+    )
+    named = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    named += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
+    if named and {"-h", "--help"} & set(argv):
+        fields = json.dumps(load_config(named[0]).to_dict(), indent=2)
+        flags.epilog += f"\n\nFields of {named[0]} and their values:\n{fields}"
+    overrides = [a for a in argv if a.startswith("--config.")]
+    args = flags.parse_args([a for a in argv if a not in overrides])
+    cfg = load_config(args.config, program)
+    for override in overrides:
+        override(cfg, override.removeprefix("--config."))
+    return cfg, args
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Runs a command line's main and exits: 0 done, 2 a mistake, 128+n a signal."""
+    from gift_jax.runtime import files, malloc, signals
+    from gift_jax.runtime.errors import DiskError, NonFiniteError  # they import jax
+
+    malloc.retain_freed_memory()  # before there are threads
+    _log_to_stderr()
+    signals.watch()
+    try:
+        code = main()
+    except DiskError as error:
+        _end_at_once(str(error))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except signals.StoppedBySignal as event:
+        print(f"{event}; run the same command to go on", file=sys.stderr)
+        code = event.exit_code
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 3
+    except OSError as error:
+        said = files.describe_disk_error(error)
+        if said is None:
+            raise
+        _end_at_once(said)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _end_at_once(error: str) -> NoReturn:
+    """Exits without the goodbyes of other threads, which would want the disk too."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def _log_to_stderr() -> None:
+    absl_flags.FLAGS.mark_as_parsed()  # or absl's first line says that they are not
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
+    logging.get_absl_logger().addFilter(_ours_or_serious)  # for log.txt too
+    logging.get_absl_handler().addFilter(_ours_or_serious)  # JAX has its own loggers
+    sys.unraisablehook = _print_unraisable
+
+
+def _print_unraisable(event) -> None:
+    # TensorStore says this of a write that failed, besides raising what failed.
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
+
+
+def _ours_or_serious(record: std_logging.LogRecord) -> bool:
+    # Orbax logs twenty lines a checkpoint through the same logger.
+    if "gift_jax" in pathlib.Path(record.pathname).parts:
+        return True
+    harmless = "Skipping merge of OCDBT" in str(record.msg)  # none was asked for
+    # What threads of Orbax's log with a traceback is raised where one waits for it.
+    harmless |= bool(record.exc_info)
+    return record.levelno >= std_logging.WARNING and not harmless

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that end in one line on stderr, and the checks that raise them."""
+
+import difflib
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+LARGEST = 2**31 - 1  # of a config's whole numbers: JAX counts in 32 bits
+MAX_SHOWN = 120  # characters of a wrong value in its message
+
+
+class UserError(ValueError):
+    """A mistake in the config, flags or input: one line on stderr, exit code 2.
+
+    What would break or garble the line, such as in a file's name, is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(escaped(message))
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, a gradient's norm or a parameter became NaN or infinite."""
+
+
+class DiskError(UserError):
+    """The disk is full, or cannot be written."""
+
+
+def choice(field: str, value: str, choices: Sequence[str]) -> str:
+    """Returns value if it is one of choices, else raises a UserError listing them."""
+    if value in choices:
+        return value
+    word = value[:MAX_SHOWN] if isinstance(value, str) else ""
+    close = difflib.get_close_matches(word, choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    listed = ", ".join(choices[:12]) + (" ..." if len(choices) > 12 else "")
+    raise UserError(f"{field}={shown(value)} is not one of: {listed}{hint}")
+
+
+def at_least(field: str, value: float, low: float) -> None:
+    """Raises a UserError unless value >= low, and a number that can be counted to."""
+    check_number(field, value, low)
+    if value < low:
+        raise UserError(f"{field}={value} must be at least {low}; try {field}={low}")
+
+
+def above(field: str, value: float, low: float, fix: float) -> None:
+    """Raises a UserError unless value > low; fix: what to try."""
+    check_number(field, value, fix)
+    if value <= low:
+        raise UserError(f"{field}={value} must be above {low}; try {field}={fix}")
+
+
+def between(field: str, value: float, low: float, high: float) -> None:
+    """Raises a UserError unless low <= value <= high."""
+    at_least(field, value, low)
+    if value > high:
+        raise UserError(f"{field}={value} must be at most {high}; try {field}={high}")
+
+
+def check_number(field: str, value: float, fix: float) -> None:
+    if not isinstance(value, (int, float)):
+        raise UserError(f"{field}={shown(value)} must be a number; try {field}={fix}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field}={value} must be finite; try {field}={fix}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{field}={shown(value)} must be at most {LARGEST} from 0")
+
+
+def shown(value: Any) -> str:
+    """Returns what a message says of a value: one line, not too long, in quotes."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    more = f" ... ({len(value)} characters)" if len(value) > MAX_SHOWN else ""
+    return repr(value[:MAX_SHOWN]) + more
+
+
+def one_line(text: Any) -> str:
+    """Returns a path or a name as a message has it: what would garble a line escaped.
+
+    A very long one loses its middle.
+    """
+    text = str(text)
+    if len(text) > 4 * MAX_SHOWN:
+        text = f"{text[: 2 * MAX_SHOWN]} ... {text[-2 * MAX_SHOWN :]}"
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """Returns a text, line ends and other control characters as Python writes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class RepeatsError(ValueError):
+    """A name that appears twice."""
+
+
+def check_once(names: Iterable[str]) -> None:
+    """Raises RepeatsError naming the first name that appears twice."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise RepeatsError(f"{shown(name)} appears twice")
+        seen.add(name)
+
+
+def parse_json(text: str) -> Any:
+    """Returns what JSON of a stranger says; ValueError where it says a name twice."""
+
+    def once(items):
+        check_once(name for name, _ in items)
+        return dict(items)
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def not_empty(field: str, prompts: Sequence[str]) -> None:
+    """Raises UserError if a list of prompts, or names, is empty."""
+    if not prompts:
+        raise UserError(f"{field} is empty; give at least one")

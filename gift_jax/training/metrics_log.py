@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.jsonl and TensorBoard, and the check that numbers are finite."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gift_jax import torchless
+from gift_jax.runtime import files, processes
+from gift_jax.runtime.errors import NonFiniteError
+from gift_jax.state import Metrics
+from gift_jax.training import checkpoint
+
+
+class MetricsLog:
+    """Appends one JSON object a logged step to metrics.jsonl, and to TensorBoard.
+
+    Lines of steps after `start` (of a run that was stopped between a logged step
+    and its checkpoint) are dropped, so that a resumed run repeats none. Of several
+    processes the first one writes; all of them check.
+
+    Args: last_good: returns the newest checkpoint's step, or None, for errors.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        last_good: Callable[[], int | None] = lambda: None,
+    ):
+        self._path = workdir / "metrics.jsonl"
+        self._workdir = workdir
+        self._start = start
+        self._last_good = last_good
+        self._since = (start, time.perf_counter())
+        self._watched: list[str] = []
+        self._first_bad = None
+        self.latest: dict[str, float] = {}
+
+    def __enter__(self) -> "MetricsLog":
+        if not processes.is_main_process():
+            return self
+        with torchless.imports():
+            import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
+
+        self._file = files.AppendOnlyFile(
+            self._path, keep=lambda line: _step_of(line) <= self._start
+        )
+        self._board = tensorboardX.SummaryWriter(
+            str(self._workdir), purge_step=self._start + 1
+        )
+        return self
+
+    def watch(self, step: jax.Array, metrics: Metrics) -> None:
+        """Notes, on the devices, the first step after which a metric is not finite.
+
+        Those called concept/... may be NaN: of a concept that the step had no pair of.
+        """
+        names = [name for name in metrics if not name.startswith("concept/")]
+        self._watched = sorted(names, key=lambda name: ("loss" not in name, name))
+        values = tuple(metrics[name] for name in self._watched)
+        if self._first_bad is None:
+            self._first_bad = np.full(len(names), -1, np.int32)
+        self._first_bad = _note(self._first_bad, step, values)
+
+    def check(
+        self, step: int, metrics: Metrics, params: Mapping[str, jax.Array] | None = None
+    ) -> dict[str, float]:
+        """Fetches one step's metrics (the only host copy) and what `watch` has noted.
+
+        Args: params: to be looked through too, all processes calling.
+        Raises: NonFiniteError naming the step, the metric and the parameter.
+        """
+        values, first_bad = jax.device_get((metrics, self._first_bad))
+        values = {name: float(v) for name, v in values.items()}
+        values = {
+            name: value
+            for name, value in values.items()
+            if not (name.startswith("concept/") and math.isnan(value))
+        }
+        bad = {} if first_bad is None else dict(enumerate(first_bad.tolist()))
+        bad = {self._watched[i]: at for i, at in bad.items() if at >= 0}
+        wrong = checkpoint.not_finite(params) if params or bad else []
+        if bad:
+            name = min(bad, key=lambda name: bad[name])
+            raise self._error(bad[name], name, values[name], wrong)
+        if wrong:
+            raise self._error(step, f"parameter {wrong[0]}", math.nan, [])
+        return values
+
+    def _error(self, step: int, name: str, value: float, wrong: list[str]):
+        last = self._last_good()
+        good = "no checkpoint yet" if last is None else f"last checkpoint: {last}"
+        now = value if not math.isfinite(value) else "not finite"
+        parameter = f"; so is the parameter {wrong[0]}" if wrong else ""
+        return NonFiniteError(
+            f"step {step}: {name} is {now}{parameter} ({good}). Lower the learning "
+            "rate, bound the ascent, or set --config.on_nan=restore."
+        )
+
+    def leave_out(self, seconds: float) -> None:
+        """Counts seconds in which no step was taken out of the steps' time."""
+        step, then = self._since
+        self._since = (step, then + seconds)
+
+    def write(self, step: int, values: dict[str, float], batch_size: int) -> None:
+        """Writes one step's metrics, as `check` returns them."""
+        (old_step, old_time), now = self._since, time.perf_counter()
+        if step > old_step:
+            seconds = (now - old_time) / (step - old_step)
+            values = values | {
+                "time/step_s": round(seconds, 5),
+                "time/examples_per_s": round(batch_size / seconds, 2),
+            }
+        self._since = (step, now)
+        self.latest = values
+        if not processes.is_main_process():
+            return
+        self._file.add(json.dumps({"step": step, **values}))
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __exit__(self, *exc) -> None:
+        if processes.is_main_process():
+            self._file.close()
+            self._board.close()
+
+
+@jax.jit
+def _note(first_M, step, values):
+    """Returns int32 "M": the first step after which each value was bad, or -1."""
+    bad_M = ~jnp.stack([jnp.all(jnp.isfinite(value)) for value in values])
+    return jnp.where(bad_M & (first_M < 0), step, first_M)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a process that was killed as it wrote
+        return math.inf

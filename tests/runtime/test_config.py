@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs and command lines: reading, overriding, and every mistake in one line."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import logging
+from ml_collections import ConfigDict
+
+import gift_jax
+from gift_jax.runtime import cli, signals
+from gift_jax.runtime.config import load_config
+from gift_jax.runtime.errors import UserError, at_least, choice
+from gift_jax.runtime.workdir import config_diff, prepare_workdir
+
+ROOT = pathlib.Path(gift_jax.__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+GIFT = str(ROOT / "configs" / "emoji_gift.py")
+
+
+def make_config():
+    c = ConfigDict()
+    c.steps = 10
+    c.keep = 2
+    c.rate = 0.5
+    c.word = "one"
+    c.flag = True
+    c.names = ("a", "b")
+    c.sizes = (1, 2)
+    c.group = ConfigDict({"lr": 1e-3, "batch": 4})
+    return c.lock()
+
+
+FILE = """
+from ml_collections import ConfigDict
+from gift_jax.runtime.config import with_variant
+
+def get_config(name=""):
+    c = ConfigDict(dict(steps=10, rate=0.5, word="one", flag=True))
+    c.names, c.sizes, c.nothing = ("a", "b"), (1, 2), ("",)[:0]
+    c.group = ConfigDict(dict(lr=1e-3, batch=4))
+    return with_variant(c, name, smoke={"steps": 2, "group.batch": 1})
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "job.py"
+    path.write_text(FILE)
+    return str(path)
+
+
+def parse(file, *flags):
+    argv = [f"--config={file}", "--workdir=w", *flags]
+    return cli.parse(argv, "What it does.", "job")[0]
+
+
+def said(call, *args):
+    """The message of the UserError that a call must raise: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- the configs that ship ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_loads_with_its_smoke_variant(path):
+    plain, smoke = load_config(str(path)), load_config(f"{path}:smoke")
+    assert plain.is_locked and smoke.is_locked
+    assert plain.to_dict() != smoke.to_dict()
+    assert json.loads(json.dumps(plain.to_dict()))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_refuses_an_unknown_variant(path):
+    message = said(load_config, f"{path}:smok")
+    assert "unknown variant 'smok'" in message and "smoke" in message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_says_how_to_run_it(path):
+    text = path.read_text()
+    assert f"--config configs/{path.name}" in text
+
+
+# --- reading and overriding -----------------------------------------------------------
+
+
+def test_overrides_keep_the_type_of_the_field(file):
+    cfg = parse(
+        file,
+        "--config.steps=20",
+        "--config.rate=1",
+        "--config.word=two words=2",
+        "--config.flag=false",
+        "--config.names=(x, y,z)",
+        "--config.sizes=3,4",
+        "--config.nothing=q",
+        "--config.group.lr=1e-5",
+    )
+    assert cfg.to_dict() == {
+        "steps": 20,
+        "rate": 1.0,
+        "word": "two words=2",
+        "flag": False,
+        "names": ("x", "y", "z"),
+        "sizes": (3, 4),
+        "nothing": ("q",),
+        "group": {"lr": 1e-5, "batch": 4},
+    }
+    assert isinstance(cfg.rate, float)
+    assert parse(file, "--config.names=()").names == ()
+
+
+def test_variant_then_overrides(file):
+    assert parse(f"{file}:smoke").to_dict()["group"]["batch"] == 1
+    cfg = parse(f"{file}:smoke", "--config.steps=7")
+    assert (cfg.steps, cfg.group.batch) == (7, 1)
+
+
+def test_flags_may_be_two_words(file):
+    argv = ["--workdir", "w", "--config", file, "--config.steps=3"]
+    cfg, workdir = cli.parse(argv, "", "job")
+    assert (cfg.steps, workdir) == (3, pathlib.Path("w"))
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.stepz=3", "config.stepz is no field.*did you mean config.steps?"),
+        ("--config.group.lrr=3", "did you mean config.group.lr?"),
+        ("--config.steps.x=3", "config.steps.x is no field"),
+        ("--config.qqqqqqqq=3", "is no field of this config; fields: flag, group"),
+        ("--config.steps=many", "config.steps='many' must be of type int"),
+        ("--config.steps=1.5", "config.steps='1.5' must be of type int"),
+        ("--config.rate=fast", "config.rate='fast' must be of type float"),
+        ("--config.flag=perhaps", "config.flag='perhaps' must be of type bool"),
+        ("--config.sizes=1,b", "config.sizes='1,b' must be of type tuple"),
+        ("--config.group=3", "config.group='3' must be"),
+        ("--config.steps", "--config.steps needs a value"),
+        ("--stepz=3", "unrecognized arguments: --stepz=3"),
+    ],
+)
+def test_wrong_override_is_named(file, flag, message):
+    with pytest.raises(UserError, match=message):
+        parse(file, flag)
+    said(parse, file, flag)
+
+
+def test_wrong_config_file_is_named(file, tmp_path):
+    assert "nowhere.py is no file" in said(load_config, str(tmp_path / "nowhere.py"))
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    assert "defines no get_config" in said(load_config, str(empty))
+    text = tmp_path / "a.txt"
+    text.write_text("")
+    assert "is no Python file" in said(load_config, str(text))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(:\n")
+    assert "broken.py" in said(load_config, str(broken))
+    assert "choices: smoke" in said(load_config, f"{file}:fast")
+
+
+@pytest.mark.parametrize(
+    "program, other, owner",
+    [
+        ("train", "emoji_attack", "attack"),
+        ("attack", "emoji_gift", "train"),
+        ("attack", "emoji_benchmark", "benchmark"),
+        ("benchmark", "sd15_object", "train"),
+        ("pretrain", "emoji_gift", "train"),
+    ],
+)
+def test_config_of_another_command_is_named(program, other, owner):
+    path = str(ROOT / "configs" / f"{other}.py")
+    argv = [f"--config={path}", "--workdir=w"]
+    text = said(cli.parse, argv, "", program)
+    assert f"no config of gift_jax.{program}" in text
+    assert f"it is one of gift_jax.{owner}" in text
+    assert cli.parse(argv, "", owner)[0] == load_config(path)
+
+
+def test_missing_flags_are_named(file):
+    assert "--workdir" in said(cli.parse, [f"--config={file}"], "", "job")
+    assert "--config" in said(cli.parse, ["--workdir=w"], "", "job")
+
+
+def test_help_lists_every_field(file, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.parse(["--config", file, "--help"], "What it does.", "job")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("What it does.", "python -m gift_jax.job", "--workdir", "resumes"):
+        assert word in text
+    for field in ("steps", "rate", "nothing", '"lr": 0.001'):
+        assert field in text
+    with pytest.raises(SystemExit) as done:
+        cli.parse(["--help"], "What it does.", "job")
+    assert done.value.code == 0
+
+
+def test_choice_and_at_least_name_the_field():
+    assert choice("config.x", "a", ("a", "b")) == "a"
+    message = said(choice, "config.x", "c", ("a", "b"))
+    assert message.startswith("config.x='c' is not one of") and "a, b" in message
+    at_least("config.n", 0, 0)
+    assert "config.n=-1 must be at least 0" in said(at_least, "config.n", -1, 0)
+    assert "nan must be" in said(at_least, "config.n", float("nan"), 0)
+
+
+# --- the run's folder -----------------------------------------------------------------
+
+
+def test_workdir_holds_the_whole_config(tmp_path):
+    prepare_workdir(make_config(), tmp_path / "a" / "b", base="123")
+    saved = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert saved["base_sha256"] == "123"
+    assert saved["group"] == {"lr": 1e-3, "batch": 4}
+    assert (tmp_path / "a" / "b" / "log.txt").exists()
+
+
+def test_workdir_of_another_config_is_refused(tmp_path):
+    prepare_workdir(make_config(), tmp_path, base="123")
+    cfg = make_config()
+    cfg.group.lr = 2e-3
+    before = (tmp_path / "config.json").read_text()
+    message = said(prepare_workdir, cfg, tmp_path, "123")
+    assert "another config (group.lr was 0.001, is 0.002)" in message
+    message = said(prepare_workdir, make_config(), tmp_path, "456")
+    assert "base_sha256 was 123, is 456" in message
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_workdir_goes_on_with_the_same_model_in_another_place(tmp_path):
+    first, moved = make_config(), make_config()
+    for cfg, where in ((first, "runs/a/export"), (moved, "/elsewhere/a/export")):
+        with cfg.unlocked():
+            cfg.model = where
+    prepare_workdir(first, tmp_path, base="123")
+    prepare_workdir(moved, tmp_path, base="123")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model"] == "/elsewhere/a/export"
+    message = said(prepare_workdir, first, tmp_path, "456")
+    assert "base_sha256 was 123, is 456; model was /elsewhere/a/export" in message
+    assert "model was" in said(prepare_workdir, first, tmp_path)
+
+
+def test_workdir_may_go_on_for_more_steps(tmp_path):
+    prepare_workdir(make_config(), tmp_path)
+    cfg = make_config()
+    cfg.steps, cfg.keep = 20, 3
+    prepare_workdir(cfg, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 20
+
+
+def test_steps_of_a_group_are_no_pace(tmp_path):
+    first, second = make_config(), make_config()
+    for cfg, steps in ((first, 25), (second, 50)):
+        with cfg.unlocked():
+            cfg.samples = ConfigDict({"steps": steps})
+    prepare_workdir(first, tmp_path)
+    message = said(prepare_workdir, second, tmp_path)
+    assert "samples.steps was 25, is 50" in message
+
+
+def test_workdir_that_cannot_be_used_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    message = said(prepare_workdir, make_config(), file)
+    assert f"--workdir={file} cannot be written" in message
+    (tmp_path / "config.json").write_text("{")
+    message = said(prepare_workdir, make_config(), tmp_path)
+    assert "config.json" in message
+
+
+def test_two_runs_in_one_process_keep_their_logs_apart(tmp_path):
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    try:
+        for name in ("first", "second"):
+            prepare_workdir(make_config(), tmp_path / name)
+            logging.info("this is %s", name)
+    finally:
+        logging.set_verbosity(before)
+    logs = (tmp_path / name / "log.txt" for name in ("first", "second"))
+    first, second = (log.read_text() for log in logs)
+    assert "this is first" in first and "this is second" not in first
+    assert "this is second" in second and "this is first" not in second
+
+
+# --- the command lines' frame ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "event, code",
+    [
+        (UserError("config.x=3 is wrong"), 2),
+        (signals.StoppedBySignal(15), 143),
+        (signals.StoppedBySignal(2), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, event, code):
+    monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+
+    def main():
+        raise event
+
+    with pytest.raises(SystemExit) as done:
+        cli.run_main(main)
+    assert done.value.code == code
+    error = capsys.readouterr().err
+    assert error.count("\n") <= 1 and str(event) in error
+
+
+def test_exit_code_of_success_and_of_a_bug(monkeypatch):
+    monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+    with pytest.raises(SystemExit) as done:
+        cli.run_main(lambda: 0)
+    assert done.value.code == 0
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        cli.run_main(lambda: 1 // 0)
+
+
+def process(tmp_path, *argv):
+    return subprocess.run(
+        [sys.executable, "-m", *argv],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_mistake_ends_a_process_with_one_line_and_exit_code_2(tmp_path):
+    done = process(
+        tmp_path,
+        "gift_jax.train",
+        f"--config={GIFT}",
+        "--config.modle=x",
+        "--workdir=w",
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "config.modle is no field of this config; did you mean config.model?" in (
+        done.stderr
+    )
+    assert done.stdout == ""
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_config_too_old_for_a_field_meant_what_was_then():
+    old = {"harmful": {"names": ["bomb"]}, "gift": {"beta": 0.1}}
+    new = {"harmful": {"names": ["bomb"], "identifier_prompts": 0.0}}
+    new["harmful"]["identifier_template"] = "a photo of {identifier}"
+    new["gift"] = {"beta": 0.1, "preserve": "data", "safe_limit": 0.0}
+    assert not config_diff(old, new)
+    new["harmful"]["identifier_prompts"], new["gift"]["preserve"] = 0.5, "model"
+    assert config_diff(old, new) == (
+        "gift.preserve was data, is model; harmful.identifier_prompts was 0.0, is 0.5"
+    )
+    new["gift"]["safe_limit"] = 0.1
+    assert "gift.safe_limit was 0.0, is 0.1" in config_diff(old, new)
+    assert "other was None, is 1" in config_diff(old, old | {"other": 1})

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sampler against PyTorch's StableDiffusionPipeline, and its own promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import relative_error
+
+from gift_jax.models import weights
+from gift_jax.models.kernels import Kernels
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.trainable import merge_params, select_trainable
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import sampler, schedules
+
+PROMPTS = ["a red dog", "two birds"]
+SD15 = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+PNDM = {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+VELOCITY = {"prediction_type": "v_prediction"}
+CASES = {  # name: (our scheduler, steps, config of the folder); five UNet calls each
+    "ddim": ("ddim", 5, SD15),
+    "ddim-to-one": ("ddim", 5, {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddim-clip": ("ddim", 5, {"clip_sample": True, "clip_sample_range": 0.5}),
+    "ddim-trailing": ("ddim", 5, SD15 | {"timestep_spacing": "trailing"}),
+    "ddim-linspace": ("ddim", 5, SD15 | {"timestep_spacing": "linspace"}),
+    "ddim-velocity": ("ddim", 5, SD15 | VELOCITY),
+    "ddim-zero-snr": ("ddim", 5, SD15 | VELOCITY | ZERO_SNR),
+    "pndm": ("pndm", 4, PNDM),
+    "pndm-to-one": ("pndm", 4, {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "pndm-velocity": ("pndm", 4, PNDM | VELOCITY),
+    "pndm-linear": ("pndm", 4, PNDM | {"beta_schedule": "linear"}),
+    "dpm": ("dpmsolver++", 5, {}),
+    "dpm-leading": (
+        "dpmsolver++",
+        5,
+        {"timestep_spacing": "leading", "steps_offset": 1, "solver_type": "heun"},
+    ),
+    "dpm-sigma-min": ("dpmsolver++", 5, {"final_sigmas_type": "sigma_min"}),
+    "dpm-velocity": ("dpmsolver++", 5, VELOCITY | {"lower_order_final": False}),
+    "dpm-zero-snr": ("dpmsolver++", 5, VELOCITY | ZERO_SNR),
+    "dpm-cosine": (
+        "dpmsolver++",
+        5,
+        {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
+    ),
+}
+STEP_CASES = [
+    (name, kind)
+    for name in CASES
+    for kind in ("epsilon", "v_prediction")
+    if (name, kind) != ("ddim-zero-snr", "epsilon")  # x0 is 0 / 0, in PyTorch too
+]
+TORCH_CLASS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+}
+
+
+def scheduler_config(name):
+    ours, _, changes = CASES[name]
+    base = {
+        "_class_name": TORCH_CLASS[ours],
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
+    return base | changes
+
+
+@pytest.fixture(scope="module")
+def pytorch_pipeline(tiny_folder):
+    """PyTorch's own pipeline of the tiny folder."""
+    pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_folder))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pytorch_draws(pipeline, config, latents, **kwargs):
+    import diffusers
+    import torch
+
+    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    latents = torch.tensor(np.asarray(latents))
+    return pipeline(PROMPTS, latents=latents, guidance_scale=4.0, **kwargs).images
+
+
+def ours_draw(model, name, latents, decode):
+    scheduler, steps, _ = CASES[name]
+    model = model.replace(scheduler_config=scheduler_config(name))
+    sample = sampler.make_sampler(model, scheduler, steps, 4.0, decode)
+    cond = stable_diffusion.encode_prompts(model, PROMPTS)
+    uncond = stable_diffusion.encode_prompts(model, [""])
+    return sample(model.params["unet"], model.params["vae"], cond, uncond, latents)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_latents_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
+    latents = sampler.initial_latents(jax.random.key(1), 2, tiny.latent_shape)
+    theirs = pytorch_draws(
+        pytorch_pipeline,
+        scheduler_config(name),
+        latents,
+        num_inference_steps=CASES[name][1],
+        output_type="latent",
+    ).numpy()
+    ours = np.asarray(ours_draw(tiny, name, latents, decode=False))
+    assert np.abs(theirs - np.asarray(latents)).max() > 0.1  # something was done
+    # with clipping, x0 is a small difference of large numbers at the first timesteps
+    tolerance = 1e-3 if name == "ddim-clip" else 1e-4
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < tolerance
+
+
+class Smooth:
+    """Stands in for a UNet: the same smooth function of x and t in JAX and PyTorch."""
+
+    dtype = jnp.float32
+
+    def apply(self, _, x, t, __, return_dict):
+        return (jnp.tanh(1.3 * x + 2.0 * t.reshape(-1, 1, 1, 1) / 1000 - 1),)
+
+    @staticmethod
+    def torch(x, t):
+        return (1.3 * x + 2.0 * t / 1000 - 1).tanh()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+def latents_after(table, z, clip):
+    text = jnp.zeros((len(z), 1, 1))
+    return sampler.sample_latents(Smooth(), {}, table, clip, 1.0, z, text, None)
+
+
+def prefixes(table):
+    """The table cut after 1, 2, ... rows, stacked; the rest are rows without effect."""
+    kept = np.tril(np.ones((len(table.t), len(table.t)), bool))
+    idle = schedules.Schedule(*map(np.zeros_like, table))
+    idle = idle._replace(on_x=np.ones_like(table.on_x))
+
+    def cut(column, rest):
+        return np.where(
+            kept.reshape(kept.shape + (1,) * (column.ndim - 1)), column, rest
+        )
+
+    return schedules.Schedule(*map(cut, table, idle))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name, kind", STEP_CASES)
+def test_every_step_equals_pytorch_scheduler(name, kind, rng):
+    torch = pytest.importorskip("torch")
+    import diffusers
+
+    scheduler, steps = CASES[name][0], 12
+    config = scheduler_config(name) | {"prediction_type": kind}
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    theirs.set_timesteps(steps)
+    z = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
+    x, expected = torch.tensor(z), []
+    for t in theirs.timesteps:
+        x = theirs.step(Smooth.torch(x, t), t, x).prev_sample
+        expected.append(x.numpy())
+    table = schedules.schedule(config, scheduler, steps)
+    np.testing.assert_array_equal(table.t, theirs.timesteps)
+    clip = schedules.clip_range(config, scheduler)
+    ours = latents_after(prefixes(table), z, clip)
+    errors = list(map(relative_error, ours, expected))
+    assert len(errors) == len(theirs.timesteps)
+    print(f"{name} {kind}: at most {max(errors):.1e}")
+    assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_images_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
+    latents = sampler.initial_latents(jax.random.key(2), 2, tiny.latent_shape)
+    theirs = pytorch_draws(
+        pytorch_pipeline,
+        scheduler_config(name),
+        latents,
+        num_inference_steps=CASES[name][1],
+        output_type="pil",
+    )
+    theirs = np.stack([np.asarray(image) for image in theirs]).astype(int)
+    ours = np.asarray(ours_draw(tiny, name, latents, decode=True)).astype(int)
+    assert theirs.std() > 10  # a picture, not a flat or saturated field
+    assert np.abs(ours - theirs).mean() <= 1
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    """A DDIM sampler of five steps and its arguments but the last."""
+    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    uncond = stable_diffusion.encode_prompts(tiny, [""])
+    sample = sampler.make_sampler(tiny, "ddim", 5, 4.0)
+    params = tiny.params
+    return lambda z: sample(params["unet"], params["vae"], cond, uncond, z)
+
+
+def test_a_key_draws_each_example_by_its_index(tiny, drawn):
+    key = jax.random.key(3)
+    latents = sampler.initial_latents(key, 3, tiny.latent_shape)
+    assert np.abs(latents[0] - latents[1]).max() > 0.1
+    later = sampler.initial_latents(key, 1, tiny.latent_shape, first=2)
+    np.testing.assert_array_equal(later[0], latents[2])
+    images = drawn(key)
+    assert images.shape == (2, 16, 16, 3) and images.dtype == jnp.uint8
+    np.testing.assert_array_equal(images, drawn(latents[:2]))
+    assert (images != drawn(jax.random.key(4))).any()
+
+
+def test_initial_latents_are_standard_normal():
+    latents = sampler.initial_latents(jax.random.key(0), 64, (4, 16, 16))
+    assert abs(float(latents.mean())) < 0.01
+    assert abs(float(latents.std()) - 1) < 0.01
+
+
+def test_guidance_one_ignores_the_unconditional_states(tiny):
+    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    key, params = jax.random.key(0), tiny.params["unet"]
+
+    def draw(guidance, uncond):
+        sample = sampler.make_sampler(tiny, "ddim", 5, guidance, decode=False)
+        return np.asarray(sample(params, None, cond, uncond, key))
+
+    alone = draw(1.0, None)
+    np.testing.assert_array_equal(draw(1.0, cond[1:]), alone)
+    # guided by itself, a prompt is not guided; guided by another, it is
+    np.testing.assert_allclose(draw(3.0, cond), alone, rtol=1e-3, atol=1e-3)
+    assert np.abs(draw(3.0, cond[::-1]) - alone).max() > 0.1
+
+
+def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, drawn):
+    z = jax.random.key(0)
+    drawn(z)
+    run = sampler._compiled(tiny.unet, tiny.vae, None, True, Kernels())
+    before = run._cache_size()
+    other = jax.tree.map(lambda a: a * 0.9, tiny.params["unet"])
+    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    uncond = stable_diffusion.encode_prompts(tiny, [""])
+    for scheduler, steps in (("ddim", 5), ("pndm", 4), ("dpmsolver++", 5)):
+        sample = sampler.make_sampler(tiny, scheduler, steps, 2.0)
+        images = sample(other, tiny.params["vae"], cond, uncond, z)
+        assert (images != drawn(z)).any()
+    assert run._cache_size() == before
+
+
+def test_default_scheduler_is_the_folders_own():
+    assert schedules.default_scheduler({"_class_name": "PNDMScheduler"}) == "pndm"
+    assert (
+        schedules.default_scheduler({"_class_name": "LMSDiscreteScheduler"}) == "ddim"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scheduler": "euler"}, "scheduler='euler' must be one of ddim, pndm"),
+        ({"steps": 0}, "steps=0 must be from 1 to 1000"),
+        ({"steps": 1001}, "steps=1001 must be from 1 to 1000"),
+        ({"steps": 1000}, "steps=1000 with steps_offset=1 reaches timestep 1000"),
+        ({"guidance": 0.5}, "guidance=0.5 must be at least 1"),
+        ({"guidance": float("nan")}, "guidance=nan must be at least 1"),
+        ({"config": {"timestep_spacing": "odd"}}, "timestep_spacing='odd'; must be"),
+        ({"config": {"thresholding": True}}, "thresholding=True; must be False"),
+        (
+            {"scheduler": "pndm", "config": {"skip_prk_steps": False}},
+            "skip_prk_steps=False; must be True",
+        ),
+        (
+            {"scheduler": "dpmsolver++", "config": {"use_karras_sigmas": True}},
+            "use_karras_sigmas=True; must be False",
+        ),
+    ],
+)
+def test_bad_options_are_user_errors(tiny, change, message):
+    options = {"scheduler": "ddim", "steps": 5, "guidance": 2.0} | change
+    config = tiny.scheduler_config | options.pop("config", {})
+    with pytest.raises(UserError, match=message):
+        sampler.make_sampler(tiny.replace(scheduler_config=config), **options)
+
+
+def test_exported_model_draws_alike_in_pytorch(tiny_folder, tiny, tmp_path):
+    pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    trainable, frozen = select_trainable(tiny.params["unet"], "cross_attention")
+    changed = {path: 1.5 * array for path, array in trainable.items()}
+    weights.export(tiny_folder, changed, tmp_path / "export")
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "export"))
+    pipeline.set_progress_bar_config(disable=True)
+    latents = sampler.initial_latents(jax.random.key(5), 2, tiny.latent_shape)
+    config = scheduler_config("ddim")
+    how = {"num_inference_steps": 5, "output_type": "pil"}
+    theirs = pytorch_draws(pipeline, config, latents, **how)
+    theirs = np.stack([np.asarray(image) for image in theirs]).astype(int)
+    unet = merge_params(changed, frozen)
+    immunized = tiny.replace(params=tiny.params | {"unet": unet})
+    ours = np.asarray(ours_draw(immunized, "ddim", latents, decode=True)).astype(int)
+    original = np.asarray(ours_draw(tiny, "ddim", latents, decode=True)).astype(int)
+    assert np.abs(ours - original).mean() > 3
+    assert np.abs(ours - theirs).mean() <= 1

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training and attacking share: optimisers, splits, batches, samples."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from PIL import Image
+
+import gift_jax
+from gift_jax.data import cache, pipeline
+from gift_jax.models.load import (
+    EMBEDDED,
+    kernels_of,
+    load_model,
+    make_denoiser,
+    model_folder,
+    split_unet,
+)
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.runtime.config import load_config
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling.images import read_pairs
+from gift_jax.state import run_key
+from gift_jax.training import setup
+from gift_jax.training.optimizer import make_optimizer
+
+CONFIG = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_gift.py"
+
+
+def level(**changes):
+    c = ConfigDict(dict(lr=0.1, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.999))
+    c.weight_decay, c.clip_norm = 0.0, 0.0
+    c.update(changes)
+    return c
+
+
+def rates(settings, steps):
+    """The sizes of the updates under a gradient that never changes."""
+    tx = make_optimizer(settings, steps, "lower")
+    params, grads = {"w": jnp.ones(())}, {"w": jnp.float32(2.0)}
+    state, sizes = tx.init(params), []
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(grads, state, params)
+        sizes.append(-float(updates["w"]))
+    return sizes
+
+
+def test_optimizer_is_adamw():
+    ours = make_optimizer(level(weight_decay=0.3), 10, "lower")
+    theirs = optax.adamw(0.1, 0.9, 0.999, weight_decay=0.3)
+    params = {"w": jnp.asarray([1.0, -2.0, 3.0])}
+    states = ours.init(params), theirs.init(params)
+    for i in range(3):
+        grads = {"w": jnp.asarray([0.5, 1e-6, -3.0]) * (i + 1)}
+        (a, s_a), (b, s_b) = (
+            tx.update(grads, s, params)
+            for tx, s in zip((ours, theirs), states, strict=True)
+        )
+        states = s_a, s_b
+        assert np.abs(a["w"]).min() > 1e-3
+        np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5)
+
+
+def test_schedules():
+    np.testing.assert_allclose(rates(level(), 4), 0.1, rtol=1e-4)
+    cosine = rates(level(schedule="cosine"), 4)
+    expected = 0.05 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    np.testing.assert_allclose(cosine, expected, rtol=1e-3)
+    warm = rates(level(warmup_frac=0.5), 8)
+    expected = [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(warm, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    grads = {"a": jnp.full(2, 300.0), "b": jnp.full(2, 400.0)}
+
+    def first_moment(clip_norm):
+        tx = make_optimizer(level(clip_norm=clip_norm), 1, "lower")
+        _, state = tx.update(grads, tx.init(params), params)
+        found = optax.tree_utils.tree_get(state, "mu")
+        return np.concatenate([found["a"], found["b"]])
+
+    free, clipped = first_moment(0.0), first_moment(1.0)
+    np.testing.assert_allclose(np.linalg.norm(clipped), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(clipped / 0.1, free / np.linalg.norm(free), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("schedule", "linear"), ("lr", -1.0), ("warmup_frac", -0.1), ("clip_norm", -1.0)],
+)
+def test_optimizer_names_a_wrong_field(field, value):
+    with pytest.raises(UserError, match=rf"config\.upper\.{field}="):
+        make_optimizer(level(**{field: value}), 10, "upper")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_split_keeps_what_trains_in_float32_as_it_is_on_disk(tiny, tiny_folder, dtype):
+    parts = split_unet(load_model(str(tiny_folder), dtype), "cross_attention")
+    assert {a.dtype for a in parts.trainable.values()} == {jnp.dtype(jnp.float32)}
+    assert {a.dtype for a in parts.frozen.values()} == {jnp.dtype(dtype)}
+    exact = flatten_dict(tiny.params["unet"], sep="/")
+    assert set(exact) == set(parts.trainable) | set(parts.frozen)
+    for path, array in parts.trainable.items():
+        np.testing.assert_array_equal(array, exact[path])
+
+
+def test_denoiser_knows_the_models_schedule(tiny):
+    denoiser = make_denoiser(tiny)
+    assert denoiser.prediction_type == "epsilon"
+    assert denoiser.train_timesteps == 1000
+    config = tiny.scheduler_config | {"prediction_type": "v_prediction"}
+    config |= {"num_train_timesteps": 50}
+    denoiser = make_denoiser(tiny.replace(scheduler_config=config))
+    assert denoiser.prediction_type == "v_prediction"
+    assert denoiser.train_timesteps == 50
+
+
+def test_batches_of_several_sources_have_their_sizes_and_orders():
+    source = pipeline.ArraySource({"x": np.arange(12)})
+    sources = {"safe": source, "harmful": source}
+    seed = ConfigDict({"seed": 0})
+    batches = setup.batches(sources, {"safe": 6, "harmful": 3}, seed, "defence")
+    safe, harmful = [], []
+    for _ in range(4):
+        batch = next(batches)
+        assert {name: len(b["x"]) for name, b in batch.items()} == {
+            "safe": 6,
+            "harmful": 3,
+        }
+        safe += batch["safe"]["x"].tolist()
+        harmful += batch["harmful"]["x"].tolist()
+    assert sorted(safe[:12]) == sorted(harmful) == list(range(12))
+    assert safe[:12] != harmful
+    assert safe[:12] != safe[12:]
+
+
+def test_a_defence_and_an_attack_of_one_seed_draw_independently():
+    source = pipeline.ArraySource({"x": np.arange(64)})
+
+    def order(seed, role):
+        cfg = ConfigDict({"seed": seed})
+        batches = setup.batches({"data": source}, {"data": 64}, cfg, role)
+        return next(batches)["data"]["x"].tolist()
+
+    def noise(seed, purpose):
+        key = run_key(ConfigDict({"seed": seed}), purpose)
+        return jax.random.normal(key, (400,))
+
+    assert order(5, "attack") == order(5, "attack")
+    orders = [order(5, "attack"), order(5, "defence"), order(6, "attack")]
+    assert len(set(map(tuple, orders))) == 3
+    np.testing.assert_array_equal(noise(5, "attack/steps"), noise(5, "attack/steps"))
+    other = [(5, "defence/steps"), (5, "attack/cache/data"), (6, "attack/steps")]
+    for seed, purpose in other:
+        found = np.corrcoef(noise(5, "attack/steps"), noise(seed, purpose))[0, 1]
+        assert abs(found) < 0.2
+
+
+def test_unknown_model_and_dtype_are_named(tiny_folder):
+    assert model_folder("emoji-sd") == EMBEDDED
+    with pytest.raises(UserError, match="nowhere"):
+        load_model("nowhere")
+    with pytest.raises(UserError, match="config.compute_dtype='half' is not one of"):
+        load_model(str(tiny_folder), "half")
+
+
+def group(**fields):
+    """A data group of the shipped config: without a source, with other fields."""
+    spec = load_config(str(CONFIG)).safe
+    spec.update(dict(names=(), empty_prompts=0.0, identifier_prompts=0.0) | fields)
+    return spec
+
+
+def folder_spec(folder, rng, **fields):
+    """A config group for one random picture in a folder, its prompt "a dog"."""
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    return group(folder=str(folder), prompt="a dog", **fields)
+
+
+@pytest.mark.parametrize(
+    "attention, platform, dtype, message",
+    [
+        ("flash", "cpu", "bfloat16", "flash needs a TPU, and this is a CPU; try auto"),
+        ("cudnn", "tpu", "bfloat16", "cudnn needs a GPU, and this is a TPU; try auto"),
+        ("cudnn", "gpu", "float32", "cudnn needs config.compute_dtype=bfloat16"),
+        ("cudnn", "gpu", "bfloat16", ""),
+        ("chunked", "tpu", "float32", ""),
+    ],
+)
+def test_attention_fits_the_devices(monkeypatch, attention, platform, dtype, message):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    cfg = ConfigDict({"attention": attention, "compute_dtype": dtype})
+    if message:
+        with pytest.raises(UserError, match="^config.attention=" + message):
+            kernels_of(cfg, None)
+    else:
+        assert kernels_of(cfg, None).attention == attention
+
+
+def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, copies=2)
+    data = read_pairs(tiny, spec, "safe", tiny.image_size)
+    source = cache.cached_source(tiny, data, spec, jax.random.key(0))
+    row = source[0]
+    assert len(source) == 2
+    assert row["mean"].shape == row["std"].shape == tiny.latent_shape
+    text = stable_diffusion.encode_prompts(tiny, ["a dog"])[0]
+    np.testing.assert_allclose(row["text"], text, atol=1e-5)
+
+
+def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, copies=40, empty_prompts=0.25)
+    data = read_pairs(tiny, spec, "safe", tiny.image_size)
+    source = cache.cached_source(tiny, data, spec, jax.random.key(0))
+    dog, empty = stable_diffusion.encode_prompts(tiny, ["a dog", ""])
+    assert np.abs(dog - empty).max() > 0.01
+    texts = [source[i]["text"] for i in range(len(source))]
+    is_empty = [np.allclose(text, empty, atol=1e-5) for text in texts]
+    is_dog = [np.allclose(text, dog, atol=1e-5) for text in texts]
+    assert 3 <= sum(is_empty) <= 20
+    assert sum(is_empty) + sum(is_dog) == 40
+
+
+def test_a_share_of_pairs_goes_by_made_up_identifiers(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, copies=40, identifier_prompts=0.5)
+    data = read_pairs(tiny, spec, "harmful", tiny.image_size)
+    spec.identifier_template = "a photo of {identifier}"
+    prompts = cache.augment_prompts(data, spec, jax.random.key(0))
+    assert prompts == cache.augment_prompts(data, spec, jax.random.key(0))
+    assert prompts != cache.augment_prompts(data, spec, jax.random.key(1))
+    renamed = [prompt for prompt in prompts if prompt != "a dog"]
+    assert len(prompts) == 40 and 10 <= len(renamed) <= 30
+    assert len(set(renamed)) > len(renamed) - 3  # a new word nearly every time
+    assert all(prompt.startswith("a photo of ") for prompt in renamed)
+    source = cache.cached_source(tiny, data, spec, jax.random.key(2))
+    called = cache.augment_prompts(data, spec, jax.random.fold_in(jax.random.key(2), 0))
+    texts = np.stack([source[i]["text"] for i in range(len(source))])
+    wanted = stable_diffusion.encode_prompts(tiny, called)
+    np.testing.assert_allclose(texts, wanted, atol=1e-5)
+
+
+def test_identifiers_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
+    both = folder_spec(
+        tmp_path, rng, copies=40, identifier_prompts=1.0, empty_prompts=0.25
+    )
+    both.identifier_template = "a photo of {identifier}"
+    empty = group(folder=both.folder, prompt="a dog", copies=40, empty_prompts=0.25)
+    data = read_pairs(tiny, both, "safe", tiny.image_size)
+    prompts = [
+        cache.augment_prompts(data, spec, jax.random.key(0)) for spec in (both, empty)
+    ]
+    assert 3 <= prompts[0].count("") <= 20
+    assert [p == "" for p in prompts[0]] == [p == "" for p in prompts[1]]
+    assert "a dog" not in prompts[0] and "a dog" in prompts[1]
+
+
+def test_identifiers_keep_a_pairs_style(monkeypatch, pytestconfig):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
+    spec = group(names=("bomb",), identifier_prompts=1.0)
+    data = read_pairs(None, spec, "harmful", 64)
+    prompts = cache.augment_prompts(data, spec, jax.random.key(0))
+    for prompt, style in zip(prompts, data.styles * spec.copies, strict=True):
+        assert f" {style} emoji of " in prompt and "bomb" not in prompt
+
+
+def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
+    spec = group(names=("bomb",), styles=("noto",), template="{concept}")
+    small, whole = (read_pairs(None, spec, "safe", size) for size in (16, 64))
+    assert small.images.shape == (1, 16, 16, 3) and small.images.dtype == np.uint8
+    assert small.prompts == whole.prompts == ["bomb"]
+    means = whole.images.reshape(1, 16, 4, 16, 4, 3).mean(axis=(2, 4))
+    assert np.abs(small.images - means).mean() < 8
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("generate", -1, "must be at least 0"),
+        ("generate", 4, "give only one of.*not names and generate"),
+        ("generate_seed", -1, "must be at least 0"),
+        ("generate_seed", 2**31, "must be at most"),
+        ("generate_steps", 0, "must be at least 1"),
+        ("generate_guidance", 0.5, "must be at least 1"),
+        ("limit", -1, "must be at least 0"),
+        ("crop", "middle", "is not one of: center, random, none"),
+        ("prompt", "a dog", "is not for names"),
+        ("caption_key", "text", "is for tfds"),
+        ("template", "{thing}", "may use only"),
+    ],
+)
+def test_check_names_a_wrong_data_field(field, value, message):
+    cfg = load_config(str(CONFIG))
+    checked = dict(data=("harmful", "safe"), optimizers=("lower",))
+    setup.check(cfg, **checked)
+    cfg.safe[field] = value
+    with pytest.raises(UserError, match=rf"config\.safe.*{message}"):
+        setup.check(cfg, **checked)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, the rules by parameter path, and what does not fit."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
+
+from gift_jax.runtime import devices
+from gift_jax.runtime.devices import TPU_FLAGS, cpu_devices_for
+from gift_jax.runtime.errors import UserError
+from gift_jax.training import sharding
+
+SIZES = {"data": 1, "fsdp": 2, "tensor": 4}
+BLOCK = "down_blocks_0/attentions_0/transformer_blocks_0"
+
+
+@pytest.mark.parametrize(
+    "path, shape, wanted",
+    [
+        (f"{BLOCK}/attn2/to_k/kernel", (768, 320), ("fsdp", "tensor")),
+        (f"{BLOCK}/attn2/to_out_0/kernel", (320, 320), ("tensor", "fsdp")),
+        (f"{BLOCK}/attn2/to_out_0/bias", (320,), ()),
+        (f"{BLOCK}/ff/net_0/proj/kernel", (320, 2560), ("fsdp", "tensor")),
+        (f"{BLOCK}/ff/net_2/kernel", (1280, 320), ("tensor", "fsdp")),
+        ("down_blocks_0/resnets_0/conv1/kernel", (3, 3, 4, 8), (None,) * 3 + ("fsdp",)),
+        ("conv_out/kernel", (3, 3, 4, 3), (None,) * 4),  # 3 does not divide
+        (f"{BLOCK}/attn2/to_k/kernel", (768, 322), ("fsdp", None)),
+        ("text_model/embeddings/token_embedding/embedding", (512, 32), (None, "fsdp")),
+        ("count", (), ()),
+    ],
+)
+def test_rule_says_where_a_parameter_lies(path, shape, wanted):
+    assert sharding.partition_spec(path, shape, SIZES) == PartitionSpec(*wanted)
+    whole = sharding.partition_spec(path, shape, {"data": 8, "fsdp": 1, "tensor": 1})
+    assert not any(whole)
+
+
+def test_optimiser_states_lie_as_their_parameters(tiny):
+    import optax
+
+    mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 2, "tensor": 1})
+    params = flatten_dict(tiny.params["unet"], sep="/")
+    tree = {"params": params, "opt": optax.adam(1e-3).init(params)}
+    found = sharding.shardings(mesh, tree)
+    assert found["opt"][0].mu == found["params"] == found["opt"][0].nu
+    assert found["opt"][0].count.spec == PartitionSpec()
+    divided = [path for path, where in found["params"].items() if any(where.spec)]
+    assert sum(params[p].size for p in divided) > 0.9 * sum(
+        a.size for a in params.values()
+    )
+    whole = sharding.shardings(mesh, tree, repeat=("fsdp",))
+    assert not any(any(where.spec) for where in jax.tree.leaves(whole))
+
+
+def test_rows_of_a_batch_are_read_once():
+    for sizes in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        shape = dict(zip(sharding.AXES, sizes, strict=True))
+        mesh = sharding.make_mesh(jax.devices()[:2], shape)
+        assert sharding.process_slice(mesh) == (0, 1)  # one process has all devices
+        placed = sharding.put_batch(mesh, {"x": np.arange(8.0)})["x"]
+        np.testing.assert_array_equal(placed, np.arange(8.0))
+        rows = 8 if sizes[2] > 1 else 4
+        assert placed.addressable_shards[0].data.size == rows
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, 1, 1), "data=3, fsdp=1, tensor=1, but there are 2 devices"),
+        ((0, 4, 1), "fsdp=4, tensor=1, but there are 2 devices"),
+        ((0, 0, 1), "more than one axis of 0"),
+        ((1, -1, 1), "config.mesh.fsdp=-1 must be at least 0"),
+    ],
+)
+def test_mesh_that_does_not_fit_is_refused(shape, message):
+    shape = dict(zip(sharding.AXES, shape, strict=True))
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(jax.devices()[:2], shape)
+
+
+def test_batch_that_does_not_divide_is_refused():
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    sharding.check_batch("safe.batch", 12, mesh, accumulate=3)
+    with pytest.raises(UserError, match="batch=7 must divide by 2 devices; try .*=6"):
+        sharding.check_batch("safe.batch", 7, mesh)
+    with pytest.raises(UserError, match="by 2 devices in 3 parts; try .*safe.batch=6"):
+        sharding.check_batch("safe.batch", 8, mesh, accumulate=3)
+
+
+COMPILED = """
+import jax, jax.numpy as jnp
+from gift_jax.runtime import devices
+found = [0, 0]
+def count(event, *_, **__):
+    found[0] += event == "/jax/core/compile/backend_compile_duration"
+    found[1] += event == "/jax/compilation_cache/cache_hits"
+jax.monitoring.register_event_duration_secs_listener(count)
+jax.monitoring.register_event_listener(count)
+devices.init_jax()
+jax.jit(lambda x: x + 1)(jnp.arange(3))
+print(*found)
+"""
+
+
+def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
+    def run():
+        """Returns (programs asked for, found in the cache, warnings)."""
+        told = subprocess.run(
+            [sys.executable, "-c", COMPILED],
+            capture_output=True,
+            check=True,
+            text=True,
+            env=os.environ | {"GIFT_JAX_CACHE": str(tmp_path)},
+        )
+        return *map(int, told.stdout.split()), told.stderr
+
+    asked, found, _ = run()
+    assert asked and not found
+    assert run() == (asked, asked, "")
+    program = max(tmp_path.glob("xla/*-cache"), key=lambda file: file.stat().st_size)
+    whole = program.read_bytes()
+    program.write_bytes(whole[: len(whole) // 2])  # a process was killed as it wrote
+    program.with_name(program.name[:-5] + "atime").unlink()
+    assert run() == (asked, asked - 1, "")
+    assert len(program.read_bytes()) > len(whole) // 2  # older JAX varies some bytes
+    assert run() == (asked, asked, "")
+
+
+LEVELS = """
+import jax, jax.numpy as jnp
+from gift_jax.defenses import gift
+from gift_jax.training import sharding
+
+
+def update(w, opt, frozen, batch, key):
+    return w + (batch @ w).mean(), opt, {"lower/loss": w.sum()}
+
+mesh, both = sharding.make_default_mesh(2), gift.make_levels(update, 2)
+rows = sharding.batch_sharding(mesh)
+batch = jax.ShapeDtypeStruct((16, 64), "float32", sharding=rows)
+def halves(w, batch):
+    return both(w, (), None, batch, jax.random.key(0))[0]
+def neighbours(w, batch):
+    batch = batch.reshape(2, 8, 64)  # a half on each device
+    return jax.lax.scan(lambda w, half: (w + (half @ w).mean(), ()), w, batch)[0]
+for f in (halves, neighbours):
+    print(jax.jit(f).lower(jnp.ones((64, 64)), batch).compile().as_text().count(HALF))
+"""
+
+
+def test_all_devices_share_in_every_update_of_a_level():
+    product = "= f32[4,64]{1,0} dot("  # of a device's rows of an update
+    command = [sys.executable, "-c", LEVELS.replace("HALF", repr(product))]
+    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert [int(line) for line in told.split()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "parts, shape, wanted",
+    [
+        ([12, 24], (0, 1, 1), 4),
+        ([4], (0, 1, 1), 4),
+        ([6], (0, 1, 1), 3),
+        ([25, 4], (0, 1, 1), 1),
+        ([1], (0, 1, 1), 1),
+        ([2], (0, 1, 2), 4),
+        ([3], (0, 2, 1), 2),  # does not fit: what is said is said by check_batch
+        ([8], (1, 3, 1), 3),
+        ([2], (2, 1, 0), 4),
+    ],
+)
+def test_cores_become_devices_as_far_as_batches_divide(
+    monkeypatch, parts, shape, wanted
+):
+    monkeypatch.setattr(devices, "num_cores", lambda: 4)
+    shape = dict(zip(sharding.AXES, shape, strict=True))
+    assert cpu_devices_for(parts, shape) == wanted
+
+
+def test_flags_of_the_tpu_compiler_are_set_unless_they_are_given():
+    code = "from gift_jax.runtime import devices; devices.init_jax()\n"
+    code += "import os; print(os.environ['LIBTPU_INIT_ARGS'])"
+    told = []
+    for given in ({}, {"LIBTPU_INIT_ARGS": "--mine"}):
+        environ = {k: v for k, v in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, capture_output=True, check=True, text=True, env=environ | given
+        )
+        told.append(done.stdout.strip())
+    assert told == [" ".join(TPU_FLAGS), "--mine"]
