@@ -73,8 +73,8 @@ def parse_config(
     overrides = [a for a in argv if a.startswith("--config.")]
     args = flags.parse_args([a for a in argv if a not in overrides])
     cfg = load_config(args.config, program)
-    for override in overrides:
-        override(cfg, override.removeprefix("--config."))
+    for text in overrides:
+        override(cfg, text.removeprefix("--config."))
     return cfg, args
 
 
