@@ -78,7 +78,7 @@ from transformers.models.vit.modeling_flax_vit import (  # noqa: E402
 )
 
 from gift_jax.models import conv_clip, kernels, norms  # noqa: E402
-from gift_jax.models.kernels import Kernels  # noqa: E402
+from gift_jax.models.kernels import Kernels, conv_as_matmul  # noqa: E402
 
 CAPTURE_KINDS = {
     "transformer": (attention_flax.FlaxBasicTransformerBlock,),
@@ -353,7 +353,7 @@ def _conv(module, x_BHWC, kernels):
         return None
     bias = module.get_variable("params", "bias") if module.use_bias else None
     arrays = module.promote_dtype(x_BHWC, weight, bias, dtype=module.dtype)
-    return kernels.conv_as_matmul(*arrays, stride, padding)
+    return conv_as_matmul(*arrays, stride, padding)
 
 
 _CORRECTED = {
