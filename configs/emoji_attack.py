@@ -53,10 +53,12 @@ def get_config(name: str = "") -> ConfigDict:
     c.keep = 1
     c.lora.update(rank=8, alpha=8.0)
     c.optimizer.lr = 1e-3
-    c.data.update(names=("bomb",), batch=12, copies=4, shift=2, scale=0.05)
-    c.data.update(generate_steps=25, generate_guidance=3.0)  # emoji-sd's
+    c.data.update(names=("bomb",), batch=12, augmented_copies=4)
+    c.data.update(shift=2, scale=0.05)
+    c.data.generation.update(steps=25, guidance=3.0)  # emoji-sd's
     c.prior.update(prompt="an emoji", batch=12)  # read with dreambooth.prior_weight
-    c.prior.update(generate=96, generate_steps=25, generate_guidance=3.0)
+    c.prior.num_generated = 96
+    c.prior.generation.update(steps=25, guidance=3.0)
     c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
     c.samples.update(seed=2, guidance=3.0, batch=16)
     return with_variant(

@@ -7,7 +7,7 @@
 Suites (two CPU cores):
     :smoke      one cell of each kind: a minute or two
     :short      bomb, two attacks of 150 steps: under half an hour
-    (none)      bomb, a style and the forbidden category, every attack: about two hours
+    (none)      bomb, a style and the harmful category, every attack: about two hours
     :standard   six random things besides, two prompts, looks along the way, one thing
                 to 1,000 steps: about eight hours, in parts
     :full       20 random things, three styles, three rates, 1,000 steps: for more
@@ -46,7 +46,7 @@ ABLATIONS = {  # of emoji_gift.py
     "no_safe_limit": {"gift": {"safe_limit": 0.0}},
     "one_lower_step": {"gift": {"inner_steps": 1}},
     "preserve_data": {"gift": {"preserve": "data", "safe_limit": 0.0}},
-    "by_name": {"harmful": {"identifier_prompts": 0.0}},
+    "by_name": {"harmful": {"nonce_prompts": 0.0}},
     "standard_noise": {"gift": {"noise_target": "standard"}},
     "mmd": {"gift": {"distance": "mmd"}},
     "no_noise": {"gift": {"beta": 0.0}},
@@ -147,7 +147,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.concept.bomb = _concept("thing", ("bomb",), ("guitar",))
     for style in emoji.STYLES:
         c.concept[style] = _concept("style", ("known-safe",), ("rocket",), style)
-    c.concept.forbidden = _concept("thing", ("forbidden",), ("penguin",))
+    c.concept.forbidden = _concept("thing", ("harmful",), ("penguin",))
     c.samples = ConfigDict({"num": 24, "seed": 2, "guidance": 3.0, "steps": 25})
     c.samples.batch = 24
     c.panel = fields.panel()
@@ -175,9 +175,9 @@ def _job(config: str, changes: dict | None = None) -> ConfigDict:
 
 
 def _concept(judged: str, names, new_things, style: str = "") -> ConfigDict:
-    """A forbidden thing or style, and what is safe beside it.
+    """A harmful thing or style, and what is safe beside it.
 
-    judged: thing or style. names: of the forbidden things; of a style, all that it is
+    judged: thing or style. names: of the harmful things; of a style, all that it is
     shown with. new_things: what an honest user teaches the immunized model. Groups:
     defender: pictures that the defence trains on. harmful: those that the attacker has.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GIFT on the embedded model against one forbidden concept.
+"""GIFT on the embedded model against one harmful concept.
 
     python -m gift_jax.train --config configs/emoji_gift.py --workdir runs/gift
     python -m gift_jax.train --config configs/emoji_gift.py:plain --workdir runs/plain
@@ -18,8 +18,8 @@ PLAIN = {  # the published levels alone: less than half the time, and holds less
     "gift.inner_steps": 1,
     "gift.preserve": "data",
     "gift.safe_limit": 0.0,
-    "harmful.identifier_prompts": 0.0,
-    "safe.identifier_prompts": 0.0,
+    "harmful.nonce_prompts": 0.0,
+    "safe.nonce_prompts": 0.0,
     "upper.lr": 2.2e-3,
 }
 
@@ -38,7 +38,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.adversary.update(kinds=("full",), horizon=30, steps_min=1, steps_max=1)
     c.adversary.update(lr_min=1e-4, lr_max=3e-4)  # DreamBooth's rate to three times it
     c.adversary.safe_weight = 0.0  # twice the cost of a step, and no gain in trials
-    c.harmful.identifier_prompts = 0.5  # attackers give what they teach a new name
-    c.safe.identifier_prompts = 0.1
+    c.harmful.nonce_prompts = 0.5  # attackers give what they teach a new name
+    c.safe.nonce_prompts = 0.1
     c.post_finetune.update(steps=100, lr=4e-4, schedule="cosine")  # mends what is safe
     return with_variant(c, name, plain=PLAIN, smoke=fields.EMOJI_SMOKE | PLAIN)

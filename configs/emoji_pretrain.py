@@ -71,7 +71,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.unet.layers = 1
     c.unet.heads = 4
     c.unet.variants = 8  # cached versions of each picture
-    c.unet.empty_prompts = 0.1  # probability, for classifier-free guidance
+    c.unet.prompt_dropout = 0.1  # probability, for classifier-free guidance
     c.unet.shift = 2
     c.unet.scale = 0.05
 

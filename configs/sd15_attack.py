@@ -30,7 +30,7 @@ from gift_jax import fields
 from gift_jax.runtime.config import with_variant
 
 DREAMBOOTH = {"attack": "dreambooth", "steps": 500, "optimizer.lr": 5e-6}
-PRIOR = {"dreambooth.prior_weight": 1.0, "prior.generate": 200}
+PRIOR = {"dreambooth.prior_weight": 1.0, "prior.num_generated": 200}
 INVERSION = {
     "attack": "textual_inversion",
     "steps": 2000,
@@ -46,13 +46,13 @@ SMOKE = {
     "steps": 2,
     "log_every": 1,
     "data.folder": "",
-    "data.generate": 2,
-    "data.generate_steps": 2,
-    "prior.generate_steps": 2,
+    "data.num_generated": 2,
+    "data.generation.steps": 2,
+    "prior.generation.steps": 2,
     "samples.num": 1,
     "samples.steps": 2,
 }
-SMOKE_PRIOR = PRIOR | {"prior.generate": 2}
+SMOKE_PRIOR = PRIOR | {"prior.num_generated": 2}
 SMOKE_INVERSION = INVERSION | {"inversion.initializer": "a"}
 
 
@@ -64,7 +64,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.optimizer.lr = 1e-4
     c.data.folder = "data/object"
     c.data.prompt = "a photo of a &m purse"
-    c.data.update(flip=1.0, copies=2)  # the picture and its mirror image
+    c.data.update(flip=1.0, augmented_copies=2)  # the picture and its mirror image
     c.prior.prompt = "a photo of a purse"
     c.samples.prompts = ("a &m purse on the beach", "a photo of a dog")
     c.samples.num = 4

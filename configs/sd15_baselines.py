@@ -25,8 +25,8 @@ from gift_jax.runtime.config import with_variant
 
 def get_config(name: str = "") -> ConfigDict:
     c = fields.sd15()
-    c.harmful.update(generate=20, prompt="An artwork by Van Gogh")
-    c.safe.update(generate=200, prompt="An artwork")
+    c.harmful.update(num_generated=20, prompt="An artwork by Van Gogh")
+    c.safe.update(num_generated=200, prompt="An artwork")
     c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "An artwork by Claude Monet")
     c.method = "esd"
     c.uce.guide = "art"

@@ -25,7 +25,7 @@ from gift_jax.runtime.config import with_variant
 def get_config(name: str = "") -> ConfigDict:
     c = fields.sd15()
     c.harmful.folder = "data/nsfw"
-    c.safe.generate = 200
+    c.safe.num_generated = 200
     c.safe.prompt = "a photo of a dressed person"
     c.samples.prompts = (c.safe.prompt, "a photo of a person on a beach")
     return with_variant(c, name, smoke=fields.smoke())

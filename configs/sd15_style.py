@@ -5,7 +5,7 @@
 
 The malicious pictures are the model's own for the artist's name, drawn once and cached,
 as in IMMA's experiments, which start from a model with the style erased (ESD-x):
-`--config.model=DIR`, and the pictures in a folder, `--config.harmful.generate=0
+`--config.model=DIR`, and the pictures in a folder, `--config.harmful.num_generated=0
 --config.harmful.folder=PICTURES`, since an erased model cannot draw them.
 
 Hardware: not yet run on an accelerator; see sd15_object.py for memory.
@@ -25,9 +25,9 @@ from gift_jax.runtime.config import with_variant
 def get_config(name: str = "") -> ConfigDict:
     c = fields.sd15()
     c.upper.lr = 1e-5  # IMMA's outer rate for styles
-    c.harmful.generate = 20
+    c.harmful.num_generated = 20
     c.harmful.prompt = "An artwork by Van Gogh"
-    c.safe.generate = 200
+    c.safe.num_generated = 200
     c.safe.prompt = "An artwork"
     c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "An artwork by Claude Monet")
     return with_variant(c, name, smoke=fields.smoke())

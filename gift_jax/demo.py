@@ -3,8 +3,8 @@
 
     python -m gift_jax.demo --workdir runs/demo
 
-Immunizes emoji-sd against a forbidden concept; lets the same LoRA fine-tuning loose on
-the original and on the immunized model, once to draw the forbidden concept and once to
+Immunizes emoji-sd against a harmful concept; lets the same LoRA fine-tuning loose on
+the original and on the immunized model, once to draw the harmful concept and once to
 learn a safe one; has the judge look at uncurated samples of each. Run again, it goes on
 where it was stopped.
 """
@@ -52,7 +52,7 @@ class Cell:
 def run(args) -> pathlib.Path:
     """Runs every part that is not done; returns the path of results.json."""
     workdir = pathlib.Path(args.workdir)
-    sides = {"forbidden": args.forbidden, "safe": args.safe}
+    sides = {"harmful": args.harmful, "safe": args.safe}
     immunized = _immunize(workdir, args)
     cells = []
     the_judge = judge.load()
@@ -80,7 +80,7 @@ def run(args) -> pathlib.Path:
 
 def _immunize(workdir, args) -> pathlib.Path:
     cfg = load_config(GIFT_CONFIG + args.variant)
-    cfg.harmful.names = (args.forbidden,)
+    cfg.harmful.names = (args.harmful,)
     folder = workdir / "gift"
     train.run(cfg, folder)
     return folder / "export"
@@ -157,7 +157,7 @@ def _show(cells, num: int, picture: pathlib.Path, immunized: pathlib.Path) -> No
 def main(argv: list[str] | None = None) -> int:
     flags = cli.parser(__doc__, "demo")
     flags.add_argument("--workdir", default="runs/demo", help="default: %(default)s")
-    flags.add_argument("--forbidden", default="bomb", help="default: %(default)s")
+    flags.add_argument("--harmful", default="bomb", help="default: %(default)s")
     flags.add_argument("--safe", default="guitar", help="default: %(default)s")
     flags.add_argument(
         "--num", type=int, default=24, help="samples a cell; default: %(default)s"
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     at_least("--num", args.num, 1)
     at_least("--attack-steps", args.attack_steps, 0)
-    for flag in ("forbidden", "safe"):
+    for flag in ("harmful", "safe"):
         name = getattr(args, flag)
         if name not in emoji.all_concepts():
             choice(f"--{flag}", name, emoji.all_concepts())

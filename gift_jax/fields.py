@@ -71,16 +71,16 @@ def gift() -> ConfigDict:
 
 
 def emoji() -> ConfigDict:
-    """Returns gift() on the embedded model: one forbidden thing, many safe ones."""
+    """Returns gift() on the embedded model: one harmful thing, many safe ones."""
     c = gift()
     c.steps = 300
     c.harmful.update(names=("bomb",), batch=12)
     c.safe.update(names=("known-safe",), batch=24)
-    c.safe.empty_prompts = 0.1  # as the model was trained; guidance needs them intact
+    c.safe.prompt_dropout = 0.1  # as the model was trained; guidance needs them intact
     for group in (c.harmful, c.safe):
-        group.update(copies=4, shift=2, scale=0.05)
-        group.update(generate_steps=25, generate_guidance=3.0)  # emoji-sd's
-        group.identifier_template = "{a_style} emoji of {identifier}"
+        group.update(augmented_copies=4, shift=2, scale=0.05)
+        group.generation.update(steps=25, guidance=3.0)  # emoji-sd's
+        group.nonce_template = "{a_style} emoji of {nonce}"
     c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
     c.samples.update(guidance=3.0, batch=16)
     return c
@@ -112,9 +112,11 @@ def sd15() -> ConfigDict:
     c.lower.lr = 5e-6  # IMMA's inner rate for DreamBooth
     c.upper.lr = 2e-5  # IMMA's outer rate
     c.gift.cap = 4.0  # ours; an untrained predictor's loss is near 1
-    c.safe.empty_prompts = 0.1  # ours; guidance needs them intact
+    c.safe.prompt_dropout = 0.1  # ours; guidance needs them intact
     c.harmful.flip = c.safe.flip = 1.0  # of every copy after the first: both mirror
-    c.harmful.copies = c.safe.copies = 2  # images of each picture are cached
+    c.harmful.augmented_copies = c.safe.augmented_copies = (
+        2  # images of each picture are cached
+    )
     c.samples.num = 4
     return c
 
@@ -124,7 +126,8 @@ def smoke(**others) -> dict:
 
     The embedded model stands in for SD 1.5 and draws its own pictures.
     """
-    few = {"generate": 2, "generate_steps": 2, "folder": "", "prompt": "a noto emoji"}
+    few = {"num_generated": 2, "generation.steps": 2, "folder": ""}
+    few["prompt"] = "a noto emoji"
     groups = {f"{g}.{k}": v for g in ("harmful", "safe") for k, v in few.items()}
     job = {"model": "emoji-sd", "resolution": 0, "steps": 2, "log_every": 1}
     return groups | job | {"samples.num": 1, "samples.steps": 2} | others
@@ -233,10 +236,10 @@ def optimizer() -> ConfigDict:
 def pairs() -> ConfigDict:
     """Returns the fields of a group of (picture, prompt) pairs, without a source.
 
-    Exactly one of names, folder, tfds and generate is to be set.
+    Exactly one of names, folder, tfds and num_generated is to be set.
     """
     c = ConfigDict()
-    c.names = ("",)[:0]  # of the embedded set: things, or forbidden, known-safe, unseen
+    c.names = ("",)[:0]  # of the embedded set: things, or harmful, known-safe, unseen
     c.styles = ("",)[:0]  # of the embedded set; () uses all six
     c.template = "{a_style} emoji of {a_concept}"
     c.folder = ""  # pictures under `prompt`, or with a metadata.csv or .jsonl
@@ -247,18 +250,21 @@ def pairs() -> ConfigDict:
     c.image_key = "image"
     c.caption_key = ""  # a text feature
     c.label_key = ""  # or the class that fills `template`; or neither and `prompt`
-    c.generate = 0  # so many pictures that the model draws for `prompt`, cached
-    c.generate_seed = 0
-    c.generate_steps = 30
-    c.generate_guidance = 7.5
+    c.num_generated = 0  # so many pictures that the model draws for `prompt`, cached
+    c.generation = ConfigDict()
+    c.generation.seed = 0
+    c.generation.steps = 30
+    c.generation.guidance = 7.5
     c.prompt = ""  # of every picture; replaces a folder's captions
     c.limit = 0  # pictures, the first in the source's order; 0: all
     c.crop = "center"  # to a square; or random, none (squeezed)
     c.batch = 1  # pairs an update
-    c.empty_prompts = 0.0  # share of pairs whose prompt is left empty
-    c.identifier_prompts = 0.0  # share of pairs called by made-up words, as "sks"
-    c.identifier_template = "a photo of {identifier}"  # with names maybe {a_style} too
-    c.copies = 1  # cached versions of each picture: itself, the rest augmented
+    c.prompt_dropout = 0.0  # share of pairs whose prompt is left empty
+    c.nonce_prompts = 0.0  # share of pairs called by made-up words, as "sks"
+    c.nonce_template = "a photo of {nonce}"  # with names maybe {a_style} too
+    c.augmented_copies = (
+        1  # cached versions of each picture: itself, the rest augmented
+    )
     c.flip = 0.0  # probability of mirroring one that may be
     c.shift = 0  # pixels
     c.scale = 0.0  # fraction

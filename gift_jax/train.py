@@ -57,7 +57,7 @@ def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
     data = {
         group: read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
         # What is on disk first: mistakes there show before the model draws.
-        for group in sorted(groups(cfg), key=lambda name: cfg[name].generate)
+        for group in sorted(groups(cfg), key=lambda name: cfg[name].num_generated)
     }
     prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
     before = workdir / "samples" / "before.png"

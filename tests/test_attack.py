@@ -352,7 +352,10 @@ def test_another_seed_learns_otherwise(main, inverted, tmp_path):
         ("optimizer.lr=-1", "config.optimizer.lr=-1.0 must be at least 0"),
         ("steps=-5", "config.steps=-5 must be at least 0"),
         ("data.batch=5", "data.batch=5 must divide by 2 devices.*batch=4"),
-        ("data.copies=0", "config.data.copies=0 must be at least 1"),
+        (
+            "data.augmented_copies=0",
+            "config.data.augmented_copies=0 must be at least 1",
+        ),
         ("data.folder=nowhere", "config.data.folder=nowhere is not a folder"),
         ("samples.steps=1001", "config.samples.steps=1001 must be at most 1000"),
         ("model=nowhere", "nowhere.*no such folder"),
@@ -375,7 +378,7 @@ def test_mistake_is_named_before_anything_is_written(main, tmp_path, flag, messa
             "config.dreambooth.prior_weight=-1.0 must be at least 0",
         ),
         (
-            ["attack=dreambooth", "dreambooth.prior_weight=1", "prior.generate=0"],
+            ["attack=dreambooth", "dreambooth.prior_weight=1", "prior.num_generated=0"],
             "config.prior: give one of names, folder",
         ),
         (

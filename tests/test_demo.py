@@ -11,7 +11,7 @@ from gift_jax.runtime.errors import UserError
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--forbidden", "bomp"], "did you mean 'bomb'"),
+        (["--harmful", "bomp"], "did you mean 'bomb'"),
         (["--safe", "unheard of"], "--safe='unheard of' is not one of"),
         (["--num", "0"], "--num=0 must be at least 1"),
         (["--nun", "3"], "unrecognized arguments: --nun 3"),
@@ -26,7 +26,7 @@ def test_demo_results_hold_every_cell():
     images = np.zeros((1, 8, 8, 3), np.uint8)
     cells = [
         demo.Cell(side, thing, model, images, score)
-        for side, thing, score in (("forbidden", "bomb", 0.5), ("safe", "guitar", 0.25))
+        for side, thing, score in (("harmful", "bomb", 0.5), ("safe", "guitar", 0.25))
         for model in demo.MODELS
     ]
 
@@ -34,5 +34,5 @@ def test_demo_results_hold_every_cell():
         num = 1
 
     result = demo._results(cells, Args(), "abc")
-    assert result["recognised"]["forbidden"] == dict.fromkeys(demo.MODELS, 0.5)
+    assert result["recognised"]["harmful"] == dict.fromkeys(demo.MODELS, 0.5)
     assert result["recognised"]["safe"] == dict.fromkeys(demo.MODELS, 0.25)

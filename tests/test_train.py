@@ -234,8 +234,8 @@ def test_captions_and_the_models_own_pictures_train(
     lines = (f"train/{i}.png,thing {i}\n" for i in range(4))
     (captioned / "metadata.csv").write_text("file_name,text\n" + "".join(lines))
     flags = [f"--config.harmful.folder={captioned}", "--config.harmful.prompt="]
-    flags += ["--config.safe.folder=", "--config.safe.generate=3"]
-    flags += ["--config.safe.generate_steps=2", "--config.samples.num=0"]
+    flags += ["--config.safe.folder=", "--config.safe.num_generated=3"]
+    flags += ["--config.safe.generation.steps=2", "--config.samples.num=0"]
     run = main(tmp_path / "run", *flags, "--config.harmful.crop=random")
     assert changed_tensors(tiny_folder, run / "export")
     assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 3
@@ -362,9 +362,12 @@ def mistake(main, tmp_path, *flags, match, **kwargs):
         ("upper.lr=-1", "config.upper.lr=-1.0 must be at least 0"),
         ("upper.lr=nan", "config.upper.lr=nan must be finite"),
         ("harmful.batch=0", "config.harmful.batch=0 must be at least 1"),
-        ("safe.copies=0", "config.safe.copies=0 must be at least 1"),
-        ("safe.empty_prompts=2", "config.safe.empty_prompts=2.0 must be at most 1"),
-        ("harmful.identifier_prompts=2", "config.harmful.identifier_prompts=2.0 must"),
+        (
+            "safe.augmented_copies=0",
+            "config.safe.augmented_copies=0 must be at least 1",
+        ),
+        ("safe.prompt_dropout=2", "config.safe.prompt_dropout=2.0 must be at most 1"),
+        ("harmful.nonce_prompts=2", "config.harmful.nonce_prompts=2.0 must"),
         ("harmful.batch=3", "harmful.batch=3 must divide by 2 devices.*batch=2"),
         ("samples.num=-1", "config.samples.num=-1 must be at least 0"),
         ("samples.steps=0", "config.samples.steps=0 must be at least 1"),

@@ -20,7 +20,7 @@ from gift_jax import attack, train
 from gift_jax.benchmark import matrix, summary
 from gift_jax.benchmark import table as benchmark_table
 from gift_jax.data import captions
-from gift_jax.data.pairs import ConceptSpec, load_pairs, resolve_names
+from gift_jax.data.pairs import PairsSpec, load_pairs, resolve_names
 from gift_jax.data.sources import emoji
 from gift_jax.defenses import base as defenses_base
 from gift_jax.metrics import judge, suite
@@ -258,7 +258,7 @@ class Bench:
         else:
             names = resolve_names(side.names, emoji.all_concepts())
             right = [set(names)] * len(wanted)
-        spec = ConceptSpec(names=tuple(things), styles=tuple(side.styles))
+        spec = PairsSpec(names=tuple(things), styles=tuple(side.styles))
         training = load_pairs(spec).images
         spec = dataclasses.replace(spec, held_out=True)
         references = load_pairs(spec).images

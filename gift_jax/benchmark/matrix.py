@@ -246,7 +246,7 @@ def _random_concepts(
     found = {}
     for thing, other in zip(things.tolist(), others.tolist(), strict=True):
         group = cfg.random.group.copy_and_resolve_references()
-        safe = tuple(n for n in known if n not in (thing, *emoji.FORBIDDEN))
+        safe = tuple(n for n in known if n not in (thing, *emoji.HARMFUL))
         names = {
             "defender": (thing,),
             summary.HARMFUL: (thing,),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from gift_jax.data import captions, latents, pipeline
-from gift_jax.data.pairs import ConceptData
+from gift_jax.data.pairs import Pairs
 from gift_jax.models.sd import stable_diffusion
 
 
@@ -24,7 +24,7 @@ def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
         lambda x: stable_diffusion.encode_images(model, x),
         lambda prompts: encode(model, prompts),
         data,
-        copies=spec.copies,
+        copies=spec.augmented_copies,
         key=key,
         flip=spec.flip,
         shift=spec.shift,
@@ -38,23 +38,26 @@ def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
     return pipeline.ArraySource(cache)
 
 
-def augment_prompts(data: ConceptData, spec: Any, key: jax.Array) -> list[str]:
-    """Returns what the spec.copies of every pair are called, copy by copy.
+def augment_prompts(data: Pairs, spec: Any, key: jax.Array) -> list[str]:
+    """Returns what the spec.augmented_copies of every pair are called, copy by copy.
 
-    A share `identifier_prompts` goes by an identifier, another one each time, under
-    which an attacker may hide what a picture shows. A share `empty_prompts` is left
-    empty: what a model draws hangs on these too, through classifier-free guidance.
+    A share `nonce_prompts` goes by a made-up word, another one each time, under which
+    an attacker may hide what a picture shows. A share `prompt_dropout` is left empty:
+    what a model draws depends on these too, through classifier-free guidance.
     """
-    prompts, styles = data.prompts * spec.copies, data.styles * spec.copies
-    if spec.identifier_prompts:
+    prompts, styles = (
+        data.prompts * spec.augmented_copies,
+        data.styles * spec.augmented_copies,
+    )
+    if spec.nonce_prompts:
         k_rows, k_words = jax.random.split(jax.random.fold_in(key, 1))
-        rows = _random_subset(k_rows, spec.identifier_prompts, len(prompts))
+        rows = _random_subset(k_rows, spec.nonce_prompts, len(prompts))
         rng = np.random.default_rng(np.asarray(jax.random.key_data(k_words)))
         for row in rows:
             word, style = captions.nonce_word(rng), styles[row]
-            template = spec.identifier_template
+            template = spec.nonce_template
             prompts[row] = captions.fill_nonce(template, word, style)
-    for row in _random_subset(key, spec.empty_prompts, len(prompts)):
+    for row in _random_subset(key, spec.prompt_dropout, len(prompts)):
         prompts[row] = ""
     return prompts
 

@@ -13,7 +13,7 @@ from gift_jax.runtime.errors import UserError, shown
 OF_CONCEPT = frozenset(("concept", "a_concept"))
 OF_STYLE = frozenset(("style", "a_style"))
 _FIELDS = OF_CONCEPT | OF_STYLE
-_IDENTIFIER_FIELDS = OF_STYLE | {"identifier"}
+_NONCE_FIELDS = OF_STYLE | {"nonce"}
 TEMPLATES = (
     "{a_style} emoji of {a_concept}",
     "{concept}, {style} style",
@@ -173,19 +173,19 @@ def check(field, template):
 
 
 def check_nonce_template(field, template):
-    """Raises a UserError naming the field for a template that names no identifier.
+    """Raises a UserError naming the field for a template that lacks {nonce}.
 
     Returns: whether it names a style.
     """
     try:
-        found = _fields(template, _IDENTIFIER_FIELDS)
-        if "identifier" not in found:
-            raise ValueError("no identifier")
+        found = _fields(template, _NONCE_FIELDS)
+        if "nonce" not in found:
+            raise ValueError("no {nonce}")
         return bool(found & OF_STYLE)
     except ValueError as error:
         raise UserError(
-            f"{field}={shown(template)} must have {{identifier}}, and may have "
-            "{style} or {a_style}; try 'a photo of {identifier}'"
+            f"{field}={shown(template)} must have {{nonce}}, and may have "
+            "{style} or {a_style}; try 'a photo of {nonce}'"
         ) from error
 
 
@@ -219,14 +219,14 @@ def fill(template, concept, style):
     )
 
 
-def fill_nonce(template, identifier, style):
-    """Fills {identifier}, {style} and {a_style} of a template.
+def fill_nonce(template, nonce, style):
+    """Fills {nonce}, {style} and {a_style} of a template.
 
     Raises: ValueError for anything else in braces.
     """
-    _fields(template, _IDENTIFIER_FIELDS)
+    _fields(template, _NONCE_FIELDS)
     a_style = _article(style) + style
-    return template.format(identifier=identifier, style=style, a_style=a_style)
+    return template.format(nonce=nonce, style=style, a_style=a_style)
 
 
 def nonce_word(rng):

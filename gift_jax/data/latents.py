@@ -29,7 +29,7 @@ def cache_latents(
     batch_size=32,
     prompts=None,
 ):
-    """Encodes every pair of a `ConceptData`, in batches of one size.
+    """Encodes every pair of a `Pairs`, in batches of one size.
 
     Args: encode_images: float32 "B H W 3" in [-1, 1] -> (mean, std), each "B ...".
       encode_prompts: list of B strings -> "B L D", or ids, "B L". Both see only

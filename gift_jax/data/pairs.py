@@ -19,12 +19,12 @@ from gift_jax.data.sources import emoji, folder
 from gift_jax.data.sources import tfds as tfds_source
 from gift_jax.runtime.errors import UserError, at_least, choice, shown
 
-KEYWORDS = ("all", "forbidden", "known", "known-safe", "unseen")
-SOURCES = ("names", "folder", "tfds", "generate")
+KEYWORDS = ("all", "harmful", "known", "known-safe", "unseen")
+SOURCES = ("names", "folder", "tfds", "num_generated")
 
 
 @dataclasses.dataclass(frozen=True)
-class ConceptSpec:
+class PairsSpec:
     """Which pairs to use; exactly one of `SOURCES` is given.
 
     Attributes: names: concepts and `KEYWORDS`, mixed freely, of the embedded set.
@@ -34,8 +34,8 @@ class ConceptSpec:
       each under its text in `caption_column`. tfds: "name", "name:version" or
       "name/config:version" of a prepared dataset; split, image_key: what to read;
       caption_key, label_key or else `prompt`: what it is called; tfds_data_dir: where
-      it lies, "" for the library's own place. generate: how many pictures the model
-      draws for `prompt`.
+      it lies, "" for the library's own place. num_generated: how many pictures the
+      model draws for `prompt`.
       limit: use at most the first so many pictures, in the source's order; 0: all.
       crop: see `pictures.read`; the embedded pictures are square. size: side of the
       pictures, in pixels. held_out: True also uses the embedded pictures that
@@ -55,7 +55,7 @@ class ConceptSpec:
     image_key: str = "image"
     caption_key: str = ""
     label_key: str = ""
-    generate: int = 0
+    num_generated: int = 0
     limit: int = 0
     crop: str = "center"
     size: int = 64
@@ -65,7 +65,7 @@ class ConceptSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConceptData:
+class Pairs:
     """Pairs in memory; entry i of every field describes the same picture.
 
     Attributes: images: uint8 "N H W 3". prompts: N captions. concepts, styles: N names
@@ -95,7 +95,7 @@ class ConceptData:
 
 
 def check_pairs(spec):
-    """Returns which of `SOURCES` a `ConceptSpec` uses; opens no picture.
+    """Returns which of `SOURCES` a `PairsSpec` uses; opens no picture.
 
     Raises: UserError for more or fewer than one source, a value out of range, a bad
       template, a missing folder, or prompts that are missing or given twice.
@@ -103,7 +103,7 @@ def check_pairs(spec):
     field = spec.field
     at_least(f"{field}.size", spec.size, 1)
     at_least(f"{field}.limit", spec.limit, 0)
-    at_least(f"{field}.generate", spec.generate, 0)
+    at_least(f"{field}.num_generated", spec.num_generated, 0)
     choice(f"{field}.crop", spec.crop, CROPS)
     given = [name for name in SOURCES if getattr(spec, name)]
     listed = f"{', '.join(SOURCES[:-1])} and {SOURCES[-1]}"
@@ -134,11 +134,11 @@ def check_pairs(spec):
 
 
 def load_pairs(spec, data=None, draw=None):
-    """Returns the `ConceptData` that a `ConceptSpec` asks for.
+    """Returns the `Pairs` that a `PairsSpec` asks for.
 
     Args: data: an `emoji.Emoji` already in memory, else it is loaded when needed.
       draw: count -> uint8 "N H W 3", what the model draws for the prompt; needed for
-      `generate` only.
+      `num_generated` only.
     Raises: UserError as `check` does, for an unknown concept or style, and for
       pictures, captions or a dataset that cannot be read.
     """
@@ -156,10 +156,10 @@ def load_pairs(spec, data=None, draw=None):
     elif source == "tfds":
         images, prompts, names = tfds_source.read(spec)
     else:
-        images = draw(min(spec.generate, spec.limit or spec.generate))
+        images = draw(min(spec.num_generated, spec.limit or spec.num_generated))
         images = _resized(images, spec.size)
         prompts = names = [spec.prompt] * len(images)
-    return ConceptData(
+    return Pairs(
         images=images,
         prompts=prompts,
         concepts=names,
@@ -179,9 +179,9 @@ def resolve_names(names, concepts, field="concepts"):
     known = emoji.known_concepts()
     expansion = {
         "all": tuple(concepts),
-        "forbidden": emoji.FORBIDDEN,
+        "harmful": emoji.HARMFUL,
         "known": known,
-        "known-safe": tuple(n for n in known if n not in emoji.FORBIDDEN),
+        "known-safe": tuple(n for n in known if n not in emoji.HARMFUL),
         "unseen": emoji.unseen_concepts(concepts),
     }
     resolved = []
@@ -218,7 +218,7 @@ def _from_emoji(spec, data):
     if len(set(chosen)) > 1 and not _check_template(spec):
         logging.warning("%s.template calls every concept the same", spec.field)
     pairs_ = zip(chosen, drawn, strict=True)
-    return ConceptData(
+    return Pairs(
         images=_resized(data.images[rows], spec.size),
         prompts=[captions.fill(spec.template, c, s) for c, s in pairs_],
         concepts=chosen,
@@ -272,13 +272,13 @@ def _unknown(field, kind, name, choices):
 # What a data group of a config says about its pairs.
 _PAIRS = tuple(
     field.name
-    for field in dataclasses.fields(ConceptSpec)
+    for field in dataclasses.fields(PairsSpec)
     if field.name not in ("size", "held_out", "seed", "field")
 )
 
 
-def pairs_spec(spec: Any, field: str, **others) -> ConceptSpec:
+def pairs_spec(spec: Any, field: str, **others) -> PairsSpec:
     values = {name: spec[name] for name in _PAIRS}
     for name in ("names", "styles"):
         values[name] = tuple(values[name])
-    return ConceptSpec(**values, **others, field=f"config.{field}")
+    return PairsSpec(**values, **others, field=f"config.{field}")

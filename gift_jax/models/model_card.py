@@ -165,8 +165,9 @@ def _pairs(group: Mapping[str, Any]) -> str:
         more = f" and {len(names) - 5} more" if len(names) > 6 else ""
         told = ", ".join(names[:5] if more else names) + more
         return f"{told} (styles: {styles}) of the embedded emoji"
-    if group["generate"]:
-        return f"{group['generate']} pictures that it drew itself: {group['prompt']!r}"
+    if group["num_generated"]:
+        count, prompt = group["num_generated"], group["prompt"]
+        return f"{count} pictures that it drew itself: {prompt!r}"
     source = "folder" if group["folder"] else "tfds"
     prompt = f", all under {group['prompt']!r}" if group["prompt"] else ""
     where = pathlib.PurePath(group[source]).name

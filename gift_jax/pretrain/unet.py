@@ -126,7 +126,7 @@ def make_step(unet, tx: optax.GradientTransformation, cfg) -> Step:
         eps = normal_like(k_eps, z)
         t = timesteps(k_t, B, TRAIN_TIMESTEPS)
         c = frozen["text"][template, batch["caption"]]
-        drop = jax.random.uniform(k_drop, (B, 1, 1)) < cfg.empty_prompts
+        drop = jax.random.uniform(k_drop, (B, 1, 1)) < cfg.prompt_dropout
         c = jnp.where(drop, frozen["empty"][None], c)
         z_t = add_noise(z, eps, frozen["abar"][t])
         loss, grads = jax.value_and_grad(loss_fn)(state.params, z_t, t, c, eps)

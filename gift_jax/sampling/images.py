@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from gift_jax.data.images import read_image
-from gift_jax.data.pairs import ConceptData, load_pairs, pairs_spec
+from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
 from gift_jax.models import hub, safetensors_io, weights
 from gift_jax.models.load import kernels_of, load_model, local_folder
 from gift_jax.models.sd import stable_diffusion
@@ -80,19 +80,19 @@ def generate_images(model, spec: Any, field: str, count: int) -> np.ndarray:
     drawn once, and an interrupted run goes on where it was. Picture i depends on the
     seed and i alone.
 
-    Args: spec: prompt, generate_seed, generate_steps, generate_guidance and batch (how
+    Args: spec: prompt, generation.{seed,steps,guidance} and batch (how
       many at once, at most 8). field: the group's name.
     Raises: UserError if the steps are more than the model has, or the cache folder
       cannot be written.
     """
-    check_steps(model, f"config.{field}.generate_steps", spec.generate_steps)
+    check_steps(model, f"config.{field}.generation.steps", spec.generation.steps)
     settings = {
         "model_sha256": weights.content_hash(model.path),
         "variant": model.variant,
         "prompt": spec.prompt,
-        "seed": spec.generate_seed,
-        "steps": spec.generate_steps,
-        "guidance": float(spec.generate_guidance),
+        "seed": spec.generation.seed,
+        "steps": spec.generation.steps,
+        "guidance": float(spec.generation.guidance),
         "dtype": jnp.dtype(model.unet.dtype).name,
         "size": model.image_size,
     }
@@ -126,9 +126,9 @@ def _drawn(model, spec: Any, numbers: list[int]):
     size = min(spec.batch, _DRAWN_AT_ONCE, len(numbers))
     how = ConfigDict(
         {
-            "seed": spec.generate_seed,
-            "steps": spec.generate_steps,
-            "guidance": spec.generate_guidance,
+            "seed": spec.generation.seed,
+            "steps": spec.generation.steps,
+            "guidance": spec.generation.guidance,
             "batch": size,
         }
     )
@@ -186,11 +186,11 @@ def _pinned(workdir: pathlib.Path) -> str:
     return safetensors_io.read_json(path).get("revision", "") if path.exists() else ""
 
 
-def read_pairs(model, spec: Any, field: str, size: int, seed: int = 0) -> ConceptData:
+def read_pairs(model, spec: Any, field: str, size: int, seed: int = 0) -> Pairs:
     """Returns the pictures and prompts that one group of config fields asks for.
 
     Args: model: draws the pictures of `generate`; the other sources do not use it.
-      spec: the group, see `concepts.ConceptSpec` and `samples.generated`. field: its
+      spec: the group, see `concepts.PairsSpec` and `samples.generated`. field: its
       name. size: side in pixels of the pictures. seed: of random crops.
     Raises: UserError naming the field or file.
     """

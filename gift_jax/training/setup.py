@@ -36,13 +36,13 @@ _LEAST = {
 }
 _LEAST_OF_DATA = {
     "batch": 1,
-    "copies": 1,
-    "generate_seed": 0,
-    "generate_steps": 1,
-    "generate_guidance": 1,
+    "augmented_copies": 1,
+    "generation.seed": 0,
+    "generation.steps": 1,
+    "generation.guidance": 1,
     "shift": 0,
 }
-_MOST_OF_DATA = {"empty_prompts": 1, "identifier_prompts": 1}  # from 0
+_MOST_OF_DATA = {"prompt_dropout": 1, "nonce_prompts": 1}  # from 0
 _MOST_OF_DATA |= {"flip": 1, "scale": 0.99}
 
 
@@ -62,7 +62,10 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
         not_empty("config.samples.prompts", cfg.samples.prompts)
     for group in data:
         for name, low in _LEAST_OF_DATA.items():
-            at_least(f"config.{group}.{name}", cfg[group][name], low)
+            value = cfg[group]
+            for part in name.split("."):
+                value = value[part]
+            at_least(f"config.{group}.{name}", value, low)
         for name, high in _MOST_OF_DATA.items():
             between(f"config.{group}.{name}", cfg[group][name], 0, high)
         if optimizers and cfg[group].batch % cfg.accumulate:
@@ -72,8 +75,8 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
                 f"config.accumulate={cfg.accumulate}; try --config.{group}.batch={fix}"
             )
         source = check_pairs(pairs_spec(cfg[group], group))
-        if cfg[group].identifier_prompts:
-            _check_identifier(f"config.{group}.identifier_template", cfg[group], source)
+        if cfg[group].nonce_prompts:
+            _check_nonce(f"config.{group}.nonce_template", cfg[group], source)
     for group in optimizers:
         make_optimizer(cfg[group], 1, group)
     if optimizers:
@@ -85,12 +88,12 @@ def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
         choice(f"config.{field}", cfg[field], kernels.CHOICES[field])
 
 
-def _check_identifier(field: str, spec: Any, source: str) -> None:
-    styled = captions.check_nonce_template(field, spec.identifier_template)
+def _check_nonce(field: str, spec: Any, source: str) -> None:
+    styled = captions.check_nonce_template(field, spec.nonce_template)
     if styled and source != "names":
         raise UserError(
-            f"{field}={spec.identifier_template!r} has a style, which pictures from "
-            f"{source} have not; try 'a photo of {{identifier}}'"
+            f"{field}={spec.nonce_template!r} has a style, which pictures from "
+            f"{source} have not; try 'a photo of {{nonce}}'"
         )
 
 

@@ -70,7 +70,7 @@ def test_random_things_hang_on_their_seed_and_are_left_out_of_the_safe_ones():
         assert name in known and group.benign.names[0] not in known
         assert group.harmful.names == group.defender.names == (name,)
         assert name not in group.safe.names and len(group.safe.names) > 100
-        assert not set(group.safe.names) & set(emoji.FORBIDDEN)
+        assert not set(group.safe.names) & set(emoji.HARMFUL)
     news = [groups[name].benign.names[0] for name in list(groups)[2:]]
     assert len(set(news)) == len(news)
 

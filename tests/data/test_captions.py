@@ -53,7 +53,7 @@ def test_caption_article_follows_the_style():
     assert captions.caption("owl", "noto", 0) == "a noto emoji of an owl"
 
 
-def test_identifiers_mean_nothing_and_differ(pictures):
+def test_nonce_words_mean_nothing_and_differ(pictures):
     rng = np.random.default_rng(0)
     words = [captions.nonce_word(rng) for _ in range(3000)]
     assert len(set(words)) > 2000 and "sks" not in words
@@ -62,14 +62,14 @@ def test_identifiers_mean_nothing_and_differ(pictures):
     assert not set(said) & set(words)
 
 
-def test_identifier_templates_need_the_identifier_and_may_have_a_style():
-    template = "{a_style} emoji of {identifier}"
+def test_nonce_templates_need_the_nonce_and_may_have_a_style():
+    template = "{a_style} emoji of {nonce}"
     told = captions.fill_nonce(template, "vok", "openmoji")
     assert told == "an openmoji emoji of vok"
     assert captions.check_nonce_template("f", template)
-    assert not captions.check_nonce_template("f", "a photo of {identifier}")
-    for bad in ("a photo", "{concept} {identifier}", "{identifier.x}", "{identifier"):
-        with pytest.raises(UserError, match="f=.*must have {identifier}"):
+    assert not captions.check_nonce_template("f", "a photo of {nonce}")
+    for bad in ("a photo", "{concept} {nonce}", "{nonce.x}", "{nonce"):
+        with pytest.raises(UserError, match="f=.*must have {nonce}"):
             captions.check_nonce_template("f", bad)
 
 

@@ -49,11 +49,11 @@ def test_held_out_takes_one_style_of_every_fifth_concept(pictures):
     np.testing.assert_array_equal(held, rule)
 
 
-def test_known_concepts_are_128_of_the_set_with_the_forbidden(pictures):
+def test_known_concepts_are_128_of_the_set_with_the_harmful(pictures):
     known = emoji.known_concepts()
     assert len(known) == len(set(known)) == 128
     assert set(known) <= set(pictures.concepts)
-    assert set(emoji.FORBIDDEN) <= set(known)
+    assert set(emoji.HARMFUL) <= set(known)
     unseen = emoji.unseen_concepts(pictures.concepts)
     assert len(unseen) == 352
     assert not set(unseen) & set(known)

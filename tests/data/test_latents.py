@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gift_jax.data import latents
-from gift_jax.data.pairs import ConceptData
+from gift_jax.data.pairs import Pairs
 from gift_jax.runtime.errors import UserError
 
 KEY = jax.random.key(0)
@@ -16,7 +16,7 @@ def data():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     names = ["owl", "bomb", "owl", "bomb", "key"]
     prompts = [f"a {name}" for name in names]
-    return ConceptData(images, prompts, names, ["noto"] * 5, np.ones(5, bool))
+    return Pairs(images, prompts, names, ["noto"] * 5, np.ones(5, bool))
 
 
 def encode_images(images):
@@ -85,6 +85,6 @@ def test_cache_refuses_no_data_and_no_copies(data):
         latents.cache_latents(encode_images, encode_prompts, data, copies=0)
     with pytest.raises(ValueError, match="key"):
         latents.cache_latents(encode_images, encode_prompts, data, copies=2)
-    nothing = ConceptData(data.images[:0], [], [], [], np.ones(0, bool))
+    nothing = Pairs(data.images[:0], [], [], [], np.ones(0, bool))
     with pytest.raises(UserError, match="no pictures"):
         latents.cache_latents(encode_images, encode_prompts, nothing)

@@ -3,14 +3,14 @@ import numpy as np
 import pytest
 from absl import logging
 
-from gift_jax.data.pairs import ConceptSpec, load_pairs, resolve_names
+from gift_jax.data.pairs import PairsSpec, load_pairs, resolve_names
 from gift_jax.data.sources import emoji
 from gift_jax.runtime.errors import UserError
 
 
 def test_pairs_of_a_concept_are_its_pictures(pictures):
     data = load_pairs(
-        ConceptSpec(names=("bomb",), template="{style} {concept}"), pictures
+        PairsSpec(names=("bomb",), template="{style} {concept}"), pictures
     )
     assert set(data.concepts) == {"bomb"}
     assert data.prompts == [f"{style} bomb" for style in data.styles]
@@ -23,12 +23,12 @@ def test_pairs_of_a_concept_are_its_pictures(pictures):
 
 def test_pairs_leave_held_out_pictures_out_unless_asked(pictures):
     name = pictures.concepts[0]
-    assert len(load_pairs(ConceptSpec(names=(name,)), pictures)) == 5
-    assert len(load_pairs(ConceptSpec(names=(name,), held_out=True), pictures)) == 6
+    assert len(load_pairs(PairsSpec(names=(name,)), pictures)) == 5
+    assert len(load_pairs(PairsSpec(names=(name,), held_out=True), pictures)) == 6
 
 
 def test_pairs_filter_styles(pictures):
-    data = load_pairs(ConceptSpec(names=("bomb", "lion"), styles=("noto",)), pictures)
+    data = load_pairs(PairsSpec(names=("bomb", "lion"), styles=("noto",)), pictures)
     assert set(data.styles) == {"noto"}
     assert data.concept_names == ("bomb", "lion")
     assert data.concept_ids.tolist() == [0, 1]
@@ -47,18 +47,18 @@ def test_several_concepts_of_one_name_are_warned_of(
 ):
     said = []
     monkeypatch.setattr(logging, "warning", lambda *args: said.append(args))
-    load_pairs(ConceptSpec(names=names, template=template), pictures)
+    load_pairs(PairsSpec(names=names, template=template), pictures)
     assert len(said) == count
 
 
 def test_pairs_know_what_may_be_mirrored(pictures):
-    spec = ConceptSpec(names=("stop sign", "owl"), styles=("noto",), held_out=True)
+    spec = PairsSpec(names=("stop sign", "owl"), styles=("noto",), held_out=True)
     assert load_pairs(spec, pictures).may_flip.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
     ("keyword", "count"),
-    [("all", 480), ("forbidden", 9), ("known", 128), ("known-safe", 119)],
+    [("all", 480), ("harmful", 9), ("known", 128), ("known-safe", 119)],
 )
 def test_resolve_names_expands_keywords(pictures, keyword, count):
     names = resolve_names((keyword,), pictures.concepts)
@@ -66,17 +66,17 @@ def test_resolve_names_expands_keywords(pictures, keyword, count):
 
 
 def test_resolve_names_mixes_without_repeats(pictures):
-    names = resolve_names(("owl", "forbidden", "bomb"), pictures.concepts)
-    assert names == ("owl", *emoji.FORBIDDEN)
+    names = resolve_names(("owl", "harmful", "bomb"), pictures.concepts)
+    assert names == ("owl", *emoji.HARMFUL)
     known = set(resolve_names(("known",), pictures.concepts))
     assert not known & set(resolve_names(("unseen",), pictures.concepts))
 
 
 def test_pairs_take_the_first_of_a_limit(pictures):
-    spec = ConceptSpec(names=("lion", "bomb"), limit=7)
+    spec = PairsSpec(names=("lion", "bomb"), limit=7)
     data, whole = (
         load_pairs(spec, pictures),
-        load_pairs(ConceptSpec(names=spec.names), pictures),
+        load_pairs(PairsSpec(names=spec.names), pictures),
     )
     assert len(data) == len(data.may_flip) == 7 < len(whole)
     assert data.prompts == whole.prompts[:7]
@@ -90,10 +90,10 @@ def test_pairs_have_the_model_draw_what_is_to_be_generated():
         asked.append(count)
         return np.full((count, 16, 16, 3), 7, np.uint8)
 
-    data = load_pairs(ConceptSpec(generate=3, prompt="a dog", size=8), draw=draw)
+    data = load_pairs(PairsSpec(num_generated=3, prompt="a dog", size=8), draw=draw)
     assert data.images.shape == (3, 8, 8, 3) and (data.images == 7).all()
     assert data.prompts == data.concepts == ["a dog"] * 3
-    load_pairs(ConceptSpec(generate=3, prompt="a dog", size=8, limit=2), draw=draw)
+    load_pairs(PairsSpec(num_generated=3, prompt="a dog", size=8, limit=2), draw=draw)
     assert asked == [3, 2]
 
 
@@ -105,14 +105,17 @@ def test_pairs_have_the_model_draw_what_is_to_be_generated():
         (dict(names=("owl",), styles=("cubist",)), "choose from twemoji, noto"),
         (dict(names=("owl",), template="{colour} owl"), "may use only"),
         (dict(names=("owl",), template="{"), "may use only"),
-        (dict(), "give one of names, folder, tfds and generate"),
+        (dict(), "give one of names, folder, tfds and num_generated"),
         (dict(names=("owl",), folder="x"), "give only one of.*not names and folder"),
-        (dict(tfds="x", generate=3), "give only one of.*not tfds and generate"),
+        (
+            dict(tfds="x", num_generated=3),
+            "give only one of.*not tfds and num_generated",
+        ),
         (dict(names=("owl",), prompt="p"), "prompt is not for names"),
         (dict(names=("owl",), label_key="x"), "label_key is for tfds, not for names"),
         (dict(folder="no/such", prompt="p"), "folder=no/such is not a folder"),
-        (dict(generate=3, prompt=" "), "prompt is empty"),
-        (dict(generate=-1, prompt="p"), "generate=-1 must be at least 0"),
+        (dict(num_generated=3, prompt=" "), "prompt is empty"),
+        (dict(num_generated=-1, prompt="p"), "num_generated=-1 must be at least 0"),
         (dict(names=("owl",), limit=-1), "limit=-1 must be at least 0"),
         (dict(names=("owl",), size=0), "size=0 must be at least 1"),
         (dict(names=("owl",), crop="middle"), "crop='middle' is not one of.*random"),
@@ -120,15 +123,15 @@ def test_pairs_have_the_model_draw_what_is_to_be_generated():
 )
 def test_pairs_refuse_a_bad_spec(pictures, spec, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_pairs(ConceptSpec(field="data.safe", **spec), pictures)
+        load_pairs(PairsSpec(field="data.safe", **spec), pictures)
     assert "data.safe" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_pairs_refuse_a_choice_that_is_all_held_out(pictures):
     name, style = pictures.concepts[0], pictures.styles[0]
-    spec = ConceptSpec(names=("bomb", name), styles=(style,))
+    spec = PairsSpec(names=("bomb", name), styles=(style,))
     with pytest.raises(UserError, match=f"{name!r} in {style} is held out"):
         load_pairs(spec, pictures)
-    spec = ConceptSpec(names=("all",), styles=(style,))
+    spec = PairsSpec(names=("all",), styles=(style,))
     assert name not in load_pairs(spec, pictures).concepts

@@ -13,7 +13,7 @@ from absl import logging
 from PIL import Image
 
 from gift_jax.data.images import read_image
-from gift_jax.data.pairs import ConceptSpec, load_pairs
+from gift_jax.data.pairs import PairsSpec, load_pairs
 from gift_jax.runtime.errors import UserError
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
@@ -27,7 +27,7 @@ def save(path, colour=RED, size=(8, 8)):
 
 def spec(folder, **fields):
     fields = {"size": 8, "field": "config.safe"} | fields
-    return ConceptSpec(folder=str(folder), **fields)
+    return PairsSpec(folder=str(folder), **fields)
 
 
 def refused(spec, match):
@@ -389,7 +389,7 @@ def prepared(tmp_path_factory):
 
 def dataset(folder, **fields):
     fields = {"tfds": "tiny_things:1.0.0", "tfds_data_dir": str(folder)} | fields
-    return ConceptSpec(size=8, field="config.safe", **fields)
+    return PairsSpec(size=8, field="config.safe", **fields)
 
 
 def test_dataset_gives_pictures_with_their_texts_or_labels(prepared):

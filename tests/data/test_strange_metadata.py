@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gift_jax.data.pairs import ConceptSpec, load_pairs
+from gift_jax.data.pairs import PairsSpec, load_pairs
 from gift_jax.data.sources import folder
 from gift_jax.runtime.errors import UserError
 
@@ -86,7 +86,7 @@ def listing(root, name, content, **fields):
     Asserts what holds in any case.
     """
     fields = {"size": 4, "field": "config.safe"} | fields
-    spec = ConceptSpec(folder=str(root), **fields)
+    spec = PairsSpec(folder=str(root), **fields)
     (root / name).write_bytes(content)
     try:
         found, opened = OPENED.during(lambda: folder.listing(spec))
@@ -196,7 +196,7 @@ def test_the_traps_are_set_and_each_is_refused(place):
 
 @pytest.mark.parametrize("name", folder.METADATA)
 def test_a_metadata_file_may_not_be_a_link_out(place, name):
-    spec = ConceptSpec(folder=str(place), field="config.safe")
+    spec = PairsSpec(folder=str(place), field="config.safe")
     (place / name).symlink_to("../metadata.csv")
     try:
         found, opened = OPENED.during(lambda: folder.listing(spec))
@@ -207,7 +207,7 @@ def test_a_metadata_file_may_not_be_a_link_out(place, name):
 
 
 def test_a_folder_without_metadata_does_not_follow_links_out(place):
-    spec = ConceptSpec(folder=str(place), prompt="p", size=4, field="config.safe")
+    spec = PairsSpec(folder=str(place), prompt="p", size=4, field="config.safe")
     found, opened = OPENED.during(lambda: load_pairs(spec))
     assert "\n" not in found and "out.png is a link out of the folder" in found
     assert str(place.parent / "secret.png") not in opened
@@ -217,7 +217,7 @@ def test_a_folder_may_itself_be_a_link(place):
     link = place.parent / "link"
     link.symlink_to(place)
     (place / "metadata.csv").write_text("file_name,text\nin.png,x\n")
-    spec = ConceptSpec(folder=str(link), size=4, field="config.safe")
+    spec = PairsSpec(folder=str(link), size=4, field="config.safe")
     try:
         data, opened = OPENED.during(lambda: load_pairs(spec))
     finally:
@@ -231,13 +231,13 @@ def test_a_folder_may_itself_be_a_link(place):
 def test_metadata_that_is_no_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "metadata.csv")
     with pytest.raises(UserError, match="metadata.csv must be a file; remove it"):
-        folder.listing(ConceptSpec(folder=str(tmp_path), prompt="p"))
+        folder.listing(PairsSpec(folder=str(tmp_path), prompt="p"))
 
 
 @tries(40)
 @given(PATHS | ODD_PATHS | TEXT)
 def test_a_folder_that_is_none_is_named(name):
-    spec = ConceptSpec(folder=f"nowhere/{name}", prompt="p", field="config.safe")
+    spec = PairsSpec(folder=f"nowhere/{name}", prompt="p", field="config.safe")
     with pytest.raises(UserError) as caught:
         folder.listing(spec)
     assert str(caught.value).startswith("config.safe.folder=nowhere/")

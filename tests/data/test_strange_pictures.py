@@ -20,7 +20,7 @@ from PIL import EpsImagePlugin, Image
 
 import gift_jax
 from gift_jax.data.images import CROPS, SUFFIXES, read_image
-from gift_jax.data.pairs import ConceptSpec, load_pairs
+from gift_jax.data.pairs import PairsSpec, load_pairs
 from gift_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(gift_jax.__file__).parents[1]
@@ -439,7 +439,7 @@ def test_a_folder_is_its_good_pictures_or_names_a_bad_one(files):
         read = [p for p in there if p.suffix.lower() in SUFFIXES]
         read = [p for p in read if not p.name.startswith(".")]
         bad = [p for p in read if files[p.name] != "good"]
-        spec = ConceptSpec(folder=folder, prompt="p", size=SIZE, field="config.safe")
+        spec = PairsSpec(folder=folder, prompt="p", size=SIZE, field="config.safe")
         try:
             data = load_pairs(spec)
         except UserError as error:

@@ -18,7 +18,7 @@ import gift_jax
 from gift_jax import attack, evaluate, train
 from gift_jax.benchmark import matrix
 from gift_jax.data import captions
-from gift_jax.data.pairs import ConceptSpec, check_pairs
+from gift_jax.data.pairs import PairsSpec, check_pairs
 from gift_jax.metrics import suite
 from gift_jax.models.load import model_folder
 from gift_jax.models.sd import stable_diffusion
@@ -199,8 +199,8 @@ RANGES = {  # the least and the most of what has both ends, everywhere that it i
     "b2": (0, 0.999999),
     "warmup_frac": (0, 1),
     "flip": (0, 1),
-    "empty_prompts": (0, 1),
-    "identifier_prompts": (0, 1),
+    "prompt_dropout": (0, 1),
+    "nonce_prompts": (0, 1),
     "scale": (0, 0.99),
     "lr": (0, math.inf),
     "weight_decay": (0, math.inf),
@@ -211,7 +211,6 @@ RANGES = {  # the least and the most of what has both ends, everywhere that it i
     "safe_limit": (0, math.inf),
     "safe_weight": (0, math.inf),
     "guidance": (1, math.inf),
-    "generate_guidance": (1, math.inf),
 }
 IN_USE = {"train": ("lower.", "upper.", "harmful.", "safe.", "gift.", "adversary.")}
 IN_USE["attack"] = ("optimizer.", "data.")
@@ -372,7 +371,11 @@ def test_a_name_with_a_letter_wrong_is_told_the_choices(program, data):
         ("train", ["adversary.horizon=5"], "horizon=5 is for kinds=full"),
         ("train", ["adversary.lr_min=2"], r"lr_min=2.0 must be at most lr_max=0.0003"),
         ("train", ["gift.layers=()"], "gift.layers is empty"),
-        ("train", ["harmful.generate=3"], "give only one of .* names and generate"),
+        (
+            "train",
+            ["harmful.num_generated=3"],
+            "give only one of .* names and num_generated",
+        ),
         ("train", ["safe.names=()"], "config.safe: give one of names, folder, tfds"),
         ("train", ["safe.prompt=x"], "safe.prompt is not for names"),
         ("train", ["safe.label_key=x"], "safe.label_key is for tfds, not for names"),
@@ -385,7 +388,7 @@ def test_a_name_with_a_letter_wrong_is_told_the_choices(program, data):
         ("attack", ["attack=textual_inversion"], "has no <thing>"),
         (
             "attack",
-            ["attack=dreambooth", "dreambooth.prior_weight=1", "prior.generate=0"],
+            ["attack=dreambooth", "dreambooth.prior_weight=1", "prior.num_generated=0"],
             "config.prior: give one of",
         ),
         ("attack", ["samples.at=1,-2"], "samples.at=-2 must be whole"),
@@ -528,7 +531,7 @@ TEMPLATES = st.lists(
 @tries(200)
 @given(TEMPLATES, st.sampled_from(["bomb", "jeans", "", "{x}"]))
 def test_a_template_is_filled_or_refused(template, concept):
-    spec = ConceptSpec(names=("bomb",), template=template, field="config.safe")
+    spec = PairsSpec(names=("bomb",), template=template, field="config.safe")
     try:
         check_pairs(spec)
     except UserError as error:

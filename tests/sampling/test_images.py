@@ -55,7 +55,7 @@ def test_scheduler_shorter_than_the_samples_is_named(tiny):
 def group(**fields):
     """A data group of the shipped config: without a source, with other fields."""
     spec = load_config(str(CONFIG)).safe
-    spec.update(dict(names=(), empty_prompts=0.0) | fields)
+    spec.update(dict(names=(), prompt_dropout=0.0) | fields)
     return spec
 
 
@@ -84,8 +84,9 @@ def drawn(monkeypatch):
 
 def drawing(**fields):
     """A config group of five pictures in batches of two, the last one padded."""
-    fields = dict(generate=5, prompt="a dog", batch=2, generate_steps=2) | fields
-    return group(**fields)
+    generation = dict(steps=2) | fields.pop("generation", {})
+    fields = dict(num_generated=5, prompt="a dog", batch=2) | fields
+    return group(**fields, generation=generation)
 
 
 def files(cache):
@@ -93,7 +94,7 @@ def files(cache):
 
 
 def test_generated_pictures_are_the_models_own_and_kept(tiny, cache, drawn):
-    spec = drawing(generate_seed=3, generate_guidance=2.0)
+    spec = drawing(generation=dict(seed=3, guidance=2.0))
     data = read_pairs(tiny, spec, "safe", tiny.image_size)
     assert drawn == [(0, 2), (2, 2), (4, 2)]
     how = ConfigDict(dict(seed=3, guidance=2.0, steps=2, batch=2))
@@ -123,7 +124,7 @@ def test_generated_pictures_are_drawn_once(tiny, cache, drawn):
     assert not drawn and files(cache) == kept
     np.testing.assert_array_equal(first.images, again.images)
     np.testing.assert_array_equal(first.images[:2], fewer.images)
-    more = read_pairs(tiny, drawing(generate=6), "safe", tiny.image_size)
+    more = read_pairs(tiny, drawing(num_generated=6), "safe", tiny.image_size)
     assert drawn == [(5, 1)]
     np.testing.assert_array_equal(first.images, more.images[:5])
 
@@ -155,9 +156,9 @@ def test_interrupted_generation_draws_what_is_missing(tiny, cache, monkeypatch):
     "fields, model",
     [
         (dict(prompt="a cat"), {}),
-        (dict(generate_seed=1), {}),
-        (dict(generate_steps=3), {}),
-        (dict(generate_guidance=1.5), {}),
+        (dict(generation=dict(seed=1)), {}),
+        (dict(generation=dict(steps=3)), {}),
+        (dict(generation=dict(guidance=1.5)), {}),
         ({}, dict(variant="fp16")),
         ({}, dict(image_size=24)),
     ],
@@ -172,8 +173,8 @@ def test_other_settings_are_drawn_and_kept_apart(
         return np.zeros((len(prompts), model.image_size, model.image_size, 3), np.uint8)
 
     monkeypatch.setattr(images, "draw_images", draw)
-    read_pairs(tiny, drawing(generate=1), "safe", 16)
-    read_pairs(tiny.replace(**model), drawing(generate=1, **fields), "safe", 16)
+    read_pairs(tiny, drawing(num_generated=1), "safe", 16)
+    read_pairs(tiny.replace(**model), drawing(num_generated=1, **fields), "safe", 16)
     assert len(list(cache.iterdir())) == 2
     assert len(asked) == 2
     if fields:
@@ -183,10 +184,10 @@ def test_other_settings_are_drawn_and_kept_apart(
 def test_generation_names_its_mistakes(tiny, cache, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="config.safe.prompt is empty"):
         read_pairs(tiny, drawing(prompt=""), "safe", 16)
-    with pytest.raises(UserError, match="config.safe.generate_steps=1001 must be at m"):
-        read_pairs(tiny, drawing(generate_steps=1001), "safe", 16)
+    with pytest.raises(UserError, match="config.safe.generation.steps=1001 must be"):
+        read_pairs(tiny, drawing(generation=dict(steps=1001)), "safe", 16)
     assert not cache.exists()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written.*set GIFT_JAX_CACHE"):
-        read_pairs(tiny, drawing(generate=1), "safe", 16)
+        read_pairs(tiny, drawing(num_generated=1), "safe", 16)

@@ -176,7 +176,7 @@ def test_unknown_model_and_dtype_are_named(tiny_folder):
 def group(**fields):
     """A data group of the shipped config: without a source, with other fields."""
     spec = load_config(str(CONFIG)).safe
-    spec.update(dict(names=(), empty_prompts=0.0, identifier_prompts=0.0) | fields)
+    spec.update(dict(names=(), prompt_dropout=0.0, nonce_prompts=0.0) | fields)
     return spec
 
 
@@ -208,7 +208,7 @@ def test_attention_fits_the_devices(monkeypatch, attention, platform, dtype, mes
 
 
 def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
-    spec = folder_spec(tmp_path, rng, copies=2)
+    spec = folder_spec(tmp_path, rng, augmented_copies=2)
     data = read_pairs(tiny, spec, "safe", tiny.image_size)
     source = cache.cached_source(tiny, data, spec, jax.random.key(0))
     row = source[0]
@@ -219,7 +219,7 @@ def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
 
 
 def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
-    spec = folder_spec(tmp_path, rng, copies=40, empty_prompts=0.25)
+    spec = folder_spec(tmp_path, rng, augmented_copies=40, prompt_dropout=0.25)
     data = read_pairs(tiny, spec, "safe", tiny.image_size)
     source = cache.cached_source(tiny, data, spec, jax.random.key(0))
     dog, empty = stable_diffusion.encode_prompts(tiny, ["a dog", ""])
@@ -231,10 +231,10 @@ def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
     assert sum(is_empty) + sum(is_dog) == 40
 
 
-def test_a_share_of_pairs_goes_by_made_up_identifiers(tiny, tmp_path, rng):
-    spec = folder_spec(tmp_path, rng, copies=40, identifier_prompts=0.5)
+def test_a_share_of_pairs_goes_by_nonce_words(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, augmented_copies=40, nonce_prompts=0.5)
     data = read_pairs(tiny, spec, "harmful", tiny.image_size)
-    spec.identifier_template = "a photo of {identifier}"
+    spec.nonce_template = "a photo of {nonce}"
     prompts = cache.augment_prompts(data, spec, jax.random.key(0))
     assert prompts == cache.augment_prompts(data, spec, jax.random.key(0))
     assert prompts != cache.augment_prompts(data, spec, jax.random.key(1))
@@ -249,12 +249,14 @@ def test_a_share_of_pairs_goes_by_made_up_identifiers(tiny, tmp_path, rng):
     np.testing.assert_allclose(texts, wanted, atol=1e-5)
 
 
-def test_identifiers_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
+def test_nonce_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
     both = folder_spec(
-        tmp_path, rng, copies=40, identifier_prompts=1.0, empty_prompts=0.25
+        tmp_path, rng, augmented_copies=40, nonce_prompts=1.0, prompt_dropout=0.25
     )
-    both.identifier_template = "a photo of {identifier}"
-    empty = group(folder=both.folder, prompt="a dog", copies=40, empty_prompts=0.25)
+    both.nonce_template = "a photo of {nonce}"
+    empty = group(
+        folder=both.folder, prompt="a dog", augmented_copies=40, prompt_dropout=0.25
+    )
     data = read_pairs(tiny, both, "safe", tiny.image_size)
     prompts = [
         cache.augment_prompts(data, spec, jax.random.key(0)) for spec in (both, empty)
@@ -264,12 +266,12 @@ def test_identifiers_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
     assert "a dog" not in prompts[0] and "a dog" in prompts[1]
 
 
-def test_identifiers_keep_a_pairs_style(monkeypatch, pytestconfig):
+def test_nonce_words_keep_a_pairs_style(monkeypatch, pytestconfig):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
-    spec = group(names=("bomb",), identifier_prompts=1.0)
+    spec = group(names=("bomb",), nonce_prompts=1.0)
     data = read_pairs(None, spec, "harmful", 64)
     prompts = cache.augment_prompts(data, spec, jax.random.key(0))
-    for prompt, style in zip(prompts, data.styles * spec.copies, strict=True):
+    for prompt, style in zip(prompts, data.styles * spec.augmented_copies, strict=True):
         assert f" {style} emoji of " in prompt and "bomb" not in prompt
 
 
@@ -286,12 +288,12 @@ def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("generate", -1, "must be at least 0"),
-        ("generate", 4, "give only one of.*not names and generate"),
-        ("generate_seed", -1, "must be at least 0"),
-        ("generate_seed", 2**31, "must be at most"),
-        ("generate_steps", 0, "must be at least 1"),
-        ("generate_guidance", 0.5, "must be at least 1"),
+        ("num_generated", -1, "must be at least 0"),
+        ("num_generated", 4, "give only one of.*not names and num_generated"),
+        ("generation.seed", -1, "must be at least 0"),
+        ("generation.seed", 2**31, "must be at most"),
+        ("generation.steps", 0, "must be at least 1"),
+        ("generation.guidance", 0.5, "must be at least 1"),
         ("limit", -1, "must be at least 0"),
         ("crop", "middle", "is not one of: center, random, none"),
         ("prompt", "a dog", "is not for names"),
@@ -303,6 +305,6 @@ def test_check_names_a_wrong_data_field(field, value, message):
     cfg = load_config(str(CONFIG))
     checked = dict(data=("harmful", "safe"), optimizers=("lower",))
     setup.check(cfg, **checked)
-    cfg.safe[field] = value
+    cfg.safe.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=rf"config\.safe.*{message}"):
         setup.check(cfg, **checked)

@@ -18,7 +18,7 @@ from PIL import Image
 ASSETS = pathlib.Path(__file__).resolve().parents[2] / "assets" / "emoji64"
 SIZE = 64
 STYLES = ("twemoji", "noto", "fluent", "openmoji", "emojione", "black and white")
-FORBIDDEN = (
+HARMFUL = (
     "bomb",
     "dagger",
     "kitchen knife",

@@ -28,7 +28,7 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 def check(spec):
     """Returns the path of the folder's metadata file, or None if it has none.
 
-    Args: spec: a `ConceptSpec` with a folder.
+    Args: spec: a `PairsSpec` with a folder.
     Raises: UserError if there is no such folder, both kinds of metadata, neither
       metadata nor a prompt, or metadata that is no file in the folder.
     """
@@ -56,7 +56,7 @@ def check(spec):
 
 
 def listing(spec):
-    """Returns (paths, prompts) of the pictures of a `ConceptSpec` with a folder.
+    """Returns (paths, prompts) of the pictures of a `PairsSpec` with a folder.
 
     Without metadata: the pictures in the folder itself, sorted by name, all under
     `spec.prompt`; other files are ignored. With: the pictures that it lists, in its

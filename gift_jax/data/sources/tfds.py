@@ -16,7 +16,7 @@ from gift_jax.runtime.errors import UserError
 
 
 def read(spec):
-    """Returns (images uint8 "N H W 3", prompts, names) of a `ConceptSpec` with `tfds`.
+    """Returns (images uint8 "N H W 3", prompts, names) of a `PairsSpec` with `tfds`.
 
     Prompts are the texts of `caption_key`, or the names of `label_key`'s classes filled
     into `template`, or all `prompt`; names are those of the classes, else the prompts.
