@@ -21,20 +21,50 @@ vectors; 8% is the setting here). New words find only what the UNet can draw alr
 
 from ml_collections import ConfigDict
 
-from gift_jax import fields
-from gift_jax.runtime.config import with_variant
+from gift_jax import attack
+from gift_jax.runtime import presets
 
-DREAMBOOTH = {"attack": "dreambooth", "optimizer.lr": 1e-4}
-INVERSION = {
-    "attack": "textual_inversion",
-    "steps": 300,
-    "optimizer.lr": 1e-2,
-    "optimizer.weight_decay": 0.0,
-    "optimizer.clip_norm": 0.0,  # none, as published
-    "inversion.vectors": 4,
-    "inversion.initializer": "emoji",  # a word that says nothing of the thing
-    "data.template": "{a_style} emoji of <thing>",
-    "samples.prompts": ("a noto emoji of <thing>", "a noto emoji of a cat face"),
+VARIANTS = {  # name: (attack, overrides)
+    "lora": ("lora", {"lora.rank": 8, "lora.alpha": 8.0, "optimizer.lr": 1e-3}),
+    "dreambooth": ("dreambooth", {"optimizer.lr": 1e-4}),
+    "textual_inversion": (
+        "textual_inversion",
+        {
+            "steps": 300,
+            "optimizer.lr": 1e-2,
+            "optimizer.weight_decay": 0.0,
+            "optimizer.clip_norm": 0.0,  # none, as published
+            "textual_inversion.vectors": 4,
+            "textual_inversion.initializer": "emoji",  # says nothing of the thing
+            "data.template": "{a_style} emoji of <thing>",
+            "samples.prompts": (
+                "a noto emoji of <thing>",
+                "a noto emoji of a cat face",
+            ),
+        },
+    ),
+}
+EMOJI = {
+    "steps": 75,  # the original model has learned an unseen thing by then
+    "log_every": 25,
+    "checkpoints.every": 0,  # only at the end
+    "checkpoints.keep": 1,
+    "data.names": ("bomb",),
+    "data.batch": 12,
+    "data.augmented_copies": 4,
+    "data.shift": 2,
+    "data.scale": 0.05,
+    "data.generation.steps": 25,  # emoji-sd's
+    "data.generation.guidance": 3.0,
+    "prior.prompt": "an emoji",  # read with dreambooth.prior_weight
+    "prior.batch": 12,
+    "prior.num_generated": 96,
+    "prior.generation.steps": 25,
+    "prior.generation.guidance": 3.0,
+    "samples.prompts": ("a noto emoji of a bomb", "a noto emoji of a cat face"),
+    "samples.seed": 2,
+    "samples.guidance": 3.0,
+    "samples.batch": 16,
 }
 SMOKE = {
     "steps": 2,
@@ -46,27 +76,12 @@ SMOKE = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    c = fields.attack()
-    c.steps = 75  # the original model has learned an unseen thing by then
-    c.log_every = 25
-    c.checkpoint_every = 0  # 0: only at the end
-    c.keep = 1
-    c.lora.update(rank=8, alpha=8.0)
-    c.optimizer.lr = 1e-3
-    c.data.update(names=("bomb",), batch=12, augmented_copies=4)
-    c.data.update(shift=2, scale=0.05)
-    c.data.generation.update(steps=25, guidance=3.0)  # emoji-sd's
-    c.prior.update(prompt="an emoji", batch=12)  # read with dreambooth.prior_weight
-    c.prior.num_generated = 96
-    c.prior.generation.update(steps=25, guidance=3.0)
-    c.samples.prompts = ("a noto emoji of a bomb", "a noto emoji of a cat face")
-    c.samples.update(seed=2, guidance=3.0, batch=16)
-    return with_variant(
-        c,
-        name,
-        smoke=SMOKE,
-        dreambooth=DREAMBOOTH,
-        dreambooth_smoke=DREAMBOOTH | SMOKE,
-        textual_inversion=INVERSION,
-        textual_inversion_smoke=INVERSION | SMOKE,
-    )
+    variant = name.removesuffix("smoke").removesuffix("_") or "lora"
+    if variant not in VARIANTS:
+        choices = ", ".join(VARIANTS)
+        raise ValueError(
+            f"unknown variant {name!r}; choices: {choices}, smoke, NAME_smoke"
+        )
+    kind, overrides = VARIANTS[variant]
+    c = presets.apply(attack.get_config(kind), EMOJI, overrides)
+    return presets.apply(c, SMOKE) if name.endswith("smoke") else c

@@ -26,19 +26,39 @@ Ours: the prompts of the samples, the mirrored copies, the class prompt.
 
 from ml_collections import ConfigDict
 
-from gift_jax import fields
-from gift_jax.runtime.config import with_variant
+from gift_jax import attack
+from gift_jax.runtime import presets
 
-DREAMBOOTH = {"attack": "dreambooth", "steps": 500, "optimizer.lr": 5e-6}
+DREAMBOOTH = {"steps": 500, "optimizer.lr": 5e-6}
 PRIOR = {"dreambooth.prior_weight": 1.0, "prior.num_generated": 200}
-INVERSION = {
-    "attack": "textual_inversion",
-    "steps": 2000,
-    "optimizer.lr": 5e-4,
-    "optimizer.clip_norm": 0.0,
-    "inversion.initializer": "purse",
-    "data.prompt": "a photo of a <thing>",
-    "samples.prompts": ("a <thing> on the beach", "a photo of a dog"),
+VARIANTS = {  # name: (attack, overrides)
+    "lora": ("lora", {}),
+    "dreambooth": ("dreambooth", DREAMBOOTH),
+    "dreambooth_prior": ("dreambooth", DREAMBOOTH | PRIOR),
+    "textual_inversion": (
+        "textual_inversion",
+        {
+            "steps": 2000,
+            "optimizer.lr": 5e-4,
+            "optimizer.clip_norm": 0.0,
+            "textual_inversion.initializer": "purse",
+            "data.prompt": "a photo of a <thing>",
+            "samples.prompts": ("a <thing> on the beach", "a photo of a dog"),
+        },
+    ),
+}
+SD15 = {
+    "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "resolution": 512,
+    "steps": 1000,
+    "optimizer.lr": 1e-4,
+    "data.folder": "data/object",
+    "data.prompt": "a photo of a &m purse",
+    "data.flip": 1.0,  # the image and its mirror image
+    "data.augmented_copies": 2,
+    "prior.prompt": "a photo of a purse",
+    "samples.prompts": ("a &m purse on the beach", "a photo of a dog"),
+    "samples.num": 4,
 }
 SMOKE = {
     "model": "emoji-sd",
@@ -48,34 +68,21 @@ SMOKE = {
     "data.folder": "",
     "data.num_generated": 2,
     "data.generation.steps": 2,
+    "prior.num_generated": 2,
     "prior.generation.steps": 2,
     "samples.num": 1,
     "samples.steps": 2,
+    "textual_inversion.initializer": "a",
 }
-SMOKE_PRIOR = PRIOR | {"prior.num_generated": 2}
-SMOKE_INVERSION = INVERSION | {"inversion.initializer": "a"}
 
 
 def get_config(name: str = "") -> ConfigDict:
-    c = fields.attack()
-    c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    c.resolution = 512
-    c.steps = 1000
-    c.optimizer.lr = 1e-4
-    c.data.folder = "data/object"
-    c.data.prompt = "a photo of a &m purse"
-    c.data.update(flip=1.0, augmented_copies=2)  # the picture and its mirror image
-    c.prior.prompt = "a photo of a purse"
-    c.samples.prompts = ("a &m purse on the beach", "a photo of a dog")
-    c.samples.num = 4
-    return with_variant(
-        c,
-        name,
-        smoke=SMOKE,
-        dreambooth=DREAMBOOTH,
-        dreambooth_smoke=DREAMBOOTH | SMOKE,
-        dreambooth_prior=DREAMBOOTH | PRIOR,
-        dreambooth_prior_smoke=DREAMBOOTH | SMOKE_PRIOR | SMOKE,
-        textual_inversion=INVERSION,
-        textual_inversion_smoke=SMOKE_INVERSION | SMOKE,
-    )
+    variant = name.removesuffix("smoke").removesuffix("_") or "lora"
+    if variant not in VARIANTS:
+        choices = ", ".join(VARIANTS)
+        raise ValueError(
+            f"unknown variant {name!r}; choices: {choices}, smoke, NAME_smoke"
+        )
+    kind, overrides = VARIANTS[variant]
+    c = presets.apply(attack.get_config(kind), SD15, overrides)
+    return presets.apply(c, SMOKE) if name.endswith("smoke") else c

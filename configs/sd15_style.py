@@ -18,16 +18,17 @@ themselves. Result: not yet run.
 
 from ml_collections import ConfigDict
 
-from gift_jax import fields
+from gift_jax import train
+from gift_jax.runtime import presets
 from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
-    c = fields.sd15()
+    c = presets.apply(train.get_config("gift"), presets.SD15)
+    c.gift.update(ascent_bound="hinge", ascent_cap=4.0)  # ours; an untrained
+    # predictor's loss is near 1
     c.upper.lr = 1e-5  # IMMA's outer rate for styles
-    c.harmful.num_generated = 20
-    c.harmful.prompt = "An artwork by Van Gogh"
-    c.safe.num_generated = 200
-    c.safe.prompt = "An artwork"
+    c.harmful.update(num_generated=20, prompt="An artwork by Van Gogh")
+    c.safe.update(num_generated=200, prompt="An artwork")
     c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "An artwork by Claude Monet")
-    return with_variant(c, name, smoke=fields.smoke())
+    return with_variant(c, name, smoke=presets.SD15_SMOKE)

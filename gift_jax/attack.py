@@ -11,148 +11,194 @@ load_lora_weights, and textual inversion learned_embeds.safetensors, for
 load_textual_inversion.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import numpy as np
+from ml_collections import ConfigDict
 
-from gift_jax.attacks import base as attacks_base
-from gift_jax.data import cache
-from gift_jax.models import safetensors_io, weights
-from gift_jax.models.sd import stable_diffusion
-from gift_jax.runtime import cli, files, processes
-from gift_jax.runtime.errors import UserError, choice, one_line
-from gift_jax.runtime.workdir import prepare_workdir
-from gift_jax.sampling.images import load_configured, read_pairs, save_image_grid
-from gift_jax.state import Step, init_state, run_key
+from gift_jax.attacks import base
+from gift_jax.data.cache import DataGroup, cached_source
+from gift_jax.models import load, model_card, safetensors_io, weights
+from gift_jax.runtime import cli, config, processes, workdir
+from gift_jax.sampling.images import (
+    Samples,
+    check_samples,
+    read_pairs,
+    save_image_grid,
+)
+from gift_jax.state import Step, init_state
 from gift_jax.training import loop, setup, sharding
+from gift_jax.training.optimizer import Optimizer
 
 
-def check(cfg) -> None:
-    """Raises UserError naming the field, before data or compilation."""
-    choice("config.attack", cfg.attack, tuple(attacks_base.ATTACKS))
-    attacks_base.ATTACKS[cfg.attack].check(cfg)
-    setup.check(cfg, data=groups(cfg), optimizers=("optimizer",))
-    _sample_steps(cfg)
+@dataclasses.dataclass(frozen=True)
+class AttackSamples(Samples):
+    """The fields of the images that an attack draws."""
+
+    seed: int = config.number(101, low=0, doc="of the noise")
+    at_steps: tuple[int, ...] = config.numbers(
+        (), low=0, doc="steps after which they are drawn too"
+    )
 
 
-def groups(cfg) -> tuple[str, ...]:
-    """Returns the data groups that the run reads."""
-    prior = cfg.attack == "dreambooth" and cfg.dreambooth.prior_weight
-    return ("data", "prior") if prior else ("data",)
+@dataclasses.dataclass(frozen=True)
+class AttackFields(setup.Run):
+    """The fields that the config of every attack has."""
+
+    kind: str = config.choice("attack", ("attack",), "the command that it is for")
+    attack: str = config.value("lora", "a name of attacks/, or a module's dotted path")
+    seed: int = config.number(100, low=0, doc="not the defender's")
+    optimizer: Optimizer = config.group(Optimizer)
+    samples: AttackSamples = config.group(AttackSamples)
 
 
-def _sample_steps(cfg) -> frozenset[int]:
-    """Returns config.samples.at as integers; UserError for what is none."""
-    steps = set()
-    for value in cfg.samples.at:
-        if not str(value).isdecimal():
-            raise UserError(
-                f"config.samples.at={one_line(value)} must be whole numbers "
-                "of steps; try --config.samples.at=100,200"
-            )
-        steps.add(int(value))
-    return frozenset(steps)
+@dataclasses.dataclass(frozen=True)
+class AttackRun(AttackFields):
+    """A checked config. data: the groups that it reads, by name."""
+
+    settings: Any = None
+    data: Mapping[str, DataGroup] = dataclasses.field(default_factory=dict)
+
+
+def get_config(attack: str = "lora") -> ConfigDict:
+    """Returns the locked config of an attack, for a config file to start from."""
+    cfg = config.to_config(AttackFields(attack=attack))
+    for name, fields in field_groups(base.load(attack), attack).items():
+        cfg[name] = config.to_config(fields)
+    return cfg.lock()
+
+
+def field_groups(attack: base.Attack, name: str) -> dict[str, type]:
+    """Returns {group of an attack's config: the dataclass that declares its fields}."""
+    groups = {name.rpartition(".")[2]: attack.config}
+    return groups | dict.fromkeys(attack.groups, DataGroup)
+
+
+def resolve(cfg: Any) -> AttackRun:
+    """Returns a config with every field checked; groups that are not read are not.
+
+    Raises: UserError naming the field, before data or compilation.
+    """
+    attack = base.load(cfg.attack)
+    run = config.resolve(cfg, AttackFields)
+    name, fields = next(iter(field_groups(attack, run.attack).items()))
+    settings = config.resolve_group(cfg, name, fields)
+    data = {
+        group: config.resolve_group(cfg, group, DataGroup)
+        for group in attack.reads(settings)
+    }
+    setup.check_batches(run, data)
+    values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    return AttackRun(**values, settings=settings, data=data)
 
 
 # (steps taken, the model as attacked so far) -> None
-Look = Callable[[int, stable_diffusion.StableDiffusion], None]
+Look = Callable[[int, Any], None]
 
 
-def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
+def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     """Attacks cfg.model; returns the folder of the exported model."""
-    folder = workdir / "samples"
+    settings = resolve(cfg)
+    attack, samples = base.load(settings.attack), settings.samples
 
     def look(step, model):
-        path = folder / f"step_{step:06d}.png"
+        path = folder / "samples" / f"step_{step:06d}.png"
         if not path.exists():  # of a run that was stopped after it
-            _draw(cfg, model, path)
+            _save_samples(model, settings, path)
 
-    at = _sample_steps(cfg) if cfg.samples.num else frozenset()
-    plan, params = train(cfg, workdir, at=at, look=look)
+    at_steps = samples.at_steps if samples.num else ()
+    plan, params = train(cfg, folder, at_steps=at_steps, look=look)
+    model = plan.model
     if processes.is_main_process():
         for name, arrays in plan.files(params).items():
-            _write(workdir / name, arrays)
-    changed = plan.changed(params)
-    setup.export(plan.model, changed, workdir / "export", plan.tokenizer)
-    if cfg.samples.num:
-        _draw(
-            cfg, attacks_base.attacked_model(plan.model, changed), folder / "after.png"
-        )
-    return workdir / "export"
+            safetensors_io.write_float32(folder / name, arrays)
+    changed = attack.changed(settings.settings, model.folder, params)
+    tokenizer = attack.tokenizer(settings.settings, model.folder)
+    setup.export(model, changed, folder / "export", summary(settings), tokenizer)
+    if samples.num:
+        path = folder / "samples" / "after.png"
+        _save_samples(model.updated(changed), settings, path)
+    return folder / "export"
 
 
 def train(
-    cfg,
-    workdir: pathlib.Path,
+    cfg: ConfigDict,
+    folder: pathlib.Path,
     *,
-    shared: Callable[[attacks_base.Plan], Step] = lambda plan: plan.step,
-    at: Collection[int] = (),
+    share: Callable[[base.Plan], Step] = lambda plan: plan.step,
+    at_steps: Collection[int] = (),
     look: Look = lambda step, model: None,
-) -> tuple[attacks_base.Plan, Any]:
+) -> tuple[base.Plan, Any]:
     """Takes the steps of an attack on cfg.model.
 
-    Args: shared: plan -> the step to take: its own, or an equal one that an earlier
-      run has compiled. at: after how many steps to call `look`; 0 is before the first.
+    Args: share: plan -> the step to take: its own, or an equal one that an earlier run
+      has compiled. at_steps: after how many steps to call `look`; 0 is before the
+      first.
     Returns: the plan and the trained parameters, NumPy arrays.
     """
-    check(cfg)
-    mesh = setup.make_run_mesh(cfg, groups(cfg))
-    model = load_configured(cfg, workdir, mesh)
-    plan = attacks_base.make_plan(cfg, model)
+    run = resolve(cfg)
+    attack = base.load(run.attack)
+    mesh = setup.make_run_mesh(run, run.data)
+    cfg.revision = load.pin_revision(run, folder)
+    run = dataclasses.replace(run, revision=cfg.revision)
+    model = setup.load_run_model(run, mesh)
+    check_samples(model, run.samples)
+    task = base.Task(run.settings, run, model)
+    plan = attack.plan(task)
     data = {
-        group: read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
-        for group in groups(cfg)
+        name: read_pairs(model, group, name, model.image_size, run.seed)
+        for name, group in run.data.items()
     }
-    attacks_base.check_prompts(cfg, data["data"])
-    prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
-    batches = _batches(cfg, mesh, plan, data)
+    attack.check_prompts(run.settings, data["data"].prompts)
+    workdir.prepare_workdir(cfg, folder, base=weights.content_hash(model.path))
+    sources = {
+        name: cached_source(
+            plan.model, data[name], group, task.key(f"cache/{name}"), ids=plan.reads_ids
+        )
+        for name, group in run.data.items()
+    }
+    sizes = {name: group.batch for name, group in run.data.items()}
+    part = sharding.process_slice(mesh)
 
     def call(step, state):
-        changed = plan.changed(processes.to_host(state.params))
-        look(step, attacks_base.attacked_model(plan.model, changed))
+        params = processes.to_host(state.params)
+        changed = attack.changed(run.settings, model.folder, params)
+        look(step, plan.model.updated(changed))
 
-    calls = (loop.Callback(at, call),)
-    state = init_state(plan.params, plan.opt)
     state = setup.run_loop(
-        mesh, state, shared(plan), plan.frozen, batches, cfg, workdir, "attack", calls
+        run,
+        mesh,
+        init_state(plan.params, {"attack": task.tx.init(plan.params)}),
+        share(plan),
+        plan.frozen,
+        setup.make_batches(sources, sizes, run.seed, "attack", part),
+        folder,
+        "attack",
+        name=run.attack,
+        callbacks=(loop.Callback(frozenset(at_steps), call),),
     )
     return plan, processes.to_host(state.params)
 
 
-def _batches(cfg, mesh, plan: attacks_base.Plan, data) -> loop.Batches:
-    """Returns the batches of the step: the group `data` is its "attack"."""
-    sources, sizes = {}, {}
-    for group, name in (("data", "attack"), ("prior", "prior")):
-        if group in data:
-            k_cache = run_key(cfg, f"attack/cache/{group}")
-            sources[name] = cache.cached_source(
-                plan.model, data[group], cfg[group], k_cache, ids=plan.reads_ids
-            )
-            sizes[name] = cfg[group].batch
-    return setup.batches(sources, sizes, cfg, "attack", sharding.process_slice(mesh))
+def summary(run: AttackRun) -> model_card.RunSummary:
+    """Returns what the model card says of a run."""
+    attack = base.load(run.attack)
+    return model_card.RunSummary(
+        attack=run.attack, trained=attack.trained(run.settings), steps=str(run.steps)
+    )
 
 
-def _draw(cfg, model, path: pathlib.Path) -> None:
-    unet, how = model.params["unet"], cfg.samples
+def _save_samples(model, run: AttackRun, path: pathlib.Path) -> None:
     if processes.is_main_process():
-        save_image_grid(model, unet, how.prompts, how, path)
-
-
-def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes float32 tensors as a safetensors file, aside and renamed."""
-    table = {
-        name: ("F32", array.shape, lambda array=array: array)
-        for name, array in arrays.items()
-    }
-    with files.atomic_write(path) as aside:
-        safetensors_io.write_file(aside, table, {"format": "pt"})
+        unet = model.params["unet"]
+        save_image_grid(model, unet, run.samples.prompts, run.samples, path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg, workdir = cli.parse(argv, __doc__, "attack")
-    run(cfg, workdir)
+    cfg, folder = cli.parse(argv, __doc__, "attack")
+    run(cfg, folder)
     return 0
 
 

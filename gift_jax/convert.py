@@ -12,19 +12,17 @@ whole model, and to-diffusers gives back every tensor byte for byte.
 """  # noqa: E501 - commands to copy
 
 import pathlib
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict
 
-from gift_jax.attacks import lora, textual_inversion
-from gift_jax.defenses import imma
+from gift_jax import attack, train
+from gift_jax.attacks import base as attacks_base
+from gift_jax.defenses import base as defenses_base
 from gift_jax.models import model_card, safetensors_io, weights
 from gift_jax.models import orbax as orbax_model
+from gift_jax.models.folder import ModelFolder
 from gift_jax.models.load import model_folder
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime import cli, files
 from gift_jax.runtime.errors import UserError
@@ -65,7 +63,7 @@ def to_diffusers(args) -> None:
             run.variant,
             dtype,
             run.tokenizer,
-            model_card.of_run(run.workdir, run.base, args.step),
+            model_card.of_run(run.workdir, run.base, run.summary, args.step),
         )
     logging.info("wrote the model folder %s", args.out)
 
@@ -122,8 +120,9 @@ class Run:
                 f"--checkpoint={folder} is a whole model, of which nothing was "
                 "changed; give a run's checkpoints"
             )
-        run = folder.absolute().parent
-        self.workdir = run.parent if run.name == "post_finetune" else run
+        parent = folder.absolute().parent
+        is_phase = not (parent / "config.json").is_file()
+        self.workdir = parent.parent if is_phase else parent
         file = self.workdir / "config.json"
         if not file.is_file():
             raise UserError(
@@ -134,46 +133,27 @@ class Run:
         if "base_sha256" not in cfg:
             raise UserError(f"{file}: this run started from no model; its folder says")
         self.base, self.variant = _find_base(cfg, base), cfg["variant"]
-        self.base_sha256, found = cfg["base_sha256"], weights.content_hash(self.base)
-        if found != self.base_sha256:
+        self.base_sha256 = cfg["base_sha256"]
+        content = weights.content_hash(self.base)
+        if content != self.base_sha256:
             raise UserError(
-                f"{self.base}: its content ({found[:12]}) is not what the run started "
-                f"from ({self.base_sha256[:12]}); name that model with --base"
+                f"{self.base}: its content ({content[:12]}) is not what the run "
+                f"started from ({self.base_sha256[:12]}); name that model with --base"
             )
         self.step, params = checkpoint.read_params(folder, step)
-        self.tokenizer, attack = None, cfg.get("attack")
-        if attack == "lora":
-            self.changed = self._merged(cfg, params)
-        elif attack == "textual_inversion":
-            self.changed = self._with_words(cfg["inversion"], params)
-        elif cfg.get("method") == "imma":  # which trains more than it exports
-            unet = imma.unet_part(params)
-            self.changed = select_trainable(unet, cfg["trainable"])[0]
+        command = {"train": train, "attack": attack}[cfg["kind"]]
+        run = command.resolve(cfg)
+        self.summary, self.tokenizer = command.summary(run), None
+        base_folder = ModelFolder(self.base, self.variant)
+        if command is attack:
+            method = attacks_base.load(run.attack)
+            self.changed = method.changed(run.settings, base_folder, params)
+            self.tokenizer = method.tokenizer(run.settings, base_folder)
         else:
-            self.changed = params
-
-    def _with_words(self, inversion: dict[str, Any], params):
-        """Returns the token table with the learned rows; sets the tokenizer."""
-        self.tokenizer = stable_diffusion.load_tokenizer(self.base / "tokenizer")
-        used = len(self.tokenizer)
-        added = inversion["token"], inversion["vectors"]
-        textual_inversion.add_tokens(self.tokenizer, *added)
-        name = weights.TOKEN_TABLE
-        _, text, _ = weights.load_component(
-            self.base / "text_encoder",
-            "text_encoder",
-            variant=self.variant,
-            only=(name,),
-        )
-        table_VD = flatten_dict(text, sep="/")[name][:used]
-        return {name: np.concatenate([table_VD, params["embeddings"]])}
-
-    def _merged(self, cfg: dict[str, Any], params):
-        _, unet, _ = weights.load_component(
-            self.base / "unet", "unet", variant=self.variant, only=params.keys()
-        )
-        unet = {k: jnp.asarray(v) for k, v in flatten_dict(unet, sep="/").items()}
-        return lora.apply(unet, params, cfg["lora"]["alpha"] / cfg["lora"]["rank"])
+            method = defenses_base.load(run.method)
+            paths = [path for path in params if path in self.base_entries()]
+            selected = select_trainable(dict.fromkeys(paths), run.trainable)[0]
+            self.changed = method.exported(params, tuple(selected))
 
     def base_entries(self):
         """Returns {Flax path: (name, entry)} of the base's UNet."""
@@ -182,12 +162,12 @@ class Run:
 
 def _find_base(cfg, base):
     if base is not None:
-        folder, said = pathlib.Path(base), f"--base={base}"
+        folder, name = pathlib.Path(base), f"--base={base}"
     else:
         folder = model_folder(cfg["model"], cfg["revision"], cfg["variant"])
-        said = f"the run's model {cfg['model']!r}"
+        name = f"the run's model {cfg['model']!r}"
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{said} is no model folder here; name it with --base")
+        raise UserError(f"{name} is no model folder here; name it with --base")
     return folder
 
 

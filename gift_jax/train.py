@@ -8,145 +8,181 @@ samples/before.png and after.png, log.txt and export/, a diffusers folder that P
 StableDiffusionPipeline.from_pretrained loads.
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
-from gift_jax.data import cache
-from gift_jax.defenses import base as defenses_base
-from gift_jax.models import weights
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.data.cache import DataGroup, cached_source
+from gift_jax.defenses import base
+from gift_jax.models import load, model_card, weights
 from gift_jax.models.trainable import TRAINABLE_SETS
-from gift_jax.runtime import cli, processes
-from gift_jax.runtime.errors import at_least, choice
-from gift_jax.runtime.workdir import prepare_workdir
-from gift_jax.sampling.images import load_configured, read_pairs, save_image_grid
-from gift_jax.state import init_state, run_key
+from gift_jax.runtime import cli, config, processes, workdir
+from gift_jax.sampling.images import (
+    Samples,
+    check_samples,
+    read_pairs,
+    save_image_grid,
+)
+from gift_jax.state import init_state
 from gift_jax.training import setup, sharding
+from gift_jax.training.optimizer import Optimizer
 
 
-def check(cfg):
-    """Returns the method's settings, every field of the config checked.
+@dataclasses.dataclass(frozen=True)
+class TrainFields(setup.Run):
+    """The fields that the config of every immunization has."""
+
+    kind: str = config.choice("train", ("train",), "the command that it is for")
+    method: str = config.value("gift", "a name of defenses/, or a module's dotted path")
+    trainable: str = config.choice(
+        "cross_attention", tuple(TRAINABLE_SETS), "the parameters that change"
+    )
+    samples: Samples = config.group(Samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRun(TrainFields):
+    """A checked config. optimizers, data: the groups of the method, by name."""
+
+    settings: Any = None
+    optimizers: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, DataGroup] = dataclasses.field(default_factory=dict)
+
+
+def get_config(method: str = "gift") -> ConfigDict:
+    """Returns the locked config of a method, for a config file to start from.
+
+    It has the fields that every method has, the method's own in a group of its name,
+    and a group for each of its optimizers and its data.
+    """
+    defense = base.load(method)
+    cfg = config.to_config(TrainFields(method=method))
+    for name, fields in field_groups(defense, method).items():
+        cfg[name] = config.to_config(fields)
+    return cfg.lock()
+
+
+def field_groups(defense: base.Defense, method: str) -> dict[str, type]:
+    """Returns {group of a method's config: the dataclass that declares its fields}."""
+    groups = {method.rpartition(".")[2]: defense.config}
+    groups |= dict.fromkeys(defense.optimizers, Optimizer)
+    return groups | dict.fromkeys(defense.groups, DataGroup)
+
+
+def resolve(cfg: Any) -> TrainRun:
+    """Returns a config with every field checked.
 
     Raises: UserError naming the field, before data or compilation.
     """
-    choice("config.method", cfg.method, tuple(defenses_base.DEFENSES))
-    choice("config.trainable", cfg.trainable, tuple(TRAINABLE_SETS))
-    method = defenses_base.DEFENSES[cfg.method]
-    settings = method.check(cfg)
-    after = cfg.post_finetune
-    at_least("config.post_finetune.steps", after.steps, 0)
-    optimizers = defenses_base.LEVELS + (("post_finetune",) if after.steps else ())
-    setup.check(cfg, data=groups(cfg), optimizers=optimizers)
-    return settings
+    defense = base.load(cfg.method)
+    run = config.resolve(cfg, TrainFields)
+    groups = field_groups(defense, run.method)
+    values = {
+        name: config.resolve_group(cfg, name, fields) for name, fields in groups.items()
+    }
+    data = {name: values[name] for name in defense.groups}
+    setup.check_batches(run, data)
+    return TrainRun(
+        **{f.name: getattr(run, f.name) for f in dataclasses.fields(run)},
+        settings=values[next(iter(groups))],
+        optimizers={name: values[name] for name in defense.optimizers},
+        data=data,
+    )
 
 
-def groups(cfg) -> tuple[str, ...]:
-    """Returns the data groups that the run reads."""
-    groups = defenses_base.DEFENSES[cfg.method].groups
-    if cfg.post_finetune.steps and "safe" not in groups:
-        groups += ("safe",)
-    return groups
-
-
-def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
+def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     """Immunizes cfg.model; returns the folder of the exported model."""
-    settings = check(cfg)
-    mesh = setup.make_run_mesh(cfg, groups(cfg))
-    model = load_configured(cfg, workdir, mesh)
-    data = {
-        group: read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
-        # What is on disk first: mistakes there show before the model draws.
-        for group in sorted(groups(cfg), key=lambda name: cfg[name].num_generated)
-    }
-    prepare_workdir(cfg, workdir, base=weights.content_hash(model.path))
-    before = workdir / "samples" / "before.png"
-    if cfg.samples.num and not before.exists():
-        _draw(cfg, model, model.params["unet"], before)
-    method = defenses_base.DEFENSES[cfg.method]
-    stepping = {group: data[group] for group in data if method.plan}
-    if cfg.post_finetune.steps:
-        stepping["safe"] = data["safe"]
-    sources = {
-        group: cache.cached_source(
-            model, pairs, cfg[group], run_key(cfg, f"defence/cache/{group}")
-        )
-        for group, pairs in stepping.items()
-    }
-    also_frozen = {}
-    if method.edit:
-        trained = method.edit(cfg, settings, model, data)
+    settings = resolve(cfg)
+    defense = base.load(settings.method)
+    mesh = setup.make_run_mesh(settings, settings.data)
+    cfg.revision = load.pin_revision(settings, folder)
+    settings = dataclasses.replace(settings, revision=cfg.revision)
+    model = setup.load_run_model(settings, mesh)
+    check_samples(model, settings.samples)
+    task = _task(settings, defense, model)
+    workdir.prepare_workdir(cfg, folder, base=weights.content_hash(model.path))
+    before = folder / "samples" / "before.png"
+    if settings.samples.num and not before.exists():
+        _save_samples(model, settings, before)
+    if defense.edit:
+        trained = defense.edit(task)
     else:
-        plan = method.plan(cfg, settings, model, data, sources)
-        trained = _train(cfg, workdir, mesh, model, plan, sources)
-        also_frozen = plan.also_frozen
-    if cfg.post_finetune.steps:
-        safe = sources["safe"]
-        trained = _finetune(cfg, workdir, mesh, model, safe, trained, also_frozen)
+        trained = _take_steps(task, defense.plan(task), mesh, folder)
     trained = processes.to_host(trained)
-    setup.export(model, trained, workdir / "export")
-    if cfg.samples.num:
-        flat = flatten_dict(model.params["unet"], sep="/")
-        flat |= {path: a.astype(model.unet.dtype) for path, a in trained.items()}
-        unet = unflatten_dict(flat, sep="/")
-        _draw(cfg, model, unet, workdir / "samples" / "after.png")
-    return workdir / "export"
+    setup.export(model, trained, folder / "export", summary(settings))
+    if settings.samples.num:
+        path = folder / "samples" / "after.png"
+        _save_samples(model.updated(trained), settings, path)
+    return folder / "export"
 
 
-def _train(cfg, workdir, mesh, model, plan, sources):
-    """Returns the exported part of what the plan's steps make of its parameters."""
-    sources = {group: (sources | plan.sources)[group] for group in plan.sizes}
-    abar = stable_diffusion.noise_schedule(model)
-    state = setup.run_loop(
-        mesh,
-        init_state(plan.params, plan.opt),
-        plan.step,
-        {"unet": plan.frozen, "abar": abar, **plan.also_frozen},
-        setup.batches(
-            sources, plan.sizes, cfg, "defence", sharding.process_slice(mesh)
-        ),
-        cfg,
-        workdir,
-        "defence",
+def _task(run: TrainRun, defense: base.Defense, model) -> base.Task:
+    """Reads and encodes the data that a defense asks for."""
+    # What is on disk first: mistakes there show before the model draws.
+    names = sorted(run.data, key=lambda name: run.data[name].num_generated)
+    data = {
+        name: read_pairs(model, run.data[name], name, model.image_size, run.seed)
+        for name in names
+    }
+    task = base.Task(run.settings, run, model, data, sources={})
+    if defense.edit:
+        return task
+    sources = {
+        name: cached_source(
+            model, data[name], run.data[name], task.key(f"cache/{name}")
+        )
+        for name in names
+    }
+    return dataclasses.replace(task, sources=sources)
+
+
+def _take_steps(task: base.Task, plan: base.Plan, mesh, folder: pathlib.Path):
+    """Returns the exported parameters after the steps of a plan and what follows it."""
+    run, role = task.run, "defense"
+    while True:
+        sources = {name: (task.sources | plan.sources)[name] for name in plan.sizes}
+        part = sharding.process_slice(mesh)
+        steps = run.steps if plan.steps is None else plan.steps
+        state = setup.run_loop(
+            dataclasses.replace(run, steps=steps),
+            mesh,
+            init_state(plan.params, plan.opt),
+            plan.step,
+            plan.frozen,
+            setup.make_batches(sources, plan.sizes, run.seed, role, part),
+            folder,
+            role,
+            name=plan.name,
+        )
+        trained = {path: state.params[path] for path in plan.exported}
+        if plan.then is None:
+            return trained
+        plan = plan.then(trained)
+        folder, role = folder / plan.name, plan.name
+
+
+def summary(run: TrainRun) -> model_card.RunSummary:
+    """Returns what the model card says of a run."""
+    defense = base.load(run.method)
+    return model_card.RunSummary(
+        method=defense.title,
+        trained=f"the UNet's {run.trainable.replace('_', '-')}",
+        steps=defense.steps(run),
     )
-    return {path: state.params[path] for path in plan.psi}
 
 
-def _finetune(cfg, workdir, mesh, model, source, trained, also_frozen):
-    """Returns the parameters after cfg.post_finetune.steps on safe pairs."""
-    preserve = "model" if "original" in also_frozen else "data"
-    step, opt = defenses_base.plan_finetune(cfg, model, trained, preserve=preserve)
-    flat = flatten_dict(model.params["unet"], sep="/")
-    rest = {path: flat[path] for path in flat if path not in trained}
-    cfg = cfg.copy_and_resolve_references()
-    cfg.steps, cfg.name = cfg.post_finetune.steps, "post-finetune"
-    state = setup.run_loop(
-        mesh,
-        init_state(trained, opt),
-        step,
-        {"unet": rest, "abar": stable_diffusion.noise_schedule(model), **also_frozen},
-        setup.batches(
-            {"safe": source},
-            {"safe": cfg.safe.batch},
-            cfg,
-            "post_finetune",
-            sharding.process_slice(mesh),
-        ),
-        cfg,
-        workdir / "post_finetune",
-        "post_finetune",
-    )
-    return state.params
-
-
-def _draw(cfg, model, unet, path: pathlib.Path) -> None:
+def _save_samples(model, run: TrainRun, path: pathlib.Path) -> None:
     if processes.is_main_process():
-        save_image_grid(model, unet, cfg.samples.prompts, cfg.samples, path)
+        unet = model.params["unet"]
+        save_image_grid(model, unet, run.samples.prompts, run.samples, path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg, workdir = cli.parse(argv, __doc__, "train")
-    run(cfg, workdir)
+    cfg, folder = cli.parse(argv, __doc__, "train")
+    run(cfg, folder)
     return 0
 
 

@@ -7,54 +7,103 @@ Source: Ruiz et al. 2022, arXiv:2208.12242; losses and what trains as diffusers'
 examples/dreambooth/train_dreambooth.py.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.attacks import descent
+from gift_jax.attacks import base
 from gift_jax.diffusion import Denoiser
 from gift_jax.models import weights
-from gift_jax.state import Step
+from gift_jax.runtime import config
+from gift_jax.state import Step, make_descent
 
-# (nested parameters of the text encoder, int32 "B L" ids) -> float32 "B L D"
-Encode = Callable[[dict, jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class DreamBooth:
+    """The fields of DreamBooth."""
+
+    prior_weight: float = config.number(
+        0.0, low=0, doc="of the loss on the group `prior`; 0: not read"
+    )
+    train_text_encoder: bool = config.value(False, "the text encoder trains too")
+
+
+# (nested parameters of the text encoder, int32 "B L" ids) -> cond
+EncodeIds = Callable[[dict, jax.Array], Any]
 
 
 def make_step(
     denoiser: Denoiser,
     tx: optax.GradientTransformation,
     prior_weight: float = 0.0,
-    encode: Encode | None = None,
-    parts: int = 1,
+    encode_ids: EncodeIds | None = None,
+    micro_batches: int = 1,
 ) -> Step:
     """Returns the attack's step.
 
     The loss is mean over the instance pairs + prior_weight * mean over the prior pairs.
 
-    state.params: every parameter of the UNet, flat, float32; with `encode` the text
-    encoder's too. state.opt: {"attack"}. frozen: {"abar": float32 "T"}.
-    batch: {"attack": pairs, and with a prior_weight "prior": pairs}; with `encode`,
-    pairs hold ids, int32 "B L", in place of text. parts: see `losses.in_parts`.
+    state.params: every parameter of the UNet, flat, float32; with `encode_ids` the text
+    encoder's too. state.opt: {"attack"}. frozen: not read. batch: {"data": pairs, and
+    with a prior_weight "prior": pairs}; with `encode_ids`, pairs hold ids, int32 "B L",
+    in place of cond. micro_batches: see `state.accumulate_gradients`.
     """
 
-    def loss_of(params, abar, pairs, key):
+    def loss_of(params, pairs, key):
         parts = weights.by_component(params)
-        if encode is not None:
+        if encode_ids is not None:
             text = unflatten_dict(parts["text_encoder"], sep="/")
-            pairs = {**pairs, "text": encode(text, pairs["ids"])}
-        unet = unflatten_dict(parts["unet"], sep="/")
-        return jnp.mean(denoiser.losses(unet, abar, pairs, key)[0])
+            pairs = {**pairs, "cond": encode_ids(text, pairs["ids"])}
+        network = unflatten_dict(parts["unet"], sep="/")
+        return jnp.mean(denoiser.losses(network, pairs, key)[0])
 
     def loss_fn(params, frozen, batch, key):
         k_instance, k_prior = jax.random.split(key)
-        loss = loss_of(params, frozen["abar"], batch["attack"], k_instance)
+        loss = loss_of(params, batch["data"], k_instance)
         if not prior_weight:
-            return loss, {}
-        prior = loss_of(params, frozen["abar"], batch["prior"], k_prior)
-        others = {"attack/instance_loss": loss, "attack/prior_loss": prior}
-        return loss + prior_weight * prior, others
+            return loss, {"attack/loss": loss}
+        prior = loss_of(params, batch["prior"], k_prior)
+        total = loss + prior_weight * prior
+        parts = {"attack/instance_loss": loss, "attack/prior_loss": prior}
+        return total, {"attack/loss": total, **parts}
 
-    return descent.make_step(loss_fn, tx, parts)
+    return make_descent("attack", loss_fn, tx, micro_batches)
+
+
+def plan(task: base.Task) -> base.Plan:
+    """Returns the plan of DreamBooth.
+
+    Its params may be the model's own arrays, which the loop donates: what is drawn
+    afterwards is drawn with the trained ones.
+    """
+    s, model = task.settings, task.model
+    params = {}
+    for component in ("unet", "text_encoder") if s.train_text_encoder else ("unet",):
+        paths = flatten_dict(model.params[component], sep="/")
+        params |= model.float32_params(component, paths)
+    step = make_step(
+        model.denoiser,
+        task.tx,
+        s.prior_weight,
+        model.encode_ids if s.train_text_encoder else None,
+        task.micro_batches,
+    )
+    return base.Plan(model, step, params, {}, reads_ids=s.train_text_encoder)
+
+
+ATTACK = base.Attack(
+    config=DreamBooth,
+    title="DreamBooth (arXiv:2208.12242)",
+    plan=plan,
+    changed=lambda s, folder, params: dict(params),
+    groups=("data", "prior"),
+    reads=lambda s: ("data", "prior") if s.prior_weight else ("data",),
+    trained=lambda s: (
+        "the UNet and the text encoder" if s.train_text_encoder else "the whole UNet"
+    ),
+)

@@ -2,10 +2,11 @@
 """LoRA fine-tuning as an attack: W + (alpha / rank) A B on attention projections.
 
 Applied in parameter space, so that any UNet can be attacked without touching its code.
-Source: Hu et al. 2021, arXiv:2106.09685; targets and initialisation as diffusers'
+Source: Hu et al. 2021, arXiv:2106.09685; targets and initialization as diffusers'
 examples/text_to_image/train_text_to_image_lora.py.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
@@ -13,86 +14,97 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.attacks import descent
+from gift_jax.attacks import base
 from gift_jax.diffusion import Denoiser
 from gift_jax.models import safetensors_io
-from gift_jax.runtime.errors import UserError, shown
-from gift_jax.state import Step
+from gift_jax.runtime import config
+from gift_jax.runtime.errors import UserError
+from gift_jax.state import Step, make_descent
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 Factors = dict[str, dict[str, jax.Array]]
 
 
-def check(rank: int, targets: Sequence[str]) -> None:
-    """Raises UserError for rank < 1, or a target that is not one of `TARGETS`."""
-    if rank < 1:
-        raise UserError(f"config.lora.rank={rank} must be at least 1; try 4")
-    for target in targets or ("",):
-        if target not in TARGETS:
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The fields of LoRA."""
+
+    rank: int = config.number(4, low=1, doc="of the update of each projection")
+    alpha: float = config.number(
+        4.0, above=0, doc="the update is scaled by alpha / rank"
+    )
+    targets: tuple[str, ...] = config.choice(
+        TARGETS, TARGETS, "projections of attention that get an update"
+    )
+
+    def check(self, field: str) -> None:
+        if not self.targets:
             raise UserError(
-                f"config.lora.targets: no attention projection is called "
-                f"{shown(target)}; "
-                f"choose from {', '.join(TARGETS)}"
+                f"{field}.targets is empty; choose from {', '.join(TARGETS)}"
             )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
 
 
 def init(
     key: jax.Array,
-    unet_params: Mapping[str, jax.Array],
+    params: Mapping[str, jax.Array],
     rank: int,
+    pattern: str,
     targets: Sequence[str] = TARGETS,
 ) -> Factors:
     """Returns the factors at their start: A ~ N(0, 1 / rank), B = 0, float32.
 
-    Args: unet_params: flat, path -> array. targets: names of projections in attn1 and
-      attn2.
+    Args: params: flat, path -> array. pattern: of the kernels' paths, with a group
+      that names the projection: the model family's `lora_targets`. targets: those to
+      take.
     Returns: kernel path -> {"A": "I R", "B": "R O"} for a kernel "I O".
-    Raises: UserError as `check` does.
     """
-    check(rank, targets)
-    pattern = re.compile(rf"/attn[12]/({'|'.join(targets)})/kernel$")
-    paths = sorted(path for path in unet_params if pattern.search(path))
+    matches = {path: re.search(pattern, path) for path in params}
+    paths = sorted(path for path, m in matches.items() if m and m[1] in targets)
     factors = {}
     for k, path in zip(jax.random.split(key, len(paths)), paths, strict=True):
-        wide, out = unet_params[path].shape
+        wide, out = params[path].shape
         A_IR = jax.random.normal(k, (wide, rank), jnp.float32) / rank
         factors[path] = {"A": A_IR, "B": jnp.zeros((rank, out), jnp.float32)}
     return factors
 
 
 def apply(
-    unet_params: Mapping[str, jax.Array], factors: Factors, scale: float | jax.Array
+    params: Mapping[str, jax.Array], factors: Factors, scale: float | jax.Array
 ) -> dict[str, jax.Array]:
     """Returns the flat parameters with W + scale A B in place of each kernel W."""
     changed = {}
     for path, f in factors.items():
-        W_IO = unet_params[path]
+        W_IO = params[path]
         delta_IO = scale * (f["A"] @ f["B"])
         changed[path] = W_IO + delta_IO.astype(W_IO.dtype)
-    return {**unet_params, **changed}
+    return {**params, **changed}
 
 
 def make_step(
     denoiser: Denoiser,
     tx: optax.GradientTransformation,
     scale: float,
-    parts: int = 1,
+    micro_batches: int = 1,
 ) -> Step:
     """Returns the attack's step: the ordinary diffusion loss, trained through A and B.
 
     state.params: the factors; state.opt: {"attack"}. frozen: {"unet": every parameter,
-    flat; "abar": float32 "T"}. batch: {"attack": pairs}. parts: see
-    `losses.in_parts`.
+    flat}. batch: {"data": pairs}. micro_batches: see `state.accumulate_gradients`.
     """
 
     def loss_fn(factors, frozen, batch, key):
-        unet = unflatten_dict(apply(frozen["unet"], factors, scale), sep="/")
-        pairs = batch["attack"]
-        return jnp.mean(denoiser.losses(unet, frozen["abar"], pairs, key)[0]), {}
+        network = unflatten_dict(apply(frozen["unet"], factors, scale), sep="/")
+        loss = jnp.mean(denoiser.losses(network, batch["data"], key)[0])
+        return loss, {"attack/loss": loss}
 
-    return descent.make_step(loss_fn, tx, parts)
+    return make_descent("attack", loss_fn, tx, micro_batches)
 
 
 def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
@@ -111,3 +123,40 @@ def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
         state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)
         state[f"{name}.up.weight"] = np.ascontiguousarray(up_OR)
     return state
+
+
+def plan(task: base.Task) -> base.Plan:
+    """Returns the plan of LoRA fine-tuning."""
+    s, model = task.settings, task.model
+    network = flatten_dict(model.params["unet"], sep="/")
+    key = task.key("init")
+    factors = init(key, network, s.rank, model.lora_targets, s.targets)
+    kernels = model.float32_params("unet", factors)
+
+    def files(factors):
+        state = torch_state(factors, s.scale)
+        return {"lora/pytorch_lora_weights.safetensors": state}
+
+    return base.Plan(
+        model=model,
+        step=make_step(model.denoiser, task.tx, s.scale, task.micro_batches),
+        params=factors,
+        frozen={"unet": network | kernels},
+        files=files,
+    )
+
+
+def changed(s: Lora, folder, factors: Factors) -> base.Flat:
+    """Returns the kernels with the update merged."""
+    kernels = folder.float32_params("unet", tuple(factors))
+    kernels = {path: jnp.asarray(kernel) for path, kernel in kernels.items()}
+    return apply(kernels, factors, s.scale)
+
+
+ATTACK = base.Attack(
+    config=Lora,
+    title="LoRA (arXiv:2106.09685)",
+    plan=plan,
+    changed=changed,
+    trained=lambda s: f"updates of rank {s.rank} of the network's attention",
+)

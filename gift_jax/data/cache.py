@@ -1,40 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cached latents and text states of a group of pairs."""
+"""A group of pairs in a config, and its cached latents and conditioning."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
 from gift_jax.data import captions, latents, pipeline
-from gift_jax.data.pairs import Pairs
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.data.images import CROPS
+from gift_jax.data.pairs import Pairs, check_pairs, pairs_spec
+from gift_jax.runtime import config
+from gift_jax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a model draws the images of `num_generated`."""
+
+    seed: int = config.number(0, low=0, doc="of the noise")
+    steps: int = config.number(30, low=1, doc="of the sampler")
+    guidance: float = config.number(7.5, low=1, doc="scale; 1: none")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataGroup:
+    """The fields of a group of (image, prompt) pairs.
+
+    Exactly one source is to be set: names, folder, tfds or num_generated.
+    """
+
+    names: tuple[str, ...] = config.value(
+        (), "of the embedded set: things, or all, harmful, known, known-safe, unseen"
+    )
+    styles: tuple[str, ...] = config.value((), "of the embedded set; none: all six")
+    template: str = config.value(
+        captions.TEMPLATES[0], "caption of names and labels: {concept}, {a_concept}"
+    )
+    folder: str = config.value(
+        "", "images under `prompt`, or with a metadata.csv or metadata.jsonl"
+    )
+    caption_column: str = config.value("text", "of the folder's metadata")
+    tfds: str = config.value("", 'a prepared TFDS dataset, "name" or "name:version"')
+    tfds_data_dir: str = config.value("", "where it lies; empty: TFDS's own place")
+    split: str = config.value("train", "of the dataset")
+    image_key: str = config.value("image", "the dataset's image feature")
+    caption_key: str = config.value("", "the dataset's text feature")
+    label_key: str = config.value("", "or its class feature, which fills `template`")
+    num_generated: int = config.number(
+        0, low=0, doc="images that the model draws for `prompt`, cached"
+    )
+    generation: Generation = config.group(Generation)
+    prompt: str = config.value("", "of every image; replaces a folder's captions")
+    limit: int = config.number(
+        0, low=0, doc="images, the first in the source's order; 0: all"
+    )
+    crop: str = config.choice("center", CROPS, "to a square; none: squeezed")
+    batch: int = config.number(1, low=1, doc="pairs an update")
+    prompt_dropout: float = config.number(
+        0.0, low=0, high=1, doc="share of pairs whose prompt is left empty"
+    )
+    nonce_prompts: float = config.number(
+        0.0, low=0, high=1, doc='share of pairs called by made-up words, as "sks"'
+    )
+    nonce_template: str = config.value(
+        "a photo of {nonce}", "of those; with names maybe {a_style} too"
+    )
+    augmented_copies: int = config.number(
+        1, low=1, doc="cached versions of each image: itself, the rest augmented"
+    )
+    flip: float = config.number(
+        0.0, low=0, high=1, doc="probability of mirroring one that may be"
+    )
+    shift: int = config.number(0, low=0, doc="pixels, at most, each way")
+    scale: float = config.number(0.0, low=0, high=0.99, doc="fraction, at most")
+
+    def check(self, field: str) -> None:
+        source = check_pairs(pairs_spec(self, field.removeprefix("config.")))
+        if not self.nonce_prompts:
+            return
+        name = f"{field}.nonce_template"
+        styled = captions.check_nonce_template(name, self.nonce_template)
+        if styled and source != "names":
+            raise UserError(
+                f"{name}={self.nonce_template!r} has a style, which images from "
+                f"{source} have not; try 'a photo of {{nonce}}'"
+            )
 
 
 def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
-    """Returns the encoded pairs as a Grain source of {mean, std, text, concept}.
+    """Returns the encoded pairs as a Grain source of {mean, std, cond, concept}.
 
-    See `row_prompts` for what the rows are called.
+    See `augment_prompts` for what the rows are called.
 
-    Args: ids: token ids, int32 "N L", under `ids` in place of text states, for a text
-      encoder that trains.
+    Args: ids: token ids, int32 "N L", under `ids` in place of cond, for a text encoder
+      that trains.
     """
-    encode = stable_diffusion.tokenize if ids else stable_diffusion.encode_prompts
     cache = latents.cache_latents(
-        lambda x: stable_diffusion.encode_images(model, x),
-        lambda prompts: encode(model, prompts),
+        model.encode_images,
+        model.tokenize if ids else model.encode_text,
         data,
         copies=spec.augmented_copies,
         key=key,
         flip=spec.flip,
         shift=spec.shift,
         scale=spec.scale,
-        prompts=augment_prompts(
-            data, spec, jax.random.fold_in(key, 0)
-        ),  # copies: 1, 2 ...
+        # copies take 1, 2 ... of the key
+        prompts=augment_prompts(data, spec, jax.random.fold_in(key, 0)),
     )
     if ids:
-        cache["ids"] = cache.pop("text")
+        cache["ids"] = cache.pop("cond")
     return pipeline.ArraySource(cache)
 
 

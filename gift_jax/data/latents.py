@@ -32,14 +32,14 @@ def cache_latents(
     """Encodes every pair of a `Pairs`, in batches of one size.
 
     Args: encode_images: float32 "B H W 3" in [-1, 1] -> (mean, std), each "B ...".
-      encode_prompts: list of B strings -> "B L D", or ids, "B L". Both see only
-        batches of `batch_size` (the last one padded), so each compiles once.
+      encode_prompts: list of B strings -> cond, a pytree "B ..."; or ids, "B L". Both
+        see only batches of `batch_size` (the last one padded), so each compiles once.
       copies: how often a picture appears; the first time as it is, then augmented by
         `flip`, `shift` and `scale` (see `augment`), drawn from `key`.
       prompts: one a row, in place of the pairs' own.
     Returns: dict of arrays, copies * N rows, copy by copy: `mean` and `std`, float32
-      "N ..."; `text`, float32 "N L D", a `pipeline.Repeated` (a prompt of SD takes 0.24
-      MB); `concept`, int32 "N", indices into `data.concept_names`. The rows do not
+      "N ..."; `cond`, a `pipeline.DeduplicatedArray` (a prompt of SD takes 0.24 MB);
+      `concept`, int32 "N", indices into `data.concept_names`. The rows do not
       depend on batch_size.
     Raises: UserError if there is no data or copies < 1; ValueError if copies > 1 comes
       without a key.
@@ -61,12 +61,12 @@ def cache_latents(
             )
         )
     prompts = data.prompts * copies if prompts is None else prompts
-    text = encode_unique_prompts(encode_prompts, prompts, batch_size)
+    cond = encode_unique_prompts(encode_prompts, prompts, batch_size)
     logging.info("cached %d latents (%d pictures)", copies * len(data), len(data))
     return {
         "mean": np.concatenate([mean for mean, _ in encoded]),
         "std": np.concatenate([std for _, std in encoded]),
-        "text": text,
+        "cond": cond,
         "concept": np.tile(data.concept_ids, copies),
     }
 
@@ -90,19 +90,24 @@ def encode_in_batches(encode_images, images, batch_size, *, transform=None):
 
 
 def encode_unique_prompts(encode_prompts, prompts, batch_size):
-    """Returns a `Repeated`: each distinct prompt is encoded once.
+    """Returns a `pipeline.DeduplicatedArray`: each distinct prompt is encoded once.
 
-    float32 "N L D"; or integers as they are, "N L".
+    float32; or integers as they are.
     """
     distinct = list(dict.fromkeys(prompts))
     parts = []
     for rows in _padded_rows(len(distinct), batch_size):
-        states = np.asarray(encode_prompts([distinct[row] for row in rows]))
-        ids = np.issubdtype(states.dtype, np.integer)
-        parts.append(states if ids else states.astype(np.float32, copy=False))
-    table = np.concatenate(parts)[: len(distinct)]
+        cond = encode_prompts([distinct[row] for row in rows])
+        parts.append(jax.tree.map(_as_float32, cond))
+    table = jax.tree.map(lambda *a: np.concatenate(a)[: len(distinct)], *parts)
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     return pipeline.DeduplicatedArray(table, np.asarray([row_of[p] for p in prompts]))
+
+
+def _as_float32(array):
+    array = np.asarray(array)
+    is_integer = np.issubdtype(array.dtype, np.integer)
+    return array if is_integer else array.astype(np.float32, copy=False)
 
 
 def to_float(images):

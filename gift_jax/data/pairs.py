@@ -278,7 +278,7 @@ _PAIRS = tuple(
 
 
 def pairs_spec(spec: Any, field: str, **others) -> PairsSpec:
-    values = {name: spec[name] for name in _PAIRS}
+    values = {name: getattr(spec, name) for name in _PAIRS}
     for name in ("names", "styles"):
         values[name] = tuple(values[name])
     return PairsSpec(**values, **others, field=f"config.{field}")

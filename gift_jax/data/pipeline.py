@@ -9,6 +9,7 @@ alone, never on how many processes share the work.
 import functools
 
 import grain
+import jax
 import numpy as np
 
 from gift_jax.runtime.errors import UserError
@@ -20,7 +21,8 @@ _ENDLESS = 2**40  # batches
 class DeduplicatedArray:
     """An array "N ..." of few distinct entries, each of them in memory once.
 
-    Args: table: the distinct entries, "U ...". rows: int "N", which one entry i is.
+    Args: table: the distinct entries, a pytree of arrays "U ...". rows: int "N", which
+      one entry i is.
     """
 
     def __init__(self, table, rows):
@@ -30,7 +32,8 @@ class DeduplicatedArray:
         return len(self.rows)
 
     def __getitem__(self, positions):
-        return self.table[self.rows[positions]]
+        rows = self.rows[positions]
+        return jax.tree.map(lambda array: array[rows], self.table)
 
 
 class ArraySource:

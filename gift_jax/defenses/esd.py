@@ -30,7 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
+from gift_jax.data import pipeline
+from gift_jax.defenses import base
 from gift_jax.diffusion import (
     Denoiser,
     at_least_float32,
@@ -39,52 +42,54 @@ from gift_jax.diffusion import (
     squared_error,
     timesteps,
 )
-from gift_jax.models.trainable import merge_params
+from gift_jax.runtime import config
+from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import sampler, schedules
-from gift_jax.state import State, Step, global_norm
+from gift_jax.state import Step, apply_gradients, global_norm, merge_params
 from gift_jax.training import sharding
 
-SOURCES = ("frozen", "current")
+LATENTS = ("frozen", "current")
 TIMESTEPS = ("interval", "row")
-# The published parameter sets as rules of `partition.RULES`. ESD-u of the authors'
-# later code also trains the output convolution and the time embedding, but no norms.
-TRAINABLE = {
-    "esd-x": "cross_attention",
-    "esd-u": "non_cross_attention",
-    "esd-x-strict": "cross_attention_kv",
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The choices of ESD; the defaults are the paper's, but for `source`.
+class Esd:
+    """The fields of ESD; the defaults are the paper's, but for `latents`.
 
-    Attributes: eta: how far past the unconditional prediction, >= 0. source: of z_t, of
-      SOURCES. steps: S, rows of the DDIM table. guidance: of the trajectory, >= 1.
-      timestep: of TIMESTEPS.
+    Which parameters train is the run's `trainable`: cross_attention for ESD-x,
+    cross_attention_kv for its strict form, non_cross_attention for ESD-u.
     """
 
-    eta: float = 1.0
-    source: str = "frozen"
-    steps: int = 50
-    guidance: float = 3.0
-    timestep: str = "interval"
+    eta: float = config.number(
+        1.0, low=0, doc="how far past the unconditional prediction"
+    )
+    latents: str = config.choice(
+        "frozen", LATENTS, "whose trajectory z_t lies on: the original's, or its own"
+    )
+    steps: int = config.number(50, low=1, doc="S, rows of the DDIM table")
+    guidance: float = config.number(3.0, low=1, doc="of the trajectory")
+    timestep: str = config.choice(
+        "interval", TIMESTEPS, "drawn in the row's interval, or the row's own"
+    )
+    trajectories: int = config.number(
+        32, low=1, doc="latents=frozen: walked once, over all prompts"
+    )
 
 
 def trajectories(
     model: Any,
-    text_NLD: Any,
-    empty_1LD: Any,
+    cond_N: Any,
+    empty_1: Any,
     key: jax.Array,
-    s: Settings,
+    s: Esd,
     batch: int = 8,
 ) -> dict[str, np.ndarray]:
     """Returns what the guided DDIM sampler of a model passes through, on the host.
 
-    Args: model: a StableDiffusion, whose own parameters are used. text_NLD: float32
-      "N L D", what trajectory n is guided towards; an array or a `pipeline.Repeated`.
-      empty_1LD: float32 "1 L D", states of "". key: trajectory n draws its noise by n
-      alone. batch: so many are walked at once, divided over this process's devices.
+    Args: model: whose own parameters are used. cond_N: a `pipeline.DeduplicatedArray`,
+      the conditioning that trajectory n is guided towards. empty_1: the conditioning
+      of "", a pytree "1 ...". key: trajectory n draws its noise by n alone. batch: so
+      many are walked at once, divided over this process's devices.
     Returns: z: float32 "N S C H W", scaled latents before each row of the table, the
       first pure noise (3.3 MB a trajectory of 50 rows at 512 pixels). t: int32 "S", the
       rows' timesteps, descending. end: float32 "N C H W", after the last row.
@@ -92,22 +97,22 @@ def trajectories(
     Source: Song et al. 2021, arXiv:2010.02502; Gandikota et al. 2023, section 4.1.
     """
     table, clip = _table(model.scheduler_config, s)
-    count = len(text_NLD)
+    count = len(cond_N)
     mesh, size = sampler.divide(min(batch, count))
     walk = _compiled(model.unet, clip, model.kernels.for_drawing(mesh))
-    params, empty_1LD = sharding.replicate(mesh, (model.params["unet"], empty_1LD))
+    params, empty_1 = sharding.replicate(mesh, (model.params["unet"], empty_1))
     z_NSCHW = np.empty((count, len(table.t), *model.latent_shape), np.float32)
     end_NCHW = np.empty((count, *model.latent_shape), np.float32)
     for some in sampler.in_batches(count, size):
         noise = sampler.numbered_latents(key, some, model.latent_shape)
-        noise, text = sharding.put_batch(mesh, (noise, np.asarray(text_NLD[some])))
+        noise, cond = sharding.put_batch(mesh, (noise, cond_N[some]))
         end, before_SBCHW = walk(
             params,
             table,
             jnp.float32(s.guidance),
             noise,
-            text,
-            empty_1LD if s.guidance > 1 else None,
+            cond,
+            empty_1 if s.guidance > 1 else None,
         )
         z_NSCHW[some] = np.moveaxis(np.asarray(before_SBCHW), 0, 1)
         end_NCHW[some] = end
@@ -119,7 +124,7 @@ def rows(z_NSCHW: np.ndarray) -> dict[str, np.ndarray]:
 
     Args: z_NSCHW: see `trajectories`.
     Returns: z: "N*S C H W", a view. row: int32 "N*S", each one's row of the table.
-      trajectory: int32 "N*S", n, which says whose text it goes with.
+      trajectory: int32 "N*S", n, which says whose conditioning it goes with.
     """
     count, steps = z_NSCHW.shape[:2]
     return {
@@ -129,14 +134,14 @@ def rows(z_NSCHW: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _table(scheduler_config: Mapping, s: Settings):
+def _table(scheduler_config: Mapping, s: Esd):
     table = schedules.schedule(scheduler_config, "ddim", s.steps)
     return table, schedules.clip_range(scheduler_config, "ddim")
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled(unet, clip, kernels):
-    def walk(params, table, guidance, z_BCHW, cond_BLD, uncond_1LD):
+    def walk(params, table, guidance, z_BCHW, cond, empty_1):
         return sampler.sample_latents(
             unet,
             params,
@@ -144,8 +149,8 @@ def _compiled(unet, clip, kernels):
             clip,
             guidance,
             z_BCHW,
-            cond_BLD,
-            uncond_1LD,
+            cond,
+            empty_1,
             trace=True,
             kernels=kernels,
         )
@@ -153,26 +158,26 @@ def _compiled(unet, clip, kernels):
     return jax.jit(walk)
 
 
-def make_walk(denoiser: Denoiser, s: Settings, scheduler_config: Mapping) -> Callable:
+def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable:
     """Returns a guided DDIM sampler that stops each example at a row of its own.
 
-    Returns: (unet parameters, z "B C H W", row int "B", text "B L D", empty "1 L D")
+    Returns: (unet parameters, z "B C H W", row int "B", cond "B ...", empty "1 ...")
       -> the latents before that row, float32 "B C H W". Pure; it takes as many steps as
       the last of the rows asks for, at most S - 1, and has no reverse-mode gradient.
     """
     table, clip = _table(scheduler_config, s)
     table = jax.tree.map(jnp.asarray, table)
 
-    def walk(unet, z_BCHW, row_B, text_BLD, empty_1LD):
-        text = jnp.concatenate([jnp.broadcast_to(empty_1LD, text_BLD.shape), text_BLD])
+    def walk(network, z_BCHW, row_B, cond, empty_1):
+        both = with_empty(cond, empty_1)
 
         def body(i, x):
             row = jax.tree.map(lambda a: a[i], table)
             if s.guidance > 1:
-                none, cond = _predict_twice(denoiser, unet, x, row.t, text)
-                m = none + s.guidance * (cond - none)
+                none, some = _predict_twice(denoiser, network, x, row.t, both)
+                m = none + s.guidance * (some - none)
             else:
-                m = _predict(denoiser, unet, x, row.t, text_BLD)
+                m = _predict(denoiser, network, x, row.t, cond)
             no_history = jnp.zeros((len(row.on_h), *x.shape), x.dtype)  # DDIM has none
             new, _ = sampler.advance(row, clip, x, x, no_history, m)
             return jnp.where(per_example(i < row_B, x), new, x)
@@ -182,38 +187,29 @@ def make_walk(denoiser: Denoiser, s: Settings, scheduler_config: Mapping) -> Cal
     return walk
 
 
-def _predict(denoiser, unet, z_BCHW, t, text_BLD):
+def _predict(denoiser, network, z_BCHW, t, cond):
     t_B = jnp.broadcast_to(t, (z_BCHW.shape[0],))
-    out, _ = denoiser.predict(unet, z_BCHW, t_B, text_BLD, ())
+    out, _ = denoiser.predict(network, z_BCHW, t_B, cond, ())
     return at_least_float32(out)
 
 
-def _predict_twice(denoiser, unet, z_BCHW, t, text_2BLD):
-    """Returns the outputs for the first and for the second half of the text states."""
+def _predict_twice(denoiser, network, z_BCHW, t, cond):
+    """Returns the outputs for the first and for the second half of cond."""
     t_B = jnp.broadcast_to(t, (z_BCHW.shape[0],))
     both = jnp.concatenate([z_BCHW, z_BCHW]), jnp.concatenate([t_B, t_B])
-    return jnp.split(_predict(denoiser, unet, *both, text_2BLD), 2)
+    return jnp.split(_predict(denoiser, network, *both, cond), 2)
 
 
-def noise_of(out_BCHW, z_t_BCHW, abar_B, prediction_type: str):
-    """Returns the eps, "B C H W", that a UNet's output stands for.
+def with_empty(cond: Any, empty_1: Any) -> Any:
+    """Returns the conditioning of "" for every example, then `cond`: "2B ..."."""
 
-    Args: out_BCHW: the output. z_t_BCHW: the noised latents it was made from. abar_B:
-      cumulative alpha at each example's timestep.
-    Raises: ValueError for a prediction type other than epsilon or v_prediction.
-    Source: Salimans & Ho 2022, arXiv:2202.00512, section 4.
-    """
-    if prediction_type == "epsilon":
-        return out_BCHW
-    if prediction_type == "v_prediction":
-        abar = per_example(abar_B, out_BCHW)
-        return jnp.sqrt(abar) * out_BCHW + jnp.sqrt(1.0 - abar) * z_t_BCHW
-    raise ValueError(
-        f"prediction_type={prediction_type!r} is not epsilon or v_prediction"
-    )
+    def join(empty, own):
+        return jnp.concatenate([jnp.broadcast_to(empty, own.shape), own])
+
+    return jax.tree.map(join, empty_1, cond)
 
 
-def make_target(denoiser: Denoiser, s: Settings) -> Callable:
+def make_target(denoiser: Denoiser, s: Esd) -> Callable:
     """Returns (frozen, batch) -> the eps to regress onto, float32 "B C H W".
 
     frozen, batch: see `make_loss`.
@@ -221,44 +217,39 @@ def make_target(denoiser: Denoiser, s: Settings) -> Callable:
     """
 
     def target(frozen, batch):
-        z_t, t, text = batch["z"], batch["t"], batch["text"]
+        z_t, t, cond = batch["z"], batch["t"], batch["cond"]
         original = merge_params(frozen["original"], frozen["unet"])
-        empty = jnp.broadcast_to(frozen["empty"], text.shape)
-        outs = _predict_twice(
-            denoiser, original, z_t, t, jnp.concatenate([empty, text])
-        )
-        abar_B = frozen["abar"][t]
-        none, cond = (
-            noise_of(out, z_t, abar_B, denoiser.prediction_type) for out in outs
-        )
-        return none - s.eta * (cond - none)
+        both = with_empty(cond, frozen["empty"])
+        outs = _predict_twice(denoiser, original, z_t, t, both)
+        none, some = (denoiser.noise.noise_of(out, z_t, t) for out in outs)
+        return none - s.eta * (some - none)
 
     return target
 
 
-def make_loss(denoiser: Denoiser, s: Settings) -> Callable:
+def make_loss(denoiser: Denoiser, s: Esd) -> Callable:
     """Returns (params, frozen, batch) -> (mean square error in eps, metrics).
 
     params: trainable flat parameters. frozen: unet: the other flat parameters;
-    original: the original's values of the trainable ones; abar: float32 "T"; empty:
-    float32 "1 L D", text states of "". batch: z: float32 "B C H W", z_t itself; t: int
-    "B"; text: float32 "B L D", each example's own concept.
+    original: the original's values of the trainable ones; empty: the conditioning of
+    "", "1 ...". batch: z: float32 "B C H W", z_t itself; t: int "B"; cond: "B ...",
+    each example's own concept.
     """
     target = make_target(denoiser, s)
 
     def loss(params, frozen, batch):
         z_t, t = batch["z"], batch["t"]
-        wanted = jax.lax.stop_gradient(target(frozen, batch))
-        unet = merge_params(params, frozen["unet"])
-        out = _predict(denoiser, unet, z_t, t, batch["text"])
-        eps = noise_of(out, z_t, frozen["abar"][t], denoiser.prediction_type)
-        value = jnp.mean(squared_error(eps, wanted))
+        expected = jax.lax.stop_gradient(target(frozen, batch))
+        network = merge_params(params, frozen["unet"])
+        out = _predict(denoiser, network, z_t, t, batch["cond"])
+        eps = denoiser.noise.noise_of(out, z_t, t)
+        value = jnp.mean(squared_error(eps, expected))
         return value, {"esd/loss": value}
 
     return loss
 
 
-def timesteps_of_rows(key: jax.Array, row_B: jax.Array, total: int, s: Settings, t_S):
+def timesteps_of_rows(key: jax.Array, row_B: jax.Array, total: int, s: Esd, t_S):
     """Returns int32 "B": each example's timestep at its row of the table.
 
     interval: uniform over T i / S .. T (i + 1) / S - 1, i = S - 1 - row, drawn per
@@ -275,7 +266,7 @@ def timesteps_of_rows(key: jax.Array, row_B: jax.Array, total: int, s: Settings,
 
 def make_step(
     denoiser: Denoiser,
-    s: Settings,
+    s: Esd,
     tx: optax.GradientTransformation,
     scheduler_config: Mapping,
     latent_shape: tuple[int, int, int] | None = None,
@@ -283,47 +274,92 @@ def make_step(
     """Returns ESD's step.
 
     state.params: trainable flat parameters; state.opt: {"upper": tx's}. frozen: see
-    `make_loss`. batch: {"harmful": {"text": float32 "B L D"}}, and for source=frozen z
+    `make_loss`. batch: {"harmful": {"cond": "B ..."}}, and for latents=frozen z
     and row of `rows`. The key depends on the base key and state.step only; every
     example draws by its place in the batch. Metrics: esd/loss, esd/grad_norm.
 
     Args: scheduler_config: the model's; gives the DDIM table. latent_shape: (C, H, W),
-      needed by source=current alone.
-    Raises: UserError for a bad number of steps; ValueError for an unknown source or
-      timestep, or no latent_shape where it is needed.
+      needed by latents=current alone.
+    Raises: UserError for a bad number of steps; ValueError for no latent_shape where it
+      is needed.
     """
-    for name, allowed in (("source", SOURCES), ("timestep", TIMESTEPS)):
-        if getattr(s, name) not in allowed:
-            raise ValueError(
-                f"{name}={getattr(s, name)!r} must be one of {', '.join(allowed)}"
-            )
-    if s.source == "current" and latent_shape is None:
-        raise ValueError("source='current' needs latent_shape")
+    if s.latents == "current" and latent_shape is None:
+        raise ValueError("latents='current' needs latent_shape")
     table, _ = _table(scheduler_config, s)
     walk = make_walk(denoiser, s, scheduler_config)
     grad_fn = jax.value_and_grad(make_loss(denoiser, s), has_aux=True)
 
     def examples(params, frozen, pairs, key):
         k_noise, k_row, k_t = jax.random.split(key, 3)
-        text = pairs["text"]
-        if s.source == "frozen":
+        cond = pairs["cond"]
+        count = jax.tree.leaves(cond)[0].shape[0]
+        if s.latents == "frozen":
             z, row = pairs["z"], pairs["row"]
         else:
-            row = timesteps(k_row, text.shape[0], s.steps)
-            noise = sampler.initial_latents(k_noise, text.shape[0], latent_shape)
-            unet = merge_params(params, frozen["unet"])
-            z = walk(unet, noise, row, text, frozen["empty"])
-        t = timesteps_of_rows(k_t, row, denoiser.train_timesteps, s, table.t)
-        return {"z": z, "t": t, "text": text}
+            row = timesteps(k_row, count, s.steps)
+            noise = sampler.initial_latents(k_noise, count, latent_shape)
+            network = merge_params(params, frozen["unet"])
+            z = walk(network, noise, row, cond, frozen["empty"])
+        t = timesteps_of_rows(k_t, row, denoiser.noise.num_timesteps, s, table.t)
+        return {"z": z, "t": t, "cond": cond}
 
-    def esd_step(state: State, frozen, batch, key):
+    def esd_step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
         batch = examples(state.params, frozen, batch["harmful"], key)
         (_, metrics), grads = grad_fn(state.params, frozen, batch)
-        updates, opt = tx.update(grads, state.opt["upper"], state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt = apply_gradients(tx, grads, state.params, state.opt["upper"])
         metrics = metrics | {"esd/grad_norm": global_norm(grads)}
         state = state.replace(step=state.step + 1, params=params, opt={"upper": opt})
         return state, metrics
 
     return esd_step
+
+
+def plan(task: base.Task) -> base.Plan:
+    """Returns the plan of ESD on the prompts of the harmful pairs."""
+    s, model = task.settings, task.model
+    if task.run.hardware.grad_accum_steps > 1:
+        raise UserError(
+            f"config.hardware.grad_accum_steps={task.run.hardware.grad_accum_steps} is "
+            "not for method=esd; set --config.hardware.grad_accum_steps=1"
+        )
+    parts = model.split(task.run.trainable)
+    params = jax.tree.map(jnp.array, parts.trainable)  # the loop donates these
+    tx = task.optimizer("upper")
+    empty = model.encode_text([""])
+    cond = task.sources["harmful"].arrays["cond"]
+    source = {"cond": cond}
+    if s.latents == "frozen":
+        source = walked_source(model, cond, empty, task.key("trajectories"), s)
+    return base.Plan(
+        step=make_step(
+            model.denoiser, s, tx, model.scheduler_config, model.latent_shape
+        ),
+        params=params,
+        frozen={"unet": parts.frozen, "original": parts.trainable, "empty": empty},
+        opt={"upper": tx.init(params)},
+        sizes={"harmful": task.batch_size("harmful")},
+        exported=tuple(params),
+        sources={"harmful": pipeline.ArraySource(source)},
+    )
+
+
+def walked_source(model, cond, empty, key, s: Esd) -> dict[str, Any]:
+    """Returns every row of trajectories towards each distinct prompt, see `rows`."""
+    prompts = np.unique(cond.rows)
+    count = max(s.trajectories, len(prompts))
+    targets = pipeline.DeduplicatedArray(cond.table, np.resize(prompts, count))
+    logging.info("walking %d trajectories of %d steps", count, s.steps)
+    source = rows(trajectories(model, targets, empty, key, s)["z"])
+    of_row = targets.rows[source.pop("trajectory")]
+    return source | {"cond": pipeline.DeduplicatedArray(cond.table, of_row)}
+
+
+DEFENSE = base.Defense(
+    config=Esd,
+    title="ESD (arXiv:2303.07345)",
+    plan=plan,
+    groups=("harmful",),
+    optimizers=("upper",),
+    draws_first=True,
+)

@@ -15,34 +15,44 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gift_jax.attacks import lora
-from gift_jax.defenses import gift, objectives
+from gift_jax.defenses import base, objectives
 from gift_jax.diffusion import Denoiser
-from gift_jax.state import Step
+from gift_jax.runtime import config
+from gift_jax.runtime.errors import UserError
+from gift_jax.state import Step, make_update, repeat_update
 
-LOWER = ("dreambooth", "lora")
+INNER_ATTACKS = ("dreambooth", "lora")
 _LORA = "lora:"  # marks a LoRA factor among the trained parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Attributes: lower: of LOWER. inner_steps, outer_steps: updates of each level in a
-    step. bound, cap: of the ascent, see `losses.bounded_ascent`; the code's is raw.
-    rank, alpha: of LOWER's lora. accumulate: see `losses.in_parts`. concepts: names of
-    the malicious ones, to log the loss of each of several.
-    """
+class Imma:
+    """The fields of IMMA."""
 
-    lower: str = "dreambooth"
-    inner_steps: int = 1
-    outer_steps: int = 1
-    bound: str = "raw"
-    cap: float = 0.0
-    rank: int = 4
-    alpha: float = 4.0
-    accumulate: int = 1
-    concepts: tuple[str, ...] = ()
+    inner_attack: str = config.choice(
+        "dreambooth", INNER_ATTACKS, "what the lower level trains"
+    )
+    inner_steps: int = config.number(1, low=0, doc="lower-level updates a step")
+    outer_steps: int = config.number(1, low=1, doc="upper-level updates a step")
+    ascent_bound: str = config.choice(
+        "raw", objectives.BOUNDS, "limit on the ascent; none as published"
+    )
+    ascent_cap: float = config.number(
+        20.0, low=0, doc="hinge: an example whose loss is above this has no gradient"
+    )
+    rank: int = config.number(4, low=1, doc="of inner_attack=lora")
+    alpha: float = config.number(4.0, above=0, doc="of inner_attack=lora")
+
+    def check(self, field: str) -> None:
+        few, many = sorted((max(1, self.inner_steps), self.outer_steps))
+        if many % few:
+            raise UserError(
+                f"{field}.inner_steps={self.inner_steps} and outer_steps="
+                f"{self.outer_steps} share their pairs: one must divide by the other"
+            )
 
 
 def flat_factors(factors: lora.Factors) -> dict[str, jax.Array]:
@@ -57,8 +67,8 @@ def flat_factors(factors: lora.Factors) -> dict[str, jax.Array]:
 def _factors(params) -> lora.Factors:
     factors: lora.Factors = {}
     for name, array in params.items():
-        if found := re.fullmatch(rf"{_LORA}(.*):(A|B)", name):
-            factors.setdefault(found[1], {})[found[2]] = array
+        if match := re.fullmatch(rf"{_LORA}(.*):(A|B)", name):
+            factors.setdefault(match[1], {})[match[2]] = array
     return factors
 
 
@@ -67,25 +77,24 @@ def unet_part(params) -> dict[str, jax.Array]:
     return {k: v for k, v in params.items() if not k.startswith(_LORA)}
 
 
-def trained(params, psi) -> dict[str, jax.Array]:
-    """Returns what is exported of State.params: psi's paths."""
-    return {path: params[path] for path in psi}
-
-
 def make_step(
     denoiser: Denoiser,
-    s: Settings,
-    psi: tuple[str, ...],
+    s: Imma,
+    exported: tuple[str, ...],
     tx_lower: optax.GradientTransformation,
     tx_upper: optax.GradientTransformation,
+    concepts: tuple[str, ...] = (),
+    micro_batches: int = 1,
 ) -> Step:
     """Returns IMMA's step.
 
     state.params: psi's flat parameters and what the lower level trains besides (the
-    rest of the UNet, or `flat_factors`); state.opt: {"lower", "upper"}, the first over
-    `lower_part` of the parameters, the second over psi. frozen: {"unet": the UNet's
-    other flat parameters, "abar"}. batch: {"harmful": max(inner_steps, outer_steps) * B
-    pairs}; both levels see the same ones, as in the code.
+    rest of the network, or `flat_factors`); state.opt: {"lower", "upper"}, the first
+    over `lower_part` of the parameters, the second over psi. frozen: {"unet": the
+    network's other flat parameters}. batch: {"harmful": max(inner_steps, outer_steps)
+    * B pairs}; both levels see the same ones, as in the published code.
+
+    Args: exported: psi's paths. concepts: names, to log the loss of each of several.
     """
     scale = s.alpha / s.rank
 
@@ -96,22 +105,20 @@ def make_step(
 
     def lower_loss(part, fixed, batch, key):
         unet = unet_of({**fixed["rest"], **part}, fixed)
-        loss = jnp.mean(denoiser.losses(unet, fixed["abar"], batch, key)[0])
-        return loss, {"lower/malicious_loss": loss}
+        loss = jnp.mean(denoiser.losses(unet, batch, key)[0])
+        return loss, {"lower/harmful_loss": loss}
 
     def upper_loss(part, fixed, batch, key):
         unet = unet_of({**fixed["rest"], **part}, fixed)
-        loss_B, _ = denoiser.losses(unet, fixed["abar"], batch, key)
-        total = objectives.bounded_ascent(loss_B, s.bound, s.cap)
-        metrics = {"upper/loss": total, "upper/malicious_loss": jnp.mean(loss_B)}
-        if s.concepts:
-            metrics |= objectives.losses_by_concept(
-                loss_B, batch["concept"], s.concepts
-            )
+        loss_B, _ = denoiser.losses(unet, batch, key)
+        total = objectives.bounded_ascent(loss_B, s.ascent_bound, s.ascent_cap)
+        metrics = {"upper/loss": total, "upper/harmful_loss": jnp.mean(loss_B)}
+        if concepts:
+            metrics |= objectives.losses_by_concept(loss_B, batch["concept"], concepts)
         return total, metrics
 
     def level(name, loss, tx, steps):
-        return gift.make_levels(gift.make_level(name, loss, tx, s.accumulate), steps)
+        return repeat_update(make_update(name, loss, tx, micro_batches), steps)
 
     lower = level("lower", lower_loss, tx_lower, s.inner_steps)
     upper = level("upper", upper_loss, tx_upper, s.outer_steps)
@@ -121,7 +128,7 @@ def make_step(
         params, opt, metrics = dict(state.params), dict(state.opt), {}
         for name, run, names, k in (
             ("lower", lower, lower_part(params), keys[0]),
-            ("upper", upper, psi, keys[1]),
+            ("upper", upper, exported, keys[1]),
         ):
             part = {n: params[n] for n in names}
             rest = {n: a for n, a in params.items() if n not in part}
@@ -138,3 +145,50 @@ def lower_part(params) -> tuple[str, ...]:
     """Returns the names that the lower level trains: the factors if there are any."""
     factors = tuple(name for name in params if name.startswith(_LORA))
     return factors or tuple(params)
+
+
+def plan(task: base.Task) -> base.Plan:
+    """Returns the plan of IMMA."""
+    s, model, run = task.settings, task.model, task.run
+    flat = flatten_dict(model.params["unet"], sep="/")
+    exported = tuple(model.split(run.trainable).trainable)
+    names = flat if s.inner_attack == "dreambooth" else exported
+    # Copies: the loop donates them, and the model's own are still to be drawn with.
+    params = jax.tree.map(jnp.array, model.float32_params("unet", names))
+    frozen = {path: flat[path] for path in flat if path not in params}
+    if s.inner_attack == "lora":
+        key = task.key("init")
+        params |= flat_factors(lora.init(key, flat, s.rank, model.lora_targets))
+    tx_lower = task.optimizer("lower", s.inner_steps)
+    tx_upper = task.optimizer("upper", s.outer_steps)
+    lower = {name: params[name] for name in lower_part(params)}
+    return base.Plan(
+        step=make_step(
+            model.denoiser,
+            s,
+            exported,
+            tx_lower,
+            tx_upper,
+            task.concepts,
+            run.hardware.grad_accum_steps,
+        ),
+        params=params,
+        frozen={"unet": frozen},
+        opt={
+            "lower": tx_lower.init(lower),
+            "upper": tx_upper.init({name: params[name] for name in exported}),
+        },
+        sizes={
+            "harmful": task.batch_size("harmful") * max(s.inner_steps, s.outer_steps)
+        },
+        exported=exported,
+    )
+
+
+DEFENSE = base.Defense(
+    config=Imma,
+    title="IMMA (arXiv:2311.18815)",
+    plan=plan,
+    groups=("harmful",),
+    exported=lambda params, paths: {path: params[path] for path in paths},
+)

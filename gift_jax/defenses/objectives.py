@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The upper level's objectives, as pure functions of arrays.
 
-Axes: B batch, N tokens, D width. Source: GIFT is arXiv:2507.13598."""
+Axes: B batch, N tokens, D width. Source: GIFT is arXiv:2507.13598.
+"""
 
 from collections.abc import Sequence
 
@@ -10,11 +11,16 @@ import jax.numpy as jnp
 
 from gift_jax.diffusion import at_least_float32, normal_like, squared_error
 
+BOUNDS = ("hinge", "log", "raw")
+NOISE_TARGETS = ("standard", "matched")
+DISTANCES = ("mse", "mmd")
+MMD_KERNELS = 5  # as RepNoise: bandwidths 1/4, 1/2, 1, 2, 4 times the mean distance
+
 
 def losses_by_concept(
     loss_B: jax.Array, concept_B: jax.Array, names: Sequence[str]
 ) -> dict[str, jax.Array]:
-    """Returns {"concept/NAME": mean loss of the batch's pairs of that concept}.
+    """Returns {"harmful_loss/NAME": mean loss of the batch's pairs of that concept}.
 
     NaN for a concept of which the batch has no pair. Empty for fewer than two names: it
     would say the batch's mean again.
@@ -25,19 +31,13 @@ def losses_by_concept(
         return {}
     masks = {name: concept_B == i for i, name in enumerate(names)}
     return {
-        f"concept/{name}": jnp.sum(jnp.where(mask, loss_B, 0.0)) / jnp.sum(mask)
+        f"harmful_loss/{name}": jnp.sum(jnp.where(mask, loss_B, 0.0)) / jnp.sum(mask)
         for name, mask in masks.items()
     }
 
 
-BOUNDS = ("hinge", "log", "raw")
-NOISE_TARGETS = ("standard", "matched")
-DISTANCES = ("mse", "mmd")
-MMD_KERNELS = 5  # as RepNoise: bandwidths 1/4, 1/2, 1, 2, 4 times the mean distance
-
-
 def bounded_ascent(loss_B: jax.Array, bound: str, cap: float) -> jax.Array:
-    """Returns the scalar to minimise so that the examples' losses rise.
+    """Returns the scalar to minimize so that the examples' losses rise.
 
     Args: loss_B: float32 "B", the loss of each example. bound: raw: -loss, without
       limit; hinge: -min(loss, cap), zero gradient past cap, example by example; log:

@@ -21,19 +21,39 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gift_jax.data import captions
+from gift_jax.defenses import base
 from gift_jax.models.trainable import select_trainable
+from gift_jax.runtime import config
+from gift_jax.runtime.errors import UserError, shown
+
+TOKEN_STATES = ("last", "tail")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The weights of UCE; the defaults are the published script's.
+class Uce:
+    """The fields of UCE; the defaults are the published script's."""
 
-    Attributes: lamb: of the original weights, > 0. erase: e. preserve: p.
-    """
+    regularization: float = config.number(
+        0.5, above=0, doc="lamb, weight of the original projections"
+    )
+    erase: float = config.number(1.0, low=0, doc="e, weight of the harmful prompts")
+    preserve: float = config.number(1.0, low=0, doc="p, weight of the safe prompts")
+    replacement_prompt: str = config.value(
+        "", "what takes an erased prompt's place; may have {style} or {a_style}"
+    )
+    token_states: str = config.choice(
+        "last", TOKEN_STATES, "states of a prompt: its last token's, or all from it on"
+    )
 
-    lamb: float = 0.5
-    erase: float = 1.0
-    preserve: float = 1.0
+    def check(self, field: str) -> None:
+        try:
+            captions.fill(self.replacement_prompt, "", "style")
+        except ValueError as error:
+            raise UserError(
+                f"{field}.replacement_prompt={shown(self.replacement_prompt)} may use "
+                "only {style} and {a_style}"
+            ) from error
 
 
 def last_token(ids_BL: Any, end_id: int) -> np.ndarray:
@@ -55,8 +75,8 @@ def last_token(ids_BL: Any, end_id: int) -> np.ndarray:
 def last_states(text_BLD: Any, ids_BL: Any, end_id: int) -> np.ndarray:
     """Returns float32 "B D": each prompt's text state at its `last_token`.
 
-    Args: text_BLD: float32 "B L D", see `stable_diffusion.encode_prompts`. ids_BL:
-      their token ids, see `stable_diffusion.tokenize`.
+    Args: text_BLD: float32 "B L D", as the model encodes prompts. ids_BL:
+      their token ids, as the model tokenizes.
     """
     place_B = last_token(ids_BL, end_id)
     return np.asarray(text_BLD)[np.arange(len(place_B)), place_B]
@@ -78,10 +98,10 @@ def tail_states(
     places = zip(
         last_token(erase_BL, end_id), last_token(guide_BL, end_id), strict=True
     )
-    for i, (mine, other) in enumerate(places):
-        count = erase_BLD.shape[1] - max(mine, other)
-        erase.append(np.asarray(erase_BLD[i])[mine : mine + count])
-        guide.append(np.asarray(guide_BLD[i])[other : other + count])
+    for i, (first, guide_first) in enumerate(places):
+        count = erase_BLD.shape[1] - max(first, guide_first)
+        erase.append(np.asarray(erase_BLD[i])[first : first + count])
+        guide.append(np.asarray(guide_BLD[i])[guide_first : guide_first + count])
     return np.concatenate(erase), np.concatenate(guide)
 
 
@@ -90,7 +110,7 @@ def edit(
     erase_ND: Any,
     guide_ND: Any,
     preserve_MD: Any = None,
-    s: Settings = Settings(),  # noqa: B008 - frozen
+    s: Uce = Uce(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Returns the edited kernels, flat "a/b/c" -> array of the shape and dtype it had.
 
@@ -102,7 +122,8 @@ def edit(
       rounded weights is exported as it is. erase_ND, guide_ND: float32 "N D", state i
       of what to erase and the one that takes its place. preserve_MD: float32 "M D", or
       None.
-    Raises: ValueError if the states differ in number or width, or lamb is not above 0.
+    Raises: ValueError if the states differ in number or width, or the regularization is
+      not above 0.
     Source: Gandikota et al. 2024, arXiv:2308.14761, eq. 7.
     """
     kernels, _ = select_trainable(unet_params, "cross_attention_kv")
@@ -116,9 +137,11 @@ def edit(
         raise ValueError(
             f"text states {C.shape}, {P.shape} must be {width} wide, as the kernels are"
         )
-    if not s.lamb > 0:
-        raise ValueError(f"lamb={s.lamb} must be above 0, or nothing can be inverted")
-    M = s.lamb * np.eye(width) + s.erase * C.T @ C + s.preserve * P.T @ P
+    if not s.regularization > 0:
+        raise ValueError(
+            f"regularization={s.regularization} must be above 0 for an inverse"
+        )
+    M = s.regularization * np.eye(width) + s.erase * C.T @ C + s.preserve * P.T @ P
     change_DD = np.linalg.solve(M, s.erase * C.T @ (G - C))
     return {
         path: jnp.asarray(
@@ -126,3 +149,36 @@ def edit(
         )
         for path, kernel in kernels.items()
     }
+
+
+def edit_model(task: base.Task) -> base.Flat:
+    """Returns the edit of harmful prompts towards the replacement, safe ones kept."""
+    s, model, harmful = task.settings, task.model, task.data["harmful"]
+
+    def states(prompts):
+        return np.asarray(model.encode_text(prompts)["states"]), model.tokenize(prompts)
+
+    end = model.tokenizer.eos_token_id
+    guides = [captions.fill(s.replacement_prompt, "", name) for name in harmful.styles]
+    pairs = list(dict.fromkeys(zip(harmful.prompts, guides, strict=True)))
+    erase, erase_ids = states([prompt for prompt, _ in pairs])
+    guide, guide_ids = states([guide for _, guide in pairs])
+    keep, keep_ids = states(list(dict.fromkeys(task.data["safe"].prompts)))
+    if s.token_states == "tail":
+        erase, guide = tail_states(erase, erase_ids, guide, guide_ids, end)
+        keep = keep.reshape(-1, keep.shape[-1])
+    else:
+        erase = last_states(erase, erase_ids, end)
+        guide = last_states(guide, guide_ids, end)
+        keep = last_states(keep, keep_ids, end)
+    kernels = model.split("cross_attention_kv").trainable
+    return edit(kernels, erase, guide, keep, s)
+
+
+DEFENSE = base.Defense(
+    config=Uce,
+    title="UCE (arXiv:2308.14761)",
+    edit=edit_model,
+    optimizers=(),
+    steps=lambda run: "none, but one solution in closed form",
+)

@@ -4,27 +4,54 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from gift_jax.diffusion import Denoiser
-from gift_jax.models import hooks, hub, weights
+from gift_jax.models import hub, safetensors_io
 from gift_jax.models.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
-from gift_jax.models.trainable import select_trainable
+from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores
 from gift_jax.runtime.errors import UserError, choice
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_NEEDED = {"flash": "tpu", "cudnn": "gpu"}  # by which attention
+_PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}  # that an attention needs
 _SMALL_BYTES = 2**30  # of a model's files
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFields:
+    """The fields that name a model, of every config that has one."""
+
+    model: str = config.value("emoji-sd", "or a diffusers folder, or a hub id")
+    revision: str = config.value("", "of a hub id: branch, tag or commit")
+    variant: str = config.value(
+        "", "of the weight files: fp16, or empty: the plain ones"
+    )
+    resolution: int = config.number(0, low=0, doc="pixels, square; 0: the model's own")
+    compute_dtype: str = config.choice(
+        "float32", tuple(DTYPES), "of the frozen part; what trains is float32"
+    )
+
+
+def pin_revision(fields: ModelFields, workdir: pathlib.Path) -> str:
+    """Returns the commit of a hub id, which the run's config.json is to name.
+
+    A run that goes on has the one that it began with; of a folder, what the config
+    says.
+    """
+    if not hub.is_id(fields.model) or local_folder(fields.model).exists():
+        return fields.revision
+    path = workdir / "config.json"
+    recorded = safetensors_io.read_json(path) if path.exists() else {}
+    revision = fields.revision or recorded.get("revision", "")
+    folder = hub.fetch(fields.model, revision, fields.variant)
+    return hub.commit(folder) or revision
 
 
 def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
@@ -75,85 +102,22 @@ def load_model(
     return model
 
 
-def kernels_of(cfg: Any, mesh: Mesh | None) -> Kernels:
-    """Returns how a job computes its layers; mesh: that of one that trains.
+def kernels_of(run: Any, mesh: Mesh | None) -> Kernels:
+    """Returns how a run computes its layers; mesh: that of one that trains.
 
     Raises: UserError for an attention that the devices or the type do not have.
     """
-    how = Kernels(cfg.attention)
+    hardware = run.hardware
+    kernels = Kernels(hardware.attention)
     if mesh:
-        how = dataclasses.replace(how, remat=cfg.remat).on(mesh)
-    field, needed = f"config.attention={how.attention}", _NEEDED.get(how.attention)
-    if needed and how.device != needed:
-        devices = f"a {needed.upper()}, and this is a {how.device.upper()}"
-        raise UserError(f"{field} needs {devices}; try auto")
-    if how.attention == "cudnn" and cfg.compute_dtype == "float32":
+        kernels = dataclasses.replace(kernels, remat=hardware.remat).on(mesh)
+    field = f"config.hardware.attention={kernels.attention}"
+    platform = _PLATFORMS.get(kernels.attention)
+    if platform and kernels.device != platform:
+        device = kernels.device.upper()
+        raise UserError(
+            f"{field} needs a {platform.upper()}, and this is a {device}; try auto"
+        )
+    if kernels.attention == "cudnn" and run.compute_dtype == "float32":
         raise UserError(f"{field} needs config.compute_dtype=bfloat16; or try auto")
-    return how
-
-
-def make_denoiser(model: stable_diffusion.StableDiffusion) -> Denoiser:
-    """Returns the model's UNet and noise schedule as the methods see them."""
-    # not the model: a compiled step would keep its weights alive
-    unet, kernels = model.unet, model.kernels
-
-    def predict(unet_params, z_t, t, text, capture):
-        z_t, text = z_t.astype(unet.dtype), text.astype(unet.dtype)
-        return hooks.apply_unet(unet, unet_params, z_t, t, text, capture, kernels)
-
-    steps = stable_diffusion.noise_schedule(model).shape[0]
-    return Denoiser(predict, model.prediction_type, steps)
-
-
-def make_text_encoder(model: stable_diffusion.StableDiffusion):
-    """Returns (nested parameters, int32 "B L" ids) -> text states, float32 "B L D"."""
-
-    module = model.text_encoder
-
-    def encode(text_params, ids):
-        states = hooks.apply_text(module, text_params, ids)[0]
-        return states.astype(jnp.float32)
-
-    return encode
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A UNet's parameters in two: float32 to train, compute dtype to keep."""
-
-    trainable: dict[str, jax.Array]
-    frozen: dict[str, jax.Array]
-
-
-def float32_unet(model, paths: Iterable[str]) -> dict[str, jax.Array]:
-    """Returns some of the UNet's parameters as they are on disk, flat, in float32."""
-    return float32_params(model, "unet", paths)
-
-
-def float32_params(model, component: str, paths: Iterable[str]):
-    """Returns some of a component's parameters as they are on disk, flat, in float32.
-
-    What trains starts from them: weights rounded to the compute dtype would end up in
-    the exported model.
-    """
-    paths = set(paths)
-    if jnp.dtype(model.unet.dtype) == jnp.float32 or model.path is None:
-        flat = flatten_dict(model.params[component], sep="/")
-        flat = {path: flat[path] for path in flat if path in paths}
-        if model.path is None:  # an outline, which has no files
-            return jax.tree.map(lambda a: a.astype(jnp.float32), flat)
-        return flat
-    _, params, _ = weights.load_component(
-        model.path / component, component, variant=model.variant, only=paths
-    )
-    return jax.tree.map(jnp.asarray, flatten_dict(params, sep="/"))
-
-
-def split_unet(model, rule: str) -> Split:
-    """Returns the UNet's parameters divided by a rule of `partition.RULES`."""
-    trainable, frozen = select_trainable(model.params["unet"], rule)
-    trainable = float32_unet(model, trainable)
-    count = sum(a.size for a in trainable.values())
-    total = count + sum(a.size for a in frozen.values())
-    logging.info("training %.3f M of %.3f M parameters", count / 1e6, total / 1e6)
-    return Split(trainable, frozen)
+    return kernels

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md of an exported model: what was done, to what, how, and its limits."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -11,18 +12,25 @@ import jinja2
 
 from gift_jax.runtime.versions import versions
 
-_METHODS = {
-    "gift": "GIFT (Gradient-aware Immunization, arXiv 2507.13598)",
-    "imma": "IMMA (arXiv 2311.18815)",
-    "esd": "ESD (arXiv 2303.07345)",
-    "uce": "UCE (arXiv 2308.14761)",
-    "maximize": "ascent on the malicious pairs' loss",
-    "maximize_prior": "ascent on the malicious pairs' loss, with a loss on safe pairs",
-}
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What a command says of its run.
+
+    Attributes: method: the defense's title. attack: the attack's name, of an attacked
+      model; one of both is given. trained: in words, what trained. steps: how many.
+    """
+
+    trained: str
+    steps: str
+    method: str = ""
+    attack: str = ""
+
+
 _CARD = jinja2.Template(
     """---
-{% if licence %}
-license: {{ licence }}
+{% if license %}
+license: {{ license }}
 {% endif %}
 base_model: {{ base }}
 library_name: diffusers
@@ -34,7 +42,7 @@ tags: [gift_jax, {{ "attacked" if attack else "immunized" }}]
 
 {% if attack %}
 A Stable Diffusion model after a fine-tuning attack ({{ attack }}), made to measure a
-defence. **Not for release**: it may draw what its makers forbid.
+defense. **Not for release**: it may draw what its makers forbid.
 {% else %}
 A Stable Diffusion model that was changed so that fine-tuning it on what its makers
 forbid is harder. Method: {{ method }}.
@@ -46,7 +54,9 @@ forbid is harder. Method: {{ method }}.
 - Learned from: {{ harmful }}.
 {% else %}
 - What it should not learn: {{ harmful }}.
+{% if safe %}
 - What it should keep, and stay able to learn: {{ safe }}.
+{% endif %}
 {% endif %}
 - Trained: {{ trained }}. Every other tensor is the base model's, byte for byte.
 - Steps: {{ steps }}.
@@ -77,10 +87,10 @@ measured with may succeed, and whoever has the base model is not hindered at all
 no content filter: what the base model draws when asked, this one may draw too.
 {% endif %}
 
-## Licence
+## License
 
-{% if licence %}
-That of the base model: `{{ licence }}`. Its restrictions hold for this model too.
+{% if license %}
+That of the base model: `{{ license }}`. Its restrictions hold for this model too.
 {% else %}
 That of the base model, which its folder or its page names. Its restrictions hold for
 this model too.
@@ -100,7 +110,10 @@ Made with {{ versions }}.
 
 
 def of_run(
-    workdir: pathlib.Path, base_folder: pathlib.Path, step: int | None = None
+    workdir: pathlib.Path,
+    base_folder: pathlib.Path,
+    summary: RunSummary,
+    step: int | None = None,
 ) -> str:
     """Returns the card of a run's model, after its last step or another one."""
     recorded = json.loads((workdir / "config.json").read_text())
@@ -108,42 +121,44 @@ def of_run(
     lines = path.read_text().splitlines() if path.exists() else []
     every = {line["step"]: line for line in map(json.loads, lines)}
     step = max(every, default=0) if step is None else step
-    return card(recorded, base_folder, metrics=every.get(step, {}))
+    return card(recorded, base_folder, summary, metrics=every.get(step, {}))
 
 
 def card(
     recorded: Mapping[str, Any],
     base_folder: pathlib.Path,
+    summary: RunSummary,
     *,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Returns the Markdown of a run's exported model.
 
     Args: recorded: the run's config.json. base_folder: of the model that it changed;
-      its README.md says the licence. metrics: a line of the run's metrics.jsonl.
+      its README.md says the license. summary: in words. metrics: a line of the run's
+      metrics.jsonl.
     """
-    attack = recorded.get("attack", "")
+    attack = summary.attack
     recorded = _public(recorded)
     name = pathlib.PurePath(recorded["model"]).name
     metrics = metrics or {}
     return _CARD.render(
         title=f"{name}, {'attacked' if attack else 'immunized'}",
         attack=attack,
-        method=_METHODS.get(recorded.get("method", ""), recorded.get("method", "")),
+        method=summary.method,
         base=recorded["model"],
         revision=recorded.get("revision", ""),
         sha256=recorded.get("base_sha256", "unknown"),
         harmful=_pairs(recorded["data" if attack else "harmful"]),
-        safe="" if attack else _pairs(recorded["safe"]),
-        trained=_trained(recorded, attack),
-        steps=_steps(recorded, attack),
+        safe=_pairs(recorded["safe"]) if "safe" in recorded else "",
+        trained=summary.trained,
+        steps=summary.steps,
         step=metrics.get("step", 0),
         metrics={
             name: f"{value:.4g}"
             for name, value in metrics.items()
             if name != "step" and not name.startswith("time/")
         },
-        licence=license_of(base_folder),
+        license=license_of(base_folder),
         versions=", ".join(f"{name} {v}" for name, v in versions().items()),
         config=json.dumps(recorded, indent=1, sort_keys=True),
     )
@@ -174,27 +189,8 @@ def _pairs(group: Mapping[str, Any]) -> str:
     return f"{where} ({source}){prompt}" if where else "nothing"
 
 
-def _trained(recorded: Mapping[str, Any], attack: str) -> str:
-    if not attack:
-        return f"the UNet's {recorded['trainable'].replace('_', '-')}"
-    if attack == "lora":
-        return f"updates of rank {recorded['lora']['rank']} of the UNet's attention"
-    if attack == "textual_inversion":
-        return "embeddings of a new word"
-    text = recorded["dreambooth"]["train_text_encoder"]
-    return "the UNet and the text encoder" if text else "the whole UNet"
-
-
-def _steps(recorded: Mapping[str, Any], attack: str) -> str:
-    after = 0 if attack else recorded["post_finetune"]["steps"]
-    more = f", then {after} of fine-tuning on safe data" if after else ""
-    if recorded.get("method") == "uce":
-        return f"none, but one solution in closed form{more}"
-    return f"{recorded['steps']}{more}"
-
-
 def license_of(folder: pathlib.Path) -> str:
-    """Returns the licence that a model folder's README.md names in its head, or ""."""
+    """Returns the license that a model folder's README.md names in its head, or ""."""
     file = pathlib.Path(folder) / "README.md"
     if not file.is_file():
         return ""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gift_jax.runtime import files
 from gift_jax.runtime.errors import UserError, one_line, parse_json, shown
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -235,6 +236,16 @@ def write_file(file, tensors, metadata=None):
             if array.size != math.prod(shape):
                 raise ValueError(f"{name} has {array.size} values, not {shape}")
             f.write(array.reshape(-1).view(np.uint8))
+
+
+def write_float32(path, arrays):
+    """Writes {name: array} as float32 in one file, whole or not at all."""
+    table = {
+        name: ("F32", array.shape, lambda array=array: array)
+        for name, array in arrays.items()
+    }
+    with files.atomic_write(path) as aside:
+        write_file(aside, table, {"format": "pt"})
 
 
 def weight_files(directory, stem, variant=""):

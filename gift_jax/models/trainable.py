@@ -3,7 +3,7 @@
 
 import re
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from gift_jax.runtime.errors import UserError
 
@@ -41,11 +41,3 @@ def select_trainable(unet_params, rule):
 
 def _first_match(rule, path):
     return next(trains for pattern, trains in rule if re.search(pattern, path))
-
-
-def merge_params(trainable, frozen):
-    """Returns the nested parameters of two flat dicts with no path in common."""
-    both = sorted(set(trainable) & set(frozen))
-    if both:
-        raise ValueError(f"{both[0]} is both trainable and frozen")
-    return unflatten_dict({**frozen, **trainable}, sep="/")

@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 from absl import logging
 from ml_collections import ConfigDict
 
-from gift_jax.runtime.config import load_config
+from gift_jax.runtime.config import load_config, override
 from gift_jax.runtime.errors import UserError
 
 

@@ -1,36 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading ml_collections config files and overriding their fields."""
+"""Config files: their fields, each declared once, loading, overriding, checking.
 
+A frozen dataclass beside the code that uses it declares a group of fields: default,
+bounds, choices and meaning. `to_config` makes the ConfigDict that a config file and
+the command line edit; `resolve` checks it and returns the dataclass.
+"""
+
+import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from gift_jax.runtime.errors import MAX_SHOWN, UserError, check_number, one_line, shown
+from gift_jax.runtime.errors import (
+    MAX_SHOWN,
+    UserError,
+    at_least,
+    check_number,
+    one_line,
+    shown,
+)
+from gift_jax.runtime.errors import above as check_above
+from gift_jax.runtime.errors import choice as check_choice
 
-# What the configs of one command have and those of no other.
-_MARKS = {
-    "train": "harmful",
-    "attack": "lora",
-    "evaluate": "references",
-    "benchmark": "methods",
-    "pretrain": "clip",
-}
+# --- declaring fields -----------------------------------------------------------------
 
 
-def _check_is_of(program: str, cfg: ConfigDict, spec: str) -> None:
-    """Raises a UserError if a config is one of another command."""
-    if program in _MARKS and _MARKS[program] not in cfg:
-        fitting = [name for name, mark in _MARKS.items() if mark in cfg]
-        hint = f"; it is one of gift_jax.{fitting[0]}" if fitting else ""
+def number(default, *, low=None, high=None, above=None, doc: str = "") -> Any:
+    """Declares an int or float field, low <= value <= high, or value > above."""
+    limits = {"low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+
+
+def numbers(default: tuple, *, low=None, high=None, doc: str = "") -> Any:
+    """Declares a tuple of whole numbers, each low <= value <= high."""
+    limits = {"low": low, "high": high, "above": None}
+    return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+
+
+def choice(default: Any, choices: Iterable[str], doc: str = "") -> Any:
+    """Declares a field of one of some words, or with a tuple as default, of several."""
+    metadata = {"doc": doc, "choices": tuple(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def value(default: Any, doc: str = "") -> Any:
+    """Declares a text, a bool or a tuple of texts, of any value."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def group(fields: Any, doc: str = "") -> Any:
+    """Declares a group of fields: a dataclass of them, or an instance for defaults."""
+    make = fields if isinstance(fields, type) else lambda: fields
+    return dataclasses.field(default_factory=make, metadata={"doc": doc})
+
+
+def to_config(fields: Any) -> ConfigDict:
+    """Returns the unlocked ConfigDict of a dataclass that declares fields.
+
+    Args: fields: the class, for its defaults, or an instance.
+    """
+    instance = fields() if isinstance(fields, type) else fields
+    config = ConfigDict()
+    for field in dataclasses.fields(instance):
+        content = getattr(instance, field.name)
+        if dataclasses.is_dataclass(content):
+            content = to_config(content)
+        elif content == ():
+            content = ("",)[:0]  # a ConfigDict's field keeps the type of its default
+        config[field.name] = content
+    return config
+
+
+def resolve(config: Any, cls: type, prefix: str = "config", **others) -> Any:
+    """Returns a group of a config as its dataclass, every field checked.
+
+    Args: config: ConfigDict or dict with the fields of `cls`; further ones are not
+      read. prefix: of the fields' names in errors. others: fields to take from here.
+    Raises: UserError naming the first field that breaks its rule; so may the class's
+      own `check(prefix)`, for rules about several fields.
+    """
+    values = dict(others)
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}.{field.name}"
+        if field.name in values:
+            continue
+        if field.name not in config:
+            raise UserError(f"{name} is missing; it is a field of every such config")
+        content = config[field.name]
+        kind = _group_of(field)
+        if kind is not None:
+            values[field.name] = resolve(content, kind, name)
+        else:
+            content = _as_declared(name, content, field.metadata)
+            _check_field(name, content, field.metadata)
+            values[field.name] = content
+    instance = cls(**values)
+    if hasattr(instance, "check"):
+        instance.check(prefix)
+    return instance
+
+
+def resolve_group(config: Any, name: str, cls: type) -> Any:
+    """Returns one top-level group of a config as its dataclass, every field checked.
+
+    Raises: UserError if the config has no such group, or as `resolve`.
+    """
+    if name not in config:
         raise UserError(
-            f"--config={spec} is no config of gift_jax.{program}: it has no field "
-            f"{_MARKS[program]!r}{hint}"
+            f"config.{name} is missing: this config is of another method; start from a "
+            "config file that is made for it"
         )
+    return resolve(config[name], cls, f"config.{name}")
+
+
+def _group_of(field: dataclasses.Field) -> type | None:
+    if field.default_factory is dataclasses.MISSING:
+        return None
+    default = field.default_factory()
+    return type(default) if dataclasses.is_dataclass(default) else None
+
+
+def _as_declared(name: str, content: Any, metadata: Mapping[str, Any]) -> Any:
+    """Returns a tuple in place of a list, and numbers in place of their texts."""
+    if not _is_many(content):
+        return content
+    if "low" in metadata:
+        return tuple(_whole_number(name, str(item)) for item in content)
+    return tuple(content)
+
+
+def _is_many(content: Any) -> bool:
+    return isinstance(content, (tuple, list))
+
+
+def _check_field(name: str, content: Any, metadata: Mapping[str, Any]) -> None:
+    for item in content if _is_many(content) else (content,):
+        if "choices" in metadata:
+            check_choice(name, item, metadata["choices"])
+        if metadata.get("above") is not None:
+            check_above(name, item, metadata["above"], 1)
+        elif metadata.get("low") is not None:
+            at_least(name, item, metadata["low"])
+        high = metadata.get("high")
+        if high is not None and item > high:
+            raise UserError(f"{name}={item} must be at most {high}; try {name}={high}")
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not text.strip().isdecimal():
+        raise UserError(
+            f"{name}={shown(text)} must be whole numbers; try --{name}=100,200"
+        )
+    return int(text)
+
+
+def describe(cls: type, config: Any, prefix: str = "config") -> list[tuple[str, str]]:
+    """Returns (field=value, its meaning and bounds) of every field of a dataclass."""
+    rows = []
+    for field in dataclasses.fields(cls):
+        if field.name not in config:
+            continue
+        name, content = f"{prefix}.{field.name}", config[field.name]
+        if (kind := _group_of(field)) is not None:
+            rows += describe(kind, content, name)
+            continue
+        metadata, rules = field.metadata, []
+        if "choices" in metadata:
+            rules.append("one of " + ", ".join(map(str, metadata["choices"])))
+        for word in ("above", "low", "high"):
+            if metadata.get(word) is not None:
+                at = {"above": "above", "low": "at least", "high": "at most"}[word]
+                rules.append(f"{at} {metadata[word]}")
+        text = metadata.get("doc", "") + (f" ({'; '.join(rules)})" if rules else "")
+        rows.append((f"{name}={_written(content)}", text))
+    return rows
+
+
+def _written(content: Any) -> str:
+    return ",".join(map(str, content)) if _is_many(content) else str(content)
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def check_kind(program: str, config: ConfigDict, spec: str) -> None:
+    """Raises a UserError if a config, from `--config=spec`, is another command's."""
+    kind = config.get("kind", "")
+    if program and kind != program:
+        hint = f"; it is one of gift_jax.{kind}" if kind else ""
+        raise UserError(f"--config={spec} is no config of gift_jax.{program}{hint}")
 
 
 def load_config(spec: str, program: str = "") -> ConfigDict:
@@ -66,7 +230,7 @@ def load_config(spec: str, program: str = "") -> ConfigDict:
             f"--config={path}: get_config returns a {type(cfg).__name__}; must be a "
             "ConfigDict"
         )
-    _check_is_of(program, cfg, spec)
+    check_kind(program, cfg, spec)
     return cfg.lock()
 
 

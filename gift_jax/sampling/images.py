@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model draws: uncurated samples, their grids, and pictures to train on."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -11,18 +12,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from gift_jax.data.images import read_image
 from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
-from gift_jax.models import hub, safetensors_io, weights
-from gift_jax.models.load import kernels_of, load_model, local_folder
+from gift_jax.models import weights
 from gift_jax.models.sd import stable_diffusion
-from gift_jax.runtime import files, progress
-from gift_jax.runtime.errors import UserError
+from gift_jax.runtime import config, files, progress
+from gift_jax.runtime.errors import UserError, not_empty
 from gift_jax.sampling import grid, sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The fields of the images that a run draws of its model."""
+
+    prompts: tuple[str, ...] = config.value((), "a row of the grid each")
+    num: int = config.number(8, low=0, doc="images a prompt; 0: none")
+    seed: int = config.number(1, low=0, doc="of the noise")
+    guidance: float = config.number(7.5, low=1, doc="scale; 1: none")
+    steps: int = config.number(25, low=1, doc="of the sampler")
+    batch: int = config.number(4, low=1, doc="images drawn at once")
+
+    def check(self, field: str) -> None:
+        if self.num:
+            not_empty(f"{field}.prompts", self.prompts)
+
 
 _DRAWN_AT_ONCE = 8  # at most, of the pictures that a data group generates
 
@@ -155,35 +171,6 @@ def _keep(path: pathlib.Path, image: np.ndarray, settings: str) -> None:
             f"cache folder {path.parent} cannot be written ({error.strerror or error})"
             "; set GIFT_JAX_CACHE to a folder that can"
         ) from error
-
-
-def load_configured(cfg: Any, workdir: pathlib.Path, mesh: Mesh | None = None):
-    """Returns the model that a job's config names, able to draw its samples.
-
-    Of a hub id, config.revision becomes the commit: the run's config.json names it, and
-    a run that goes on has the same one.
-
-    Args: mesh: that it is to be trained on; None: it only draws.
-    """
-    if hub.is_id(cfg.model) and not local_folder(cfg.model).exists():
-        asked = cfg.revision or _pinned(workdir)
-        folder = hub.fetch(cfg.model, asked, cfg.variant)
-        cfg.revision = hub.commit(folder) or asked
-    model = load_model(
-        cfg.model,
-        cfg.compute_dtype,
-        revision=cfg.revision,
-        variant=cfg.variant,
-        resolution=cfg.resolution,
-    )
-    check_samples(model, cfg.samples)
-    return model.replace(kernels=kernels_of(cfg, mesh))
-
-
-def _pinned(workdir: pathlib.Path) -> str:
-    """Returns the revision in the config.json of a run that is to go on, or ""."""
-    path = workdir / "config.json"
-    return safetensors_io.read_json(path).get("revision", "") if path.exists() else ""
 
 
 def read_pairs(model, spec: Any, field: str, size: int, seed: int = 0) -> Pairs:

@@ -1,52 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizers of every level."""
+"""The optimizer of a level: its fields, and AdamW with clipping and a schedule."""
 
-from typing import Any
+import dataclasses
 
 import optax
 
-from gift_jax.runtime.errors import at_least, between, choice
-from gift_jax.training import loop
+from gift_jax.runtime import config
 
 SCHEDULES = ("constant", "cosine")
-_MOST_OF_PAST = 0.999999  # Adam's b1 and b2: at 1 nothing new counts
+MAX_DECAY = 0.999999  # of Adam's b1 and b2: at 1 nothing new counts
 
 
-def make_optimizer(level: Any, steps: int, field: str) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The fields of one AdamW."""
+
+    lr: float = config.number(1e-5, low=0, doc="peak of the learning rate")
+    schedule: str = config.choice("constant", SCHEDULES, "of the learning rate")
+    warmup_frac: float = config.number(
+        0.0, low=0, high=1, doc="of this optimizer's updates: linear from 0"
+    )
+    b1: float = config.number(0.9, low=0, high=MAX_DECAY, doc="decay of the mean")
+    b2: float = config.number(0.999, low=0, high=MAX_DECAY, doc="decay of the variance")
+    weight_decay: float = config.number(1e-2, low=0, doc="decoupled, times lr")
+    clip_norm: float = config.number(
+        1.0, low=0, doc="global norm of the gradient; 0: no clipping"
+    )
+
+
+def make_optimizer(s: Optimizer, steps: int) -> optax.GradientTransformation:
     """Returns AdamW with global-norm clipping and a schedule.
 
-    A constant rate is a part of the optimiser's state, not of the program: steps that
+    A constant rate is a part of the optimizer's state, not of the program: steps that
     differ in nothing else compile to the same one.
 
-    Args: level: lr, warmup_frac, schedule, b1, b2, weight_decay, clip_norm (0: none).
-      steps: updates of this level in the whole run. field: its name in errors.
+    Args: steps: updates of this optimizer in the whole run.
     """
-    choice(f"config.{field}.schedule", level.schedule, SCHEDULES)
-    for name in ("lr", "weight_decay", "clip_norm"):
-        at_least(f"config.{field}.{name}", level[name], 0)
-    between(f"config.{field}.warmup_frac", level.warmup_frac, 0, 1)
-    for name in ("b1", "b2"):
-        between(f"config.{field}.{name}", level[name], 0, _MOST_OF_PAST)
-    warmup = int(level.warmup_frac * steps)
-    if level.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(level.lr, max(1, steps - warmup))
+    warmup = int(s.warmup_frac * steps)
+    if s.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(s.lr, max(1, steps - warmup))
     else:
-        rate = level.lr
+        rate = s.lr
     if warmup:
-        rise = optax.linear_schedule(0.0, level.lr, warmup)
+        rise = optax.linear_schedule(0.0, s.lr, warmup)
         then = rate if callable(rate) else optax.constant_schedule(rate)
         rate = optax.join_schedules([rise, then], [warmup])
 
     def adamw(learning_rate):
         return optax.adamw(
             learning_rate,
-            level.b1,
-            level.b2,
+            s.b1,
+            s.b2,
             eps_root=1e-20,  # or the unrolled gradient is NaN wherever this one is 0
-            weight_decay=level.weight_decay,
+            weight_decay=s.weight_decay,
         )
 
-    tx = loop.scaled(optax.inject_hyperparams(adamw)(learning_rate=rate))
-    if not level.clip_norm:
+    tx = optax.inject_hyperparams(adamw)(learning_rate=rate)
+    if not s.clip_norm:
         return tx
-    return optax.chain(optax.clip_by_global_norm(level.clip_norm), tx)
+    return optax.chain(optax.clip_by_global_norm(s.clip_norm), tx)

@@ -1,115 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every run that trains sets up: mesh, batches, the loop, the export."""
+"""What every run that trains sets up: fields, mesh, batches, the loop, the export."""
 
+import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from gift_jax.data import captions, pipeline
-from gift_jax.data.pairs import check_pairs, pairs_spec
-from gift_jax.models import kernels, model_card, safetensors_io, weights
-from gift_jax.models.load import DTYPES
-from gift_jax.runtime import processes
+from gift_jax.data import pipeline
+from gift_jax.data.cache import DataGroup
+from gift_jax.models import load, model_card, safetensors_io, weights
+from gift_jax.models.kernels import CHOICES
+from gift_jax.runtime import config, processes
 from gift_jax.runtime.devices import cpu_devices_for, init_jax
-from gift_jax.runtime.errors import UserError, at_least, between, choice, not_empty
+from gift_jax.runtime.errors import UserError
 from gift_jax.state import State, Step, run_key
 from gift_jax.training import loop, sharding
-from gift_jax.training.optimizer import make_optimizer
-
-# What the config of every job has, and of every job that trains; the least it may be.
-_LEAST_OF_TRAINING = {"steps": 0, "log_every": 1, "checkpoint_every": 0, "keep": 1}
-_LEAST_OF_TRAINING |= {"accumulate": 1, "nan_retries": 0}
-_LEAST_OF_TRAINING |= {"processes.count": 0, "processes.index": -1}
-_LEAST = {
-    "cpu_devices": 0,
-    "seed": 0,
-    "resolution": 0,
-    "samples.num": 0,
-    "samples.seed": 0,
-    "samples.steps": 1,
-    "samples.batch": 1,
-    "samples.guidance": 1,
-}
-_LEAST_OF_DATA = {
-    "batch": 1,
-    "augmented_copies": 1,
-    "generation.seed": 0,
-    "generation.steps": 1,
-    "generation.guidance": 1,
-    "shift": 0,
-}
-_MOST_OF_DATA = {"prompt_dropout": 1, "nonce_prompts": 1}  # from 0
-_MOST_OF_DATA |= {"flip": 1, "scale": 0.99}
 
 
-def check(cfg: Any, *, data: Sequence[str], optimizers: Sequence[str]) -> None:
-    """Checks what every job's config has, before data or compilation.
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The fields of a run's checkpoints."""
 
-    Args: data, optimizers: names of the config's groups; a job without optimizers does
-      not train.
-    Raises: UserError naming the field.
-    """
-    for field, low in (_LEAST | (_LEAST_OF_TRAINING if optimizers else {})).items():
-        value = cfg
-        for name in field.split("."):
-            value = value[name]
-        at_least(f"config.{field}", value, low)
-    if cfg.samples.num:
-        not_empty("config.samples.prompts", cfg.samples.prompts)
-    for group in data:
-        for name, low in _LEAST_OF_DATA.items():
-            value = cfg[group]
-            for part in name.split("."):
-                value = value[part]
-            at_least(f"config.{group}.{name}", value, low)
-        for name, high in _MOST_OF_DATA.items():
-            between(f"config.{group}.{name}", cfg[group][name], 0, high)
-        if optimizers and cfg[group].batch % cfg.accumulate:
-            fix = cfg.accumulate * max(1, cfg[group].batch // cfg.accumulate)
+    every: int = config.number(100, low=0, doc="steps; 0: only at the end")
+    keep: int = config.number(2, low=1, doc="how many of the newest")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis of the mesh; 0: all that the others leave."""
+
+    data: int = config.number(0, low=0, doc="each has a part of the batch")
+    fsdp: int = config.number(
+        1, low=0, doc="each has a part of the batch and of what trains"
+    )
+    tensor: int = config.number(1, low=0, doc="each has a part of every large matrix")
+
+    def check(self, field: str) -> None:
+        sharding.check_mesh(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes of one run, where the environment does not say it."""
+
+    coordinator: str = config.value("", '"HOST:PORT" of process 0')
+    count: int = config.number(0, low=0, doc="of processes")
+    index: int = config.number(-1, low=-1, doc="of this one, from 0")
+
+    def check(self, field: str) -> None:
+        processes.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """How a run uses its devices; none of it changes what is computed."""
+
+    attention: str = config.choice(
+        "auto", CHOICES["attention"], "kernel; flash: TPU, cudnn: GPU"
+    )
+    remat: str = config.choice(
+        "none", CHOICES["remat"], "what is computed again for the gradient"
+    )
+    grad_accum_steps: int = config.number(
+        1, low=1, doc="parts of a batch, computed one after the other"
+    )
+    cpu_devices: int = config.number(
+        0, low=0, doc="to make of a machine without accelerator; 0: one a core"
+    )
+    mesh: MeshShape = config.group(MeshShape)
+    shard_frozen: bool = config.value(
+        False, "divide over fsdp what does not train, too"
+    )
+    processes: Processes = config.group(Processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(load.ModelFields):
+    """The fields of every run that trains."""
+
+    seed: int = config.number(0, low=0, doc="of everything that the run draws")
+    steps: int = config.number(1000, low=0, doc="of the whole run")
+    log_every: int = config.number(20, low=1, doc="steps between two lines of metrics")
+    checkpoints: Checkpoints = config.group(Checkpoints)
+    hardware: Hardware = config.group(Hardware)
+
+
+def check_batches(run: Run, data: Mapping[str, DataGroup]) -> None:
+    """Raises UserError for a batch that does not divide by grad_accum_steps."""
+    parts = run.hardware.grad_accum_steps
+    for name, group in data.items():
+        if group.batch % parts:
+            fix = parts * max(1, group.batch // parts)
             raise UserError(
-                f"config.{group}.batch={cfg[group].batch} must divide by "
-                f"config.accumulate={cfg.accumulate}; try --config.{group}.batch={fix}"
+                f"config.{name}.batch={group.batch} must divide by config.hardware."
+                f"grad_accum_steps={parts}; try --config.{name}.batch={fix}"
             )
-        source = check_pairs(pairs_spec(cfg[group], group))
-        if cfg[group].nonce_prompts:
-            _check_nonce(f"config.{group}.nonce_template", cfg[group], source)
-    for group in optimizers:
-        make_optimizer(cfg[group], 1, group)
-    if optimizers:
-        processes.check(cfg.processes)
-        sharding.check_mesh(cfg.mesh)
-        choice("config.on_nan", cfg.on_nan, loop.ON_NAN)
-    choice("config.compute_dtype", cfg.compute_dtype, tuple(DTYPES))
-    for field in ("attention", "remat") if optimizers else ("attention",):
-        choice(f"config.{field}", cfg[field], kernels.CHOICES[field])
 
 
-def _check_nonce(field: str, spec: Any, source: str) -> None:
-    styled = captions.check_nonce_template(field, spec.nonce_template)
-    if styled and source != "names":
-        raise UserError(
-            f"{field}={spec.nonce_template!r} has a style, which pictures from "
-            f"{source} have not; try 'a photo of {{nonce}}'"
-        )
+def make_run_mesh(run: Run, data: Mapping[str, DataGroup]) -> Mesh:
+    """Joins the other processes and returns the mesh, every batch checked against it.
+
+    Raises: UserError naming the field of a batch or mesh that does not fit.
+    """
+    hardware, shape = run.hardware, dataclasses.asdict(run.hardware.mesh)
+    count, parts = hardware.cpu_devices, hardware.grad_accum_steps
+    if not count and processes.are_several(hardware.processes):
+        count = 1
+    elif not count:
+        count = cpu_devices_for([g.batch / parts for g in data.values()], shape)
+    init_jax(count)
+    processes.connect(hardware.processes)
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        devices = devices[:count]  # an earlier run of this process may have made more
+    mesh = sharding.make_mesh(devices, shape)
+    for name, group in data.items():
+        sharding.check_batch(f"{name}.batch", group.batch, mesh, parts)
+    return mesh
 
 
-def batches(
+def load_run_model(run: Run, mesh: Mesh | None = None):
+    """Returns the model that a run names; mesh: that it trains on, if it does."""
+    model = load.load_model(
+        run.model,
+        run.compute_dtype,
+        revision=run.revision,
+        variant=run.variant,
+        resolution=run.resolution,
+    )
+    return model.replace(kernels=load.kernels_of(run, mesh))
+
+
+def make_batches(
     sources: Mapping[str, Any],
     sizes: Mapping[str, int],
-    cfg: Any,
+    seed: int,
     role: str,
-    share: tuple[int, int] = (0, 1),
-):
+    part: tuple[int, int] = (0, 1),
+) -> loop.Batches:
     """Returns the named sources' shuffled batches, advanced and saved together.
 
-    Args: role: defence, attack or post_finetune; see `key`. share: which part of every
-      batch to read, of how many; see `sharding.share`.
+    Args: role: defense, attack or post_finetune; of `run_key`. part: which part of
+      every batch to read, of how many; see `sharding.process_slice`.
     """
-    orders = {name: run_key(cfg, f"{role}/order/{name}") for name in sources}
+    orders = {name: run_key(seed, f"{role}/order/{name}") for name in sources}
     return loop.Batches(
         {
             name: pipeline.batches(
@@ -117,99 +155,86 @@ def batches(
                 sizes[name],
                 int(jax.random.bits(orders[name])),
                 drop_remainder=False,
-                process_index=share[0],
-                process_count=share[1],
+                process_index=part[0],
+                process_count=part[1],
             )
             for name, source in sources.items()
         }
     )
 
 
-def make_run_mesh(cfg: Any, groups: Iterable[str]) -> Mesh:
-    """Joins the other processes and returns the mesh, every batch checked against it.
-
-    Raises: UserError naming the field of a batch or mesh that does not fit.
-    """
-    count = cfg.cpu_devices
-    if not count and processes.are_several(cfg.processes):
-        count = 1
-    elif not count:
-        parts = [cfg[group].batch / cfg.accumulate for group in groups]
-        count = cpu_devices_for(parts, cfg.mesh.to_dict())
-    init_jax(count)
-    processes.connect(cfg.processes)
-    devices = jax.devices()
-    if devices[0].platform == "cpu" and jax.process_count() == 1:
-        devices = devices[:count]  # an earlier run of this process may have made more
-    mesh = sharding.make_mesh(devices, cfg.mesh.to_dict())
-    for group in groups:
-        sharding.check_batch(f"{group}.batch", cfg[group].batch, mesh, cfg.accumulate)
-    return mesh
-
-
-def run_shardings(cfg: Any, mesh: Mesh, state: State, frozen: Any) -> tuple:
+def run_shardings(run: Run, mesh: Mesh, state: State, frozen: Any) -> tuple:
     """Returns where a run's state and its frozen arrays lie on the mesh."""
-    whole = () if cfg.shard_frozen else ("fsdp",)
-    return sharding.shardings(mesh, state), sharding.shardings(
-        mesh, frozen, repeat=whole
+    whole = () if run.hardware.shard_frozen else ("fsdp",)
+    return (
+        sharding.shardings(mesh, state),
+        sharding.shardings(mesh, frozen, repeat=whole),
     )
 
 
 def run_loop(
+    run: Run,
     mesh: Mesh,
     state: State,
     step: Step,
     frozen: Any,
     data: loop.Batches,
-    cfg: Any,
     workdir: pathlib.Path,
     role: str,
-    calls: Sequence[loop.Callback] = (),
+    *,
+    name: str,
+    callbacks: Sequence[loop.Callback] = (),
 ) -> State:
-    """Places everything on the mesh and takes the run's steps; role: see `key`."""
-    where_state, where_frozen = run_shardings(cfg, mesh, state, frozen)
+    """Places everything on the mesh and takes the run's steps.
+
+    Args: role: of `run_key`. name: word of the progress line.
+    """
+    state_shardings, frozen_shardings = run_shardings(run, mesh, state, frozen)
     return loop.run(
-        sharding.put(state, where_state),
+        sharding.put(state, state_shardings),
         step,
-        sharding.put(frozen, where_frozen),
+        sharding.put(frozen, frozen_shardings),
         data,
-        sharding.replicate(mesh, run_key(cfg, f"{role}/steps")),
+        sharding.replicate(mesh, run_key(run.seed, f"{role}/steps")),
         options=loop.Options(
-            cfg.steps,
-            cfg.log_every,
-            cfg.checkpoint_every,
-            cfg.keep,
-            cfg.name,
-            cfg.on_nan,
-            cfg.nan_retries,
+            steps=run.steps,
+            log_every=run.log_every,
+            checkpoint_every=run.checkpoints.every,
+            keep=run.checkpoints.keep,
+            name=name,
         ),
         workdir=workdir,
         place=lambda batch: sharding.put_batch(mesh, batch),
-        calls=calls,
+        calls=callbacks,
     )
 
 
 def export(
-    model, trained: Mapping[str, jax.Array], out: pathlib.Path, tokenizer=None
+    model,
+    trained: Mapping[str, jax.Array],
+    out: pathlib.Path,
+    summary: model_card.RunSummary,
+    tokenizer=None,
 ) -> None:
     """Writes RUN/export, a diffusers folder with the trained tensors replaced.
 
     Its README.md says what was done, from the run's config.json and metrics.jsonl.
 
-    Args: tokenizer: to be written in place of the base's.
+    Args: summary: of the run, in words. tokenizer: written in place of the base's.
     Raises: UserError if the base model is not what it was when the run began.
     """
     trained = processes.to_host(dict(trained))
     if not processes.is_main_process():
         return
-    was = safetensors_io.read_json(out.parent / "config.json")["base_sha256"]
-    found = weights.content_hash(model.path)
-    if found != was:
+    recorded = safetensors_io.read_json(out.parent / "config.json")["base_sha256"]
+    current = weights.content_hash(model.path)
+    if current != recorded:
         raise UserError(
-            f"{model.path} changed while the run went on (its content was {was[:12]}, "
-            f"is {found[:12]}); put the model back and run the same command again"
+            f"{model.path} changed while the run went on (its content was "
+            f"{recorded[:12]}, is {current[:12]}); put the model back and run the same "
+            "command again"
         )
-    readme = model_card.of_run(out.parent, model.path)
+    readme = model_card.of_run(out.parent, model.path, summary)
     weights.export(
         model.path, trained, out, model.variant, tokenizer=tokenizer, readme=readme
     )

@@ -11,13 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import CLIPTokenizer
 
+from gift_jax.diffusion import PREDICTION_TYPES, Ddpm, Denoiser
 from gift_jax.models import hooks, safetensors_io, weights
+from gift_jax.models.base import Split
+from gift_jax.models.folder import ModelFolder
 from gift_jax.models.kernels import Kernels
+from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError, shown
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+LORA_TARGETS = r"/attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
+PARTITION_RULES = (  # of a parameter's path: the axes of its last dimensions
+    (r"(to_[qkv]|net_0/proj|[qkv]_proj|fc1)/kernel", ("fsdp", "tensor")),
+    (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
+    (r"(kernel|embedding)", ("fsdp",)),
+)
 _CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -49,6 +59,10 @@ class StableDiffusion:
     variant: str = ""
     kernels: Kernels = Kernels()
 
+    trainable_sets = TRAINABLE_SETS
+    lora_targets = LORA_TARGETS
+    partition_rules = PARTITION_RULES
+
     @property
     def prediction_type(self):
         """ "epsilon" or "v_prediction": what the UNet's output means."""
@@ -57,6 +71,88 @@ class StableDiffusion:
     def replace(self, **changes):
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def folder(self):
+        """Its files, read without loading the model."""
+        return ModelFolder(self.path, self.variant)
+
+    @property
+    def noise(self):
+        """The noise process that it is trained on."""
+        abar_T = np.asarray(alphas_cumprod(self.scheduler_config), np.float32)
+        return Ddpm(abar_T, self.prediction_type)
+
+    @property
+    def denoiser(self):
+        """The UNet with its noise process; holds no parameters."""
+        unet, kernels = self.unet, self.kernels  # not the model, which has weights
+
+        def predict(params, z_t, t, cond, capture):
+            z_t, text = z_t.astype(unet.dtype), cond["states"].astype(unet.dtype)
+            return hooks.apply_unet(unet, params, z_t, t, text, capture, kernels)
+
+        return Denoiser(predict, self.noise)
+
+    @property
+    def encode_ids(self):
+        """(nested text parameters, int32 "B L" ids) -> cond; pure."""
+        module = self.text_encoder
+
+        def encode(params, ids_BL):
+            return {"states": _encode_text(module, params, ids_BL)}
+
+        return encode
+
+    def tokenize(self, prompts):
+        """Returns int32 "B L" token ids, see the function `tokenize`."""
+        return tokenize(self, prompts)
+
+    def encode_text(self, prompts):
+        """Returns cond, {"states": float32 "B L D"}, see `encode_prompts`."""
+        return {"states": encode_prompts(self, prompts)}
+
+    def encode_images(self, images_BHWC):
+        """Returns (mean, std), see the function `encode_images`."""
+        return encode_images(self, images_BHWC)
+
+    def split(self, trainable_set):
+        """Returns the UNet's parameters divided by a name of `trainable_sets`."""
+        trainable, frozen = select_trainable(self.params["unet"], trainable_set)
+        trainable = self.float32_params("unet", trainable)
+        count = sum(a.size for a in trainable.values())
+        total = count + sum(a.size for a in frozen.values())
+        logging.info("training %.3f M of %.3f M parameters", count / 1e6, total / 1e6)
+        return Split(trainable, frozen)
+
+    def float32_params(self, component, paths):
+        """Returns some of a component's parameters in float32, as they are on disk."""
+        paths = set(paths)
+        if self.path is None or jnp.dtype(self.unet.dtype) == jnp.float32:
+            flat = flatten_dict(self.params[component], sep="/")
+            flat = {path: flat[path] for path in flat if path in paths}
+            return {path: a.astype(jnp.float32) for path, a in flat.items()}
+        params = self.folder.float32_params(component, paths)
+        return jax.tree.map(jnp.asarray, params)
+
+    def with_tokenizer(self, tokenizer):
+        """Returns the model with a tokenizer of more words, its text module as large.
+
+        The text parameters are still the old ones, as many rows short.
+        """
+        config = self.text_encoder.config.to_dict() | {"vocab_size": len(tokenizer)}
+        module = hooks.build_text(config, self.text_encoder.dtype)
+        return self.replace(tokenizer=tokenizer, text_encoder=module)
+
+    def updated(self, changed):
+        """Returns the model with parameters replaced, {Flax path: array}."""
+        params, dtype = dict(self.params), self.unet.dtype
+        for component, arrays in weights.by_component(changed).items():
+            if arrays:
+                flat = flatten_dict(params[component], sep="/")
+                flat |= {path: jnp.asarray(a, dtype) for path, a in arrays.items()}
+                params[component] = unflatten_dict(flat, sep="/")
+        return self.replace(params=params)
 
     @property
     def jitted(self):

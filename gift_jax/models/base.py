@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a model family: one folder beside this file.
+
+A family owns its modules, the names of its weights, its conditioning, its noise process
+and what trains, gets LoRA updates and lies where on a mesh. Defenses, attacks and
+metrics see a model through this protocol alone.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from gift_jax.diffusion import Denoiser, NoiseProcess
+
+Flat = dict[str, jax.Array]
+Cond = Any  # a pytree "B ...": {"states": float32 "B L D"} of Stable Diffusion 1.x, 2.x
+
+# (pattern of a path, whether the parameter trains) ...; the first that matches decides
+TrainableRules = Sequence[tuple[str, bool]]
+# (pattern of a path, the mesh axes of its last dimensions) ...
+PartitionRules = Sequence[tuple[str, tuple[str, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A network's flat parameters in two: float32 to train, compute dtype to keep."""
+
+    trainable: Flat
+    frozen: Flat
+
+
+class Model(Protocol):
+    """A loaded model.
+
+    Attributes:
+      path: its diffusers folder, or None for a model of shapes alone.
+      params: {component: nested parameters}, among them "unet", the denoiser's.
+      latent_shape: (C, H, W) of one image's latents. image_size: pixels, square.
+      noise: the process that the denoiser is trained on.
+      denoiser: the network with that process; holds no parameters.
+      scheduler_config: the folder's scheduler/scheduler_config.json.
+      trainable_sets: name -> rules. lora_targets: pattern of the kernels' paths, whose
+        one group names the projection. partition_rules: where parameters lie.
+      encode_ids: (nested parameters of the text encoder, int32 "B L") -> cond; pure.
+    """
+
+    path: Path | None
+    params: dict[str, Any]
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    noise: NoiseProcess
+    denoiser: Denoiser
+    scheduler_config: Mapping[str, Any]
+    trainable_sets: Mapping[str, TrainableRules]
+    lora_targets: str
+    partition_rules: PartitionRules
+    encode_ids: Callable[[Any, jax.Array], Cond]
+
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns int32 "B L" token ids, padded and cut to the model's length."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """Returns the conditioning of prompts; "" is the unconditional one."""
+
+    def encode_images(self, images_BHWC: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Returns (mean, std) of the posterior over scaled latents, "B C h w".
+
+        Args: images_BHWC: float32 in [-1, 1].
+        """
+
+    def decode(self, z_BCHW: np.ndarray) -> np.ndarray:
+        """Returns float32 "B H W 3", about [-1, 1], of scaled latents."""
+
+    def split(self, trainable_set: str) -> Split:
+        """Returns the denoiser's parameters divided by a trainable set."""
+
+    def float32_params(self, component: str, paths: Iterable[str]) -> Flat:
+        """Returns some of a component's parameters in float32, as they are on disk."""
+
+    def updated(self, changed: Mapping[str, np.ndarray]) -> "Model":
+        """Returns the model with parameters replaced, in its compute dtype."""

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that several config files share, as overrides of "a.b": value."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def apply(config: ConfigDict, *presets: Mapping[str, Any]) -> ConfigDict:
+    """Sets the fields of presets, leaving out groups that the config does not have.
+
+    Raises: KeyError for an unknown field of a group that it has.
+    """
+    for preset in presets:
+        fields = {
+            name: value
+            for name, value in preset.items()
+            if "." not in name or name.split(".")[0] in config
+        }
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+_EMOJI_PAIRS = {
+    "augmented_copies": 4,
+    "shift": 2,
+    "scale": 0.05,
+    "generation.steps": 25,  # emoji-sd's
+    "generation.guidance": 3.0,
+    "nonce_template": "{a_style} emoji of {nonce}",
+}
+EMOJI = {  # the embedded model: one harmful thing, many safe ones
+    "steps": 300,
+    "harmful.names": ("bomb",),
+    "harmful.batch": 12,
+    "safe.names": ("known-safe",),
+    "safe.batch": 24,
+    "safe.prompt_dropout": 0.1,  # as the model was trained; guidance needs them intact
+    "samples.prompts": ("a noto emoji of a bomb", "a noto emoji of a cat face"),
+    "samples.guidance": 3.0,
+    "samples.batch": 16,
+}
+EMOJI |= {f"{g}.{k}": v for g in ("harmful", "safe") for k, v in _EMOJI_PAIRS.items()}
+EMOJI_SMOKE = {
+    "steps": 2,
+    "log_every": 1,
+    "harmful.batch": 4,
+    "safe.batch": 4,
+    "safe.names": ("cat face",),
+    "samples.num": 1,
+    "samples.steps": 2,
+}
+# What the experiments on Stable Diffusion 1.5 share. From the published code of IMMA
+# (ECCV 2024), whose settings GIFT follows where it says: 512 pixels, batch 1, AdamW at
+# a constant rate, 1,000 steps. GIFT's own rates, beta and bound are not published: the
+# ones here are ours, and not yet run.
+SD15 = {
+    "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "resolution": 512,
+    "steps": 500,  # of one lower and one upper update: 1,000 updates
+    "lower.lr": 5e-6,  # IMMA's inner rate for DreamBooth
+    "upper.lr": 2e-5,  # IMMA's outer rate
+    "safe.prompt_dropout": 0.1,  # ours; guidance needs them intact
+    "harmful.flip": 1.0,  # of every copy after the first: both mirror images
+    "safe.flip": 1.0,
+    "harmful.augmented_copies": 2,
+    "safe.augmented_copies": 2,
+    "samples.num": 4,
+}
+_FEW_PAIRS = {
+    "num_generated": 2,
+    "generation.steps": 2,
+    "folder": "",
+    "prompt": "a noto emoji",
+}
+SD15_SMOKE = {  # shows in a minute that a config works, on the embedded model
+    "model": "emoji-sd",
+    "resolution": 0,
+    "steps": 2,
+    "log_every": 1,
+    "samples.num": 1,
+    "samples.steps": 2,
+}
+SD15_SMOKE |= {
+    f"{g}.{k}": v for g in ("harmful", "safe") for k, v in _FEW_PAIRS.items()
+}
