@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The UNet of Stable Diffusion 1.x and 2.x.
+
+Axes: B batch, C channels, H height, W width, L text tokens, D their width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gift_jax.models.ops.kernels import Kernels
+from gift_jax.models.ops.layers import Conv, GroupNorm
+from gift_jax.models.params import from_config
+from gift_jax.models.sd import layers
+
+CAPTURE_KINDS = {  # kinds of hidden states: the layers whose outputs they are
+    "transformer": layers.TransformerBlock,
+    "resnet": layers.ResnetBlock,
+    "attention": layers.Attention,
+}
+_TEXT_KEYS = "/attn2/to_k/kernel"  # ends of the parameters' paths
+
+
+class Stage(nn.Module):
+    """The UNet's layers at one size: resnets, each with a transformer or without.
+
+    Attributes: channels: of the results. heads: of attention; 0: no transformers.
+      depth: blocks a transformer. linear, only_cross_attention: see `Transformer2D`.
+      resize: whether the next stage has another size.
+    """
+
+    channels: int
+    num_layers: int
+    heads: int = 0
+    depth: int = 1
+    linear: bool = False
+    only_cross_attention: bool = False
+    resize: bool = False
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    def layer(self, cls, *args, name: str):
+        """Returns a layer, which the backward pass computes again if it is to."""
+        if self.kernels.remat != "none":
+            cls = nn.remat(cls)
+        return cls(*args, dtype=self.dtype, kernels=self.kernels, name=name)
+
+    def resnet(self, i: int):
+        return self.layer(layers.ResnetBlock, self.channels, name=f"resnets_{i}")
+
+    def attend(self, i: int, x_BHWC, c_BLD):
+        if not self.heads:
+            return x_BHWC
+        fields = self.heads, self.depth, self.linear, self.only_cross_attention
+        transformer = self.layer(layers.Transformer2D, *fields, name=f"attentions_{i}")
+        return transformer(x_BHWC, c_BLD)
+
+
+class DownStage(Stage):
+    @nn.compact
+    def __call__(self, x_BHWC, time_BC, c_BLD):
+        """Returns the outputs of all layers."""
+        outputs = []
+        for i in range(self.num_layers):
+            x_BHWC = self.attend(i, self.resnet(i)(x_BHWC, time_BC), c_BLD)
+            outputs.append(x_BHWC)
+        if self.resize:
+            resize = self.layer(layers.Downsample, name="downsamplers_0")
+            outputs.append(resize(x_BHWC))
+        return outputs
+
+
+class MidStage(Stage):
+    @nn.compact
+    def __call__(self, x_BHWC, time_BC, c_BLD):
+        x_BHWC = self.resnet(0)(x_BHWC, time_BC)
+        for i in range(self.num_layers):
+            x_BHWC = self.attend(i, x_BHWC, c_BLD)
+            x_BHWC = self.resnet(i + 1)(x_BHWC, time_BC)
+        return x_BHWC
+
+
+class UpStage(Stage):
+    @nn.compact
+    def __call__(self, x_BHWC, time_BC, c_BLD, skips):
+        """Args: skips: outputs of the way down, in the order in which they are used."""
+        for i in range(self.num_layers):
+            x_BHWC = self.resnet(i)(x_BHWC, time_BC, skips[i])
+            x_BHWC = self.attend(i, x_BHWC, c_BLD)
+        if self.resize:
+            x_BHWC = self.layer(layers.Upsample, name="upsamplers_0")(x_BHWC)
+        return x_BHWC
+
+
+class UNet(nn.Module):
+    """The UNet; its fields but the last two are those of diffusers' config.json.
+
+    Attributes: attention_head_dim: the number of heads, in spite of its name, of all
+      stages or of each. transformer_layers_per_block: likewise. kernels: how its layers
+      are computed.
+    """
+
+    sample_size: int = 32
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_head_dim: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    cross_attention_dim: int = 1280
+    use_linear_projection: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    def example_inputs(self):
+        size = 2 ** len(self.block_out_channels)
+        z_BCHW = jnp.zeros((1, self.in_channels, size, size))
+        c_BLD = jnp.zeros((1, 2, self.cross_attention_dim))
+        return z_BCHW, jnp.zeros((1,), jnp.int32), c_BLD
+
+    @nn.compact
+    def __call__(self, z_BCHW, t_B, c_BLD):
+        """Returns the prediction, "B C H W" in the module's dtype.
+
+        Args: z_BCHW: noised latents. t_B: int or float timesteps. c_BLD: text states.
+        """
+        common = {"dtype": self.dtype, "kernels": self.kernels}
+        width = self.block_out_channels[0]
+        features = layers.timestep_features(
+            t_B, width, self.flip_sin_to_cos, self.freq_shift
+        )
+        embed = layers.TimestepEmbedding(4 * width, self.dtype, name="time_embedding")
+        time_BC = embed(features)
+        x = jnp.transpose(z_BCHW, (0, 2, 3, 1))
+        x = Conv(width, 3, 1, 1, **common, name="conv_in")(x)
+        skips = [x]
+        last = len(self.block_out_channels) - 1
+        for i, kind in enumerate(self.down_block_types):
+            stage = self.stage(DownStage, i, kind, self.layers_per_block, i < last)
+            skips += stage(name=f"down_blocks_{i}")(x, time_BC, c_BLD)
+            x = skips[-1]
+        stage = self.stage(MidStage, last, "CrossAttn", 1, False)
+        x = stage(name="mid_block")(x, time_BC, c_BLD)
+        for i, kind in enumerate(self.up_block_types):
+            count = self.layers_per_block + 1
+            stage = self.stage(UpStage, last - i, kind, count, i < last)
+            joined = [skips.pop() for _ in range(count)]
+            x = stage(name=f"up_blocks_{i}")(x, time_BC, c_BLD, joined)
+        x = GroupNorm(layers.GROUPS, 1e-5, **common, name="conv_norm_out")(x)
+        x = Conv(self.out_channels, 3, 1, 1, **common, name="conv_out")(nn.silu(x))
+        return jnp.transpose(x, (0, 3, 1, 2))
+
+    def stage(self, cls, i: int, kind: str, num_layers: int, resize: bool):
+        """Returns a function that builds the stage of a size, counted from the largest."""
+
+        def at(value):
+            return value[i] if isinstance(value, tuple) else value
+
+        has_attention = kind.startswith("CrossAttn")
+        fields = {
+            "channels": self.block_out_channels[i],
+            "num_layers": num_layers,
+            "heads": at(self.attention_head_dim) if has_attention else 0,
+            "depth": at(self.transformer_layers_per_block),
+            "linear": self.use_linear_projection,
+            "only_cross_attention": cls is not MidStage
+            and at(self.only_cross_attention),
+            "resize": resize,
+            "dtype": self.dtype,
+            "kernels": self.kernels,
+        }
+        cls = nn.remat(cls) if self.kernels.remat == "full" else cls
+        return lambda name: cls(**fields, name=name)
+
+
+def build_unet(config: dict, dtype=jnp.float32, kernels: Kernels | None = None) -> UNet:
+    """Returns the module of a diffusers `unet/config.json` dict."""
+    return from_config(UNet, config, dtype=dtype, kernels=kernels or Kernels())
+
+
+# --- applying -------------------------------------------------------------------------
+
+
+def apply_unet(unet: UNet, params, z_BCHW, t_B, c_BLD, capture=(), text=None):
+    """Returns (the UNet's output, captured hidden states). Pure and jittable.
+
+    Args:
+      params: nested. z_BCHW: "B C H W", noised latents. t_B: int or float "B",
+        timesteps. c_BLD: "B L D", text states.
+      capture: kinds of `CAPTURE_KINDS` to collect: "transformer" gives "B HW C".
+      text: from `project_text`, or None.
+    Returns: (output "B C H W" in the module's dtype, dict path -> array; the paths are
+      those of the parameters, e.g. "mid_block/attentions_0/transformer_blocks_0").
+    Raises: ValueError for an unknown kind.
+    """
+    classes = tuple(_capture_class(kind) for kind in capture)
+    variables = {"params": params} | ({"text": text} if text else {})
+    out, state = unet.apply(
+        variables,
+        z_BCHW,
+        jnp.asarray(t_B),
+        c_BLD,
+        capture_intermediates=lambda module, _: isinstance(module, classes),
+        mutable=["intermediates"],
+    )
+    found = flatten_dict(state.get("intermediates", {}))
+    return out, {"/".join(path[:-1]): values[0] for path, values in found.items()}
+
+
+def _capture_class(kind):
+    if kind not in CAPTURE_KINDS:
+        choices = ", ".join(CAPTURE_KINDS)
+        raise ValueError(f"capture={kind!r} must be one of {choices}")
+    return CAPTURE_KINDS[kind]
+
+
+def project_text(unet: UNet, params, c_BLD):
+    """Returns the keys and values of the text states, for `apply_unet`'s `text`.
+
+    For many calls on the same prompts with the same weights: each call then leaves out
+    the projections. Args: see `apply_unet`. Returns: nested like the attention layers,
+    with "key" and "value" of each, "B L C".
+    """
+    flat = flatten_dict(params, sep="/")
+    c_BLD, text = c_BLD.astype(unet.dtype), {}
+    for path in flat:
+        if path.endswith(_TEXT_KEYS):
+            layer = path.removesuffix("/to_k/kernel")
+            for name, weight in (("key", "to_k"), ("value", "to_v")):
+                kernel = flat[f"{layer}/{weight}/kernel"].astype(unet.dtype)
+                text[f"{layer}/{name}"] = c_BLD @ kernel
+    return unflatten_dict(text, sep="/")
