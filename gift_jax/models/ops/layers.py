@@ -85,8 +85,7 @@ def _scale_and_bias(module, channels):
 class Chain(nn.Module):
     """Modules one after the other.
 
-    Attributes: builders: a function `build(name=...)` of each. names: theirs; () numbers
-      them from 0.
+    Attributes: builders: a function `build(name=...)` of each. names: numbers, if ().
     """
 
     builders: tuple[Callable[..., nn.Module], ...]

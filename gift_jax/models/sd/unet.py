@@ -158,7 +158,7 @@ class UNet(nn.Module):
         return jnp.transpose(x, (0, 3, 1, 2))
 
     def stage(self, cls, i: int, kind: str, num_layers: int, resize: bool):
-        """Returns a function that builds the stage of a size, counted from the largest."""
+        """Returns a function that builds the stage of size i, from the largest."""
 
         def at(value):
             return value[i] if isinstance(value, tuple) else value
