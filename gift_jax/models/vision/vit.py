@@ -74,9 +74,8 @@ class Embeddings(nn.Module):
         config, B = self.config, len(x_BHWC)
         patch, width = config.patch_size, config.hidden_size
         fields = width, patch, patch, 0, True, self.dtype, self.kernels
-        embed = Chain(
-            (functools.partial(Conv, *fields),), ("projection",), name=_PATCHES
-        )
+        conv = functools.partial(Conv, *fields)
+        embed = Chain((conv,), ("projection",), name="patch_embeddings")
         patches_BLD = embed(x_BHWC).reshape(B, -1, width)
         token_11D = self.param("cls_token", _START, (1, 1, width))
         if self.mask_token:
@@ -85,9 +84,6 @@ class Embeddings(nn.Module):
         positions_1LD = self.param("position_embeddings", _START, (1, rows, width))
         token_B1D = jnp.broadcast_to(token_11D, (B, 1, width)).astype(self.dtype)
         return jnp.concatenate([token_B1D, patches_BLD], axis=1) + positions_1LD
-
-
-_PATCHES = "patch_embeddings"
 
 
 class SelfAttention(nn.Module):
