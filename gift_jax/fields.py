@@ -23,7 +23,7 @@ def gift() -> ConfigDict:
     c.gift.cap = 20.0  # hinge: no gradient from an example whose loss is above this
     c.gift.noise_target = "standard"  # or matched
     c.gift.distance = "mse"  # or mmd
-    c.gift.layers = ("transformer",)  # kinds of layers, see models/hooks.py
+    c.gift.layers = ("transformer",)  # kinds of layers, see models/sd/unet.py
     c.gift.preserve = "data"  # or model: what it predicted before for the safe pairs
     c.gift.safe_limit = 0.0  # of the lower loss: above it the upper level fades; or 0
     c.gift.joint_weight = 1.0  # of the lower level, gradient=joint only

@@ -42,9 +42,10 @@ import numpy as np
 import vs_pytorch
 
 from gift_jax.diffusion import squared_error
-from gift_jax.models import hooks, kernels
-from gift_jax.models.kernels import Kernels
+from gift_jax.models import sd
 from gift_jax.models.load import load_model
+from gift_jax.models.ops import kernels
+from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.trainable import merge_params, select_trainable
 from gift_jax.runtime import cli
 from gift_jax.runtime.errors import UserError, at_least
@@ -162,7 +163,7 @@ def measure_unet(args) -> dict:
         def loss(trained, frozen, d):
             params = merge_params(trained, frozen)
             z_t, text = (d[name].astype(unet.dtype) for name in ("z_t", "text"))
-            out, _ = hooks.apply_unet(unet, params, z_t, d["t"], text)
+            out, _ = sd.apply_unet(unet, params, z_t, d["t"], text)
             return jnp.mean(squared_error(out, d["eps"])), out
 
         d = vs_pytorch.training_batch(model.latent_shape, model.max_length, model)
@@ -225,9 +226,9 @@ def measure_remat(args) -> dict:
     key = jax.random.key(0)
 
     def compiled(remat):
-        kernels = dataclasses.replace(model.kernels, remat=remat)
-        mine = dataclasses.replace(model, kernels=kernels)
-        step, state, frozen = vs_pytorch.gift_step(mine, cfg)
+        chosen = dataclasses.replace(model.kernels, remat=remat)
+        chosen = model.with_kernels(chosen)
+        step, state, frozen = vs_pytorch.gift_step(chosen, cfg)
         clock = time.perf_counter()
         program = step.lower(state, frozen, pairs, key).compile()
         return program, state, frozen, time.perf_counter() - clock

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-from gift_jax.models import hooks, safetensors_io, weights
+from gift_jax.models import safetensors_io, weights
+from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures
 from gift_jax.runtime import cli, files
 from gift_jax.runtime.errors import UserError, at_least, choice
@@ -52,7 +52,7 @@ def random_tensors(kind: str, model_config: dict) -> dict[str, Random]:
     """
     module = weights.KINDS[kind].build(model_config)
     found = {}
-    for path, leaf in flatten_dict(hooks.parameter_shapes(module), sep="/").items():
+    for path, leaf in flatten_dict(parameter_shapes(module), sep="/").items():
         name, shape = (
             safetensors_io.torch_name(path),
             safetensors_io.torch_shape(path, leaf.shape),
@@ -172,13 +172,23 @@ def _write_safetensors(file, found, dtype, seed, position_ids):
     safetensors_io.write_file(file, entries, {"format": "pt"})
 
 
+def _byte_characters() -> list[str]:
+    """Returns the character that stands for each byte in the vocabulary, in its order.
+
+    Source: GPT-2's `bytes_to_unicode`, which CLIP's tokenizer uses.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    count = 256 - len(printable)
+    return [chr(n) for n in [*printable, *range(256, 256 + count)]]
+
+
 def write_tokenizer(directory, size=514, max_length=77, pad_token=architectures.END):
     """Writes a CLIP tokenizer of `size` entries that knows every byte and no merge.
 
     The bytes, the two marks (last) and "!" (0) have the published ids; between lie
     placeholders that no text becomes.
     """
-    characters = list(bytes_to_unicode().values())
+    characters = _byte_characters()
     words = characters + [c + "</w>" for c in characters]
     words += [f"<|placeholder {i}|>" for i in range(len(words), size - 2)]
     words += [architectures.START, architectures.END]

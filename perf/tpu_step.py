@@ -5,9 +5,9 @@
 
 One forward and backward pass for the cross-attention parameters, bfloat16, 64x64
 latents, compiled here for v5e without a TPU (see gift_jax.compile). stock: diffusers'
-modules as they come; the others: ours with that `remat` and our flags of
-libtpu. Prints one JSON object with TFLOP, GB accessed and GB of temporaries a chip, and
-the ratios to stock if it is there.
+modules as they come, which the extra flax-reference has; the others: ours with that
+`remat` and our flags of libtpu. Prints one JSON object with TFLOP, GB accessed and GB
+of temporaries a chip, and the ratios to stock if it is there.
 A variant takes several minutes and up to 8 GB. --fit: also the largest batch that fits.
 """
 
@@ -21,8 +21,8 @@ import tempfile
 import time
 
 from gift_jax.compile import child as compile_child
-from gift_jax.models import kernels
-from gift_jax.models.kernels import Kernels
+from gift_jax.models.ops import kernels
+from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import architectures
 from gift_jax.runtime import cli
 from gift_jax.runtime.errors import UserError, at_least
@@ -38,7 +38,8 @@ def measure(variant: str, topology: str, batch: int, model: str, attention: str)
 
     from gift_jax.compile import tpu
     from gift_jax.diffusion import squared_error
-    from gift_jax.models import hooks
+    from gift_jax.models import sd
+    from gift_jax.models.params import from_config
     from gift_jax.models.sd import stable_diffusion
     from gift_jax.models.trainable import merge_params, select_trainable
     from gift_jax.runtime.devices import init_jax
@@ -51,8 +52,13 @@ def measure(variant: str, topology: str, batch: int, model: str, attention: str)
         architectures.MODELS[model], jnp.bfloat16, 512
     )
     unet = outline.unet
-    remat = "none" if variant == "stock" else variant
-    chosen = Kernels(attention, remat=remat).on(mesh)
+    if variant == "stock":
+        from diffusers import FlaxUNet2DConditionModel  # of the extra flax-reference
+
+        config = architectures.MODELS[model]["unet"]
+        unet = from_config(FlaxUNet2DConditionModel, config, dtype=jnp.bfloat16)
+    else:
+        unet = unet.clone(kernels=Kernels(attention, remat=variant).on(mesh))
 
     def loss(trained, frozen, batch):
         params = merge_params(trained, frozen)
@@ -60,7 +66,7 @@ def measure(variant: str, topology: str, batch: int, model: str, attention: str)
         if variant == "stock":
             out = unet.apply({"params": params}, *args, return_dict=False)[0]
         else:
-            out, _ = hooks.apply_unet(unet, params, *args, kernels=chosen)
+            out, _ = sd.apply_unet(unet, params, *args)
         return jnp.mean(squared_error(out, batch["eps"]))
 
     trained, frozen = select_trainable(outline.params["unet"], "cross_attention")

@@ -147,14 +147,14 @@ def _our_training(model, mesh):
     import optax
 
     from gift_jax.diffusion import squared_error
-    from gift_jax.models import hooks
+    from gift_jax.models import sd
     from gift_jax.training import sharding
 
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     d = training_batch(model.latent_shape, model.max_length, model)
 
     def loss_fn(params, d):
-        out, _ = hooks.apply_unet(model.unet, params, d["z_t"], d["t"], d["text"])
+        out, _ = sd.apply_unet(model.unet, params, d["z_t"], d["t"], d["text"])
         return jnp.mean(squared_error(out, d["eps"]))
 
     def step(params, opt, d):

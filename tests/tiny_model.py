@@ -8,7 +8,8 @@ import numpy as np
 import random_sd
 from PIL import Image
 
-from gift_jax.models import hooks, weights
+from gift_jax.models import weights
+from gift_jax.models.params import parameter_shapes
 
 TINY_UNET = {
     "sample_size": 8,
@@ -85,7 +86,7 @@ def random_params(module, seed):
             return noise / np.float32(np.sqrt(fan_in))
         return np.float32(0.2) * noise
 
-    return jax.tree_util.tree_map_with_path(draw, hooks.parameter_shapes(module))
+    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(module))
 
 
 def write_tiny(directory, scheduler=None, unet=None):

@@ -130,7 +130,7 @@ def shapes_of_step(cfg, mesh):
         why = "takes no steps" if method.plan is None else "draws before its steps"
         raise UserError(f"config.method={cfg.method} {why}; try method=gift")
     model = abstract_model(cfg)
-    model = model.replace(kernels=kernels_of(cfg, mesh))
+    model = model.with_kernels(kernels_of(cfg, mesh))
     pairs = dict.fromkeys(method.groups, _Pairs())
     made = {}
 

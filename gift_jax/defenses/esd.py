@@ -99,7 +99,8 @@ def trajectories(
     table, clip = _table(model.scheduler_config, s)
     count = len(cond_N)
     mesh, size = sampler.divide(min(batch, count))
-    walk = _compiled(model.unet, clip, model.kernels.for_drawing(mesh))
+    model = model.with_kernels(model.kernels.for_sampling(mesh))
+    walk = _compiled(model.unet, clip)
     params, empty_1 = sharding.replicate(mesh, (model.params["unet"], empty_1))
     z_NSCHW = np.empty((count, len(table.t), *model.latent_shape), np.float32)
     end_NCHW = np.empty((count, *model.latent_shape), np.float32)
@@ -140,7 +141,7 @@ def _table(scheduler_config: Mapping, s: Esd):
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(unet, clip, kernels):
+def _compiled(unet, clip):
     def walk(params, table, guidance, z_BCHW, cond, empty_1):
         return sampler.sample_latents(
             unet,
@@ -152,7 +153,6 @@ def _compiled(unet, clip, kernels):
             cond,
             empty_1,
             trace=True,
-            kernels=kernels,
         )
 
     return jax.jit(walk)

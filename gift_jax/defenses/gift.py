@@ -249,7 +249,7 @@ def plan(task: base.Task) -> base.Plan:
     s, model, run = task.settings, task.model, task.run
     check_hardware(s, run.hardware)
     if s.gradient == "unrolled":
-        model = model.replace(kernels=model.kernels.twice_differentiable())
+        model = model.with_kernels(model.kernels.twice_differentiable())
     parts = model.split(run.trainable)
     tx_lower = task.optimizer("lower", s.inner_steps)
     tx_upper = task.optimizer("upper", s.outer_steps)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gift_jax.metrics import judge, preprocessing, pretrained
-from gift_jax.models import hooks, weights
+from gift_jax.models import vision, weights
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime.errors import UserError
 
@@ -123,8 +123,8 @@ def _clip_towers(folder, kind):
     params = jax.tree.map(jnp.asarray, params)
     tokenizer = stable_diffusion.load_tokenizer(folder)
     length = clip.config.text_config.max_position_embeddings
-    image = jax.jit(lambda p, x: _unit(hooks.apply_clip_image(clip, p, x)))
-    text = jax.jit(lambda p, ids: _unit(hooks.apply_clip_text(clip, p, ids)))
+    image = jax.jit(lambda p, x: _unit(vision.apply_clip_image(clip, p, x)))
+    text = jax.jit(lambda p, ids: _unit(vision.apply_clip_text(clip, p, ids)))
 
     def embed_texts(texts: Sequence[str]) -> np.ndarray:
         ids = tokenizer(
@@ -138,8 +138,8 @@ def _clip_towers(folder, kind):
 def _vision_tower(folder, kind):
     """Returns (pixels -> embeddings, None, None, Pixels) of a ViT or DINOv2."""
     component = {"dino": "vit", "dinov2": "dinov2"}[kind]
-    vision, params, config = weights.load_component(folder, component)
-    size, patch = vision.config.image_size, vision.config.patch_size
+    model, params, config = weights.load_component(folder, component)
+    size, patch = model.config.image_size, model.config.patch_size
     if kind == "dino":
         how = _own_size(folder, kind, size)
     else:
@@ -147,9 +147,9 @@ def _vision_tower(folder, kind):
         table = params["embeddings"]["position_embeddings"]
         table = resize_positions(table, how.side // patch)
         params["embeddings"]["position_embeddings"] = table
-        vision = hooks.build_dinov2(config | {"image_size": how.side})
+        model = vision.build_dinov2(config | {"image_size": how.side})
     params = jax.tree.map(jnp.asarray, params)
-    image = jax.jit(lambda p, x: _unit(hooks.apply_vision(vision, p, x)))
+    image = jax.jit(lambda p, x: _unit(vision.apply_vision(model, p, x)))
     return functools.partial(image, params), None, None, how
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from gift_jax.data import captions
 from gift_jax.data.sources import emoji
-from gift_jax.models import hooks, weights
+from gift_jax.models import vision, weights
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime.errors import UserError
 
@@ -73,7 +73,7 @@ def load(folder: pathlib.Path = FOLDER) -> Judge:
     clip, params, _ = weights.load_component(folder, "clip")
     params = jax.tree.map(jnp.asarray, params)
     tokenizer = stable_diffusion.load_tokenizer(folder)
-    project = jax.jit(lambda p, ids: hooks.apply_clip_text(clip, p, ids))
+    project = jax.jit(lambda p, ids: vision.apply_clip_text(clip, p, ids))
     image = jax.jit(lambda p, x_BHWC: _embed_images(clip, p, x_BHWC))
 
     def embed(texts):
@@ -124,5 +124,5 @@ def unit(x_BD: np.ndarray) -> np.ndarray:
 
 
 def _embed_images(clip, params, x_BHWC):
-    x_BD = hooks.apply_clip_image(clip, params, jnp.transpose(x_BHWC, (0, 3, 1, 2)))
+    x_BD = vision.apply_clip_image(clip, params, jnp.transpose(x_BHWC, (0, 3, 1, 2)))
     return x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)

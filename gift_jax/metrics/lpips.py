@@ -22,7 +22,7 @@ from PIL import Image
 
 from gift_jax.metrics import judge
 from gift_jax.metrics.base import MetricResult, MissingWeights
-from gift_jax.models import conv_clip, hooks, safetensors_io, weights
+from gift_jax.models import safetensors_io, vision, weights
 from gift_jax.runtime.errors import UserError
 
 FILE = "lpips_alex.safetensors"
@@ -133,14 +133,19 @@ def judge_distance(folder: pathlib.Path = judge.FOLDER) -> Distance:
 
     Raises: UserError if the folder or one of its files is missing or malformed, or its
       image tower is not convolutional.
-    Source: ours; `conv_clip.ImageTower` with the sum of `load`.
+    Source: ours; the stages of a `vision.clip.ConvTower` with the sum of `load`.
     """
     clip, params, _ = weights.load_component(folder, "clip")
-    if not isinstance(clip, conv_clip.ConvClip):
+    if not clip.config.vision_config.conv_channels:
         raise UserError(f"{folder}: its image tower is not convolutional")
     params = jax.tree.map(jnp.asarray, params)
     even = jnp.ones((1, 1, 1))
-    run = jax.jit(lambda p, x: [_scaled(h, even) for h in judge_stages(clip, p, x)])
+
+    @jax.jit
+    def run(params, x_BHWC):
+        stages = vision.apply_clip_stages(clip, params, x_BHWC)
+        return [_scaled(h_BHWC, even) for h_BHWC in stages]
+
     how = {
         "backbone": "emoji-sd's judge, a small CLIP",
         "version": weights.content_hash(folder)[:12],
@@ -150,28 +155,6 @@ def judge_distance(folder: pathlib.Path = judge.FOLDER) -> Distance:
     size = clip.config.vision_config.image_size
     span = RANGES["standard"]
     return Distance("judge_distance", size, lambda x: run(params, x), span, how)
-
-
-def judge_stages(clip: conv_clip.ConvClip, params: Any, x_BHWC: jax.Array) -> Stages:
-    """Returns the image tower's stages as it computes them, float32 "B H W C" each.
-
-    Args: x_BHWC: float32 in [-1, 1].
-    """
-    with hooks.exact():  # as `hooks.apply_clip_image`, and so the judge itself, has it
-        _, found = clip.apply(
-            {"params": params},
-            x_BHWC,
-            method=lambda module, x: module.vision_model(x),
-            capture_intermediates=True,
-        )
-    layers = found["intermediates"]["vision_model"]
-    count = sum(name.startswith("down_") for name in layers)
-
-    def out(name):
-        return layers[name]["__call__"][0]
-
-    residual = [out(f"down_{i}") + out(f"conv_{i}_1") for i in range(count)]
-    return [nn.silu(out("stem")), *residual]
 
 
 def _alex_stages(params, x_BHWC):

@@ -13,7 +13,7 @@ import numpy as np
 
 from gift_jax.metrics import backbone, judge, preprocessing, pretrained
 from gift_jax.metrics.base import MetricResult, MissingWeights
-from gift_jax.models import hooks, safetensors_io, weights
+from gift_jax.models import safetensors_io, vision, weights
 from gift_jax.runtime.errors import UserError, choice
 
 TRAITS = ("thing", "style")
@@ -116,7 +116,7 @@ def _pretrained(spec):
     if kind == "vit_classifier":  # a ResNet takes any size
         prepared = preprocessing.of_size(folder, prepared, model.config.image_size)
     params = jax.tree.map(jnp.asarray, params)
-    logits = jax.jit(lambda p, x_BCHW: hooks.apply_classifier(model, p, x_BCHW))
+    logits = jax.jit(lambda p, x_BCHW: vision.apply_classifier(model, p, x_BCHW))
 
     def scores(images: np.ndarray) -> np.ndarray:
         return backbone.of_pictures(

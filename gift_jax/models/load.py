@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gift_jax.models import hub, safetensors_io
-from gift_jax.models.kernels import Kernels
+from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores

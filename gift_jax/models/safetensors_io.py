@@ -59,7 +59,6 @@ _LEAVES = {
 
 def torch_name(path):
     """Returns the PyTorch name of a Flax path "a/b_0/kernel"."""
-    path = re.sub(r"/layer/layer_(\d+)/", r"/layer/\1/", path)  # ResNet's basic layers
     *modules, leaf = path.split("/")
     parts = [
         m if m.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", m) for m in modules

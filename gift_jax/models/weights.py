@@ -18,7 +18,9 @@ import safetensors.numpy
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.models import hooks, safetensors_io
+from gift_jax.models import safetensors_io, sd, vision
+from gift_jax.models.ops.activations import ACTIVATIONS
+from gift_jax.models.params import parameter_shapes
 from gift_jax.runtime import files
 from gift_jax.runtime.errors import UserError
 
@@ -45,40 +47,40 @@ class Kind(NamedTuple):
 
 KINDS = {
     "unet": Kind(
-        hooks.build_unet,
+        sd.build_unet,
         "diffusion_pytorch_model",
         {"_class_name": "UNet2DConditionModel"},
     ),
     "vae": Kind(
-        hooks.build_vae, "diffusion_pytorch_model", {"_class_name": "AutoencoderKL"}
+        sd.build_vae, "diffusion_pytorch_model", {"_class_name": "AutoencoderKL"}
     ),
     "text_encoder": Kind(
-        hooks.build_text,
+        sd.build_text,
         "model",
         {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
     ),
     "clip": Kind(
-        hooks.build_clip,
+        vision.build_clip,
         "model",
         {"architectures": ["CLIPModel"], "model_type": "clip"},
     ),
     "vit": Kind(
-        hooks.build_vit,
+        vision.build_vit,
         "model",
         {"architectures": ["ViTModel"], "model_type": "vit"},
     ),
     "dinov2": Kind(
-        hooks.build_dinov2,
+        vision.build_dinov2,
         "model",
         {"architectures": ["Dinov2Model"], "model_type": "dinov2"},
     ),
     "resnet_classifier": Kind(
-        hooks.build_resnet_classifier,
+        vision.build_resnet_classifier,
         "model",
         {"architectures": ["ResNetForImageClassification"], "model_type": "resnet"},
     ),
     "vit_classifier": Kind(
-        hooks.build_vit_classifier,
+        vision.build_vit_classifier,
         "model",
         {"architectures": ["ViTForImageClassification"], "model_type": "vit"},
     ),
@@ -94,7 +96,7 @@ _COUNTS = ("position_ids", "num_batches_tracked")  # ends of names, of no use ei
 def _shapes(kind, config):
     """{Flax path: shape} of a component with this config.json text."""
     module = KINDS[kind].build(json.loads(config))
-    shapes = flatten_dict(hooks.parameter_shapes(module), sep="/")
+    shapes = flatten_dict(parameter_shapes(module), sep="/")
     return {path: leaf.shape for path, leaf in shapes.items()}
 
 
@@ -199,6 +201,7 @@ _SUPPORTED = {
         "center_input_sample": (False,),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
     },
@@ -211,6 +214,7 @@ _SUPPORTED = {
         "use_post_quant_conv": (True,),
         "mid_block_add_attention": (True,),
     },
+    "text_encoder": {"hidden_act": tuple(ACTIVATIONS)},
     "resnet_classifier": {
         "num_channels": (3,),
         "layer_type": ("basic", "bottleneck"),

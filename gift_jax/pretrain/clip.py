@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from gift_jax.data import augment, captions
-from gift_jax.models import hooks
+from gift_jax.models import params as model_params
+from gift_jax.models import vision
 from gift_jax.state import Step
 
 BOTH, CONCEPT, STYLE = 0, 1, 2  # what a caption names
@@ -72,7 +73,7 @@ def init_params(clip, concepts: int, styles: int, key) -> dict:
     names take thousands of steps to part.
     """
     k_clip, k_text, k_concept, k_style = jax.random.split(key, 4)
-    params = hooks.init_params(clip, k_clip)
+    params = model_params.init_params(clip, k_clip)
     depth = len(params["text_model"]["encoder"]["layers"])
 
     def draw(path, leaf):
@@ -111,8 +112,8 @@ def make_step(clip, tx: optax.GradientTransformation, cfg) -> Step:
 
     def loss_fn(params, images_BHWC, ids_BL, kind_B, batch):
         images_BCHW = jnp.transpose(images_BHWC, (0, 3, 1, 2))
-        image_BD = _unit(hooks.apply_clip_image(clip, params["clip"], images_BCHW))
-        text_BD = _unit(hooks.apply_clip_text(clip, params["clip"], ids_BL))
+        image_BD = _unit(vision.apply_clip_image(clip, params["clip"], images_BCHW))
+        text_BD = _unit(vision.apply_clip_text(clip, params["clip"], ids_BL))
         scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], jnp.log(100.0)))
         logits_BB = scale * image_BD @ text_BD.T
         described_BB = described_by(batch["concept"], batch["style"], kind_B)

@@ -14,7 +14,7 @@ from absl import logging
 
 from gift_jax.data import captions, pipeline
 from gift_jax.data.sources import emoji
-from gift_jax.models import hooks, weights
+from gift_jax.models import sd, vision, weights
 from gift_jax.pretrain import clip as clip_stage
 from gift_jax.pretrain import tokenizer as tokenizer_stage
 from gift_jax.pretrain import unet as unet_stage
@@ -112,7 +112,7 @@ def _source(pictures, keep):
 
 def _clip(cfg, workdir, pictures, words, mesh):
     model_config = clip_stage.model_config(cfg.clip, len(words))
-    model = hooks.build_clip(model_config)
+    model = vision.build_clip(model_config)
 
     tables = clip_stage.caption_tables(
         words, pictures.concepts, pictures.styles, cfg.clip.tokens
@@ -135,7 +135,7 @@ def _clip(cfg, workdir, pictures, words, mesh):
 
 def _vae(cfg, workdir, pictures, mesh):
     model_config = vae_stage.model_config(cfg.vae)
-    model = hooks.build_vae(model_config)
+    model = sd.build_vae(model_config)
 
     def init(key):
         names = dict(
@@ -161,7 +161,7 @@ def _vae(cfg, workdir, pictures, mesh):
 def _decoder(cfg, workdir, pictures, vae, mesh):
     """Returns the VAE's parameters with its decoder trained on."""
     model_config, params = vae
-    model = hooks.build_vae(model_config)
+    model = sd.build_vae(model_config)
     trained = {name: params[name] for name in ("decoder", "post_quant_conv")}
     frozen = {name: params[name] for name in params if name not in trained}
     trained = _train(
@@ -182,7 +182,7 @@ def _scale(model, params, pictures) -> float:
 
     @jax.jit
     def encode(params, x_BCHW):
-        return hooks.apply_vae_encode(model, params, x_BCHW)[0]
+        return sd.apply_vae_encode(model, params, x_BCHW)[0]
 
     rows = np.flatnonzero(~pictures.held_out)[::7]
     x_BHWC = jnp.asarray(pictures.images[rows], jnp.float32) / 127.5 - 1.0
@@ -196,12 +196,12 @@ def _unet(cfg, workdir, pictures, words, clip, vae, mesh):
     model_config = unet_stage.model_config(
         cfg.unet, cfg.vae.latent_channels, size, cfg.clip.text_width
     )
-    model = hooks.build_unet(model_config)
-    encoder = hooks.build_vae(vae_config)
+    model = sd.build_unet(model_config)
+    encoder = sd.build_vae(vae_config)
 
     def encode(x_BHWC):
         x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
-        mean, logvar = hooks.apply_vae_encode(encoder, vae_params, x_BCHW)
+        mean, logvar = sd.apply_vae_encode(encoder, vae_params, x_BCHW)
         scale = vae_config["scaling_factor"]
         return scale * mean, scale * jnp.exp(0.5 * logvar)
 
@@ -235,9 +235,9 @@ def _unet(cfg, workdir, pictures, words, clip, vae, mesh):
 
 def _text_states(cfg, clip_config, clip_params, words, pictures, rows):
     """Returns float32 "V N L D" for every row in every template, and "L D" for ""."""
-    tower = hooks.build_text(clip_config["text_config"])
+    tower = sd.build_text(clip_config["text_config"])
     params = {"text_model": clip_params["text_model"]}
-    encode = jax.jit(lambda p, ids: hooks.apply_text(tower, p, ids)[0])
+    encode = jax.jit(lambda p, ids: sd.apply_text(tower, p, ids)[0])
 
     def states(texts):
         ids = words(

@@ -8,7 +8,7 @@ import optax
 
 from gift_jax.data import augment
 from gift_jax.diffusion import add_noise, normal_like, squared_error, timesteps
-from gift_jax.models import hooks
+from gift_jax.models import sd
 from gift_jax.state import Step, global_norm
 
 TRAIN_TIMESTEPS = 1000
@@ -109,7 +109,7 @@ def make_step(unet, tx: optax.GradientTransformation, cfg) -> Step:
     """
 
     def loss_fn(params, z_t, t_B, c_BLD, eps):
-        out, _ = hooks.apply_unet(unet, params, z_t, t_B, c_BLD)
+        out, _ = sd.apply_unet(unet, params, z_t, t_B, c_BLD)
         return jnp.mean(squared_error(out, eps))
 
     def step(state, frozen, batch, key):

@@ -7,7 +7,7 @@ import optax
 
 from gift_jax.data import augment
 from gift_jax.diffusion import normal_like
-from gift_jax.models import hooks
+from gift_jax.models import sd
 from gift_jax.state import Step
 
 
@@ -34,9 +34,9 @@ def make_step(vae, tx: optax.GradientTransformation, cfg) -> Step:
     """Returns the training step: L1 + weighted squared error + weighted KL."""
 
     def loss_fn(params, x_BCHW, key):
-        mean, logvar = hooks.apply_vae_encode(vae, params, x_BCHW)
+        mean, logvar = sd.apply_vae_encode(vae, params, x_BCHW)
         z = mean + jnp.exp(0.5 * logvar) * normal_like(key, mean)
-        error = hooks.apply_vae_decode(vae, params, z) - x_BCHW
+        error = sd.apply_vae_decode(vae, params, z) - x_BCHW
         l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
         loss = l1 + cfg.squared * l2 + cfg.kl * kl
@@ -70,10 +70,10 @@ def make_decoder_step(vae, tx: optax.GradientTransformation, cfg) -> Step:
 
     def loss_fn(params, frozen, x_BCHW, key):
         every = {**frozen["encoder"], **params}
-        mean, logvar = hooks.apply_vae_encode(vae, every, x_BCHW)
+        mean, logvar = sd.apply_vae_encode(vae, every, x_BCHW)
         z = mean + jnp.exp(0.5 * logvar) * normal_like(key, mean)
         z = jax.lax.stop_gradient(z)
-        error = hooks.apply_vae_decode(vae, every, z) - x_BCHW
+        error = sd.apply_vae_decode(vae, every, z) - x_BCHW
         l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
         metrics = {"decoder/l1": l1, "decoder/psnr_db": psnr(l2)}
         return l1 + cfg.squared * l2, metrics

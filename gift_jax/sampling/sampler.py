@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.models import hooks
-from gift_jax.models.kernels import Kernels
+from gift_jax.models import sd
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import schedules
 from gift_jax.training import sharding
@@ -63,15 +62,13 @@ def sample_latents(
     cond_BLD,
     uncond_BLD,
     trace=False,
-    kernels=Kernels(),  # noqa: B008
 ):
     """Returns the latents, float32 "B C H W", that a scan over the table ends with.
 
     Args: table: a `Schedule`. clip: x0's range, or None. guidance: a traced scalar; see
       `make_sampler`. z_BCHW: initial noise. cond_BLD, uncond_BLD: text states; the
       unconditional ones None for no guidance. trace: return (the same, the latents that
-      each row of the table starts from, float32 "N B C H W") instead. kernels: how the
-      UNet's layers are computed.
+      each row of the table starts from, float32 "N B C H W") instead.
     """
     B = z_BCHW.shape[0]
     c_BLD = cond_BLD
@@ -79,13 +76,13 @@ def sample_latents(
         uncond_BLD = jnp.broadcast_to(uncond_BLD, cond_BLD.shape)
         c_BLD = jnp.concatenate([uncond_BLD, cond_BLD])
     c_BLD = c_BLD.astype(unet.dtype)
-    text = hooks.project_text(unet, params, c_BLD)  # once, not at every step
+    text = sd.project_text(unet, params, c_BLD)  # once, not at every step
 
     def predict(x_BCHW, t):
         z = x_BCHW if uncond_BLD is None else jnp.concatenate([x_BCHW, x_BCHW])
         t_B = jnp.full((z.shape[0],), t)
         z = z.astype(unet.dtype)
-        m, _ = hooks.apply_unet(unet, params, z, t_B, c_BLD, kernels=kernels, text=text)
+        m, _ = sd.apply_unet(unet, params, z, t_B, c_BLD, text=text)
         m = m.astype(jnp.float32)
         return m if uncond_BLD is None else m[:B] + guidance * (m[B:] - m[:B])
 
@@ -178,8 +175,8 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mes
     clip = schedules.clip_range(model.scheduler_config, scheduler)
     if not guidance >= 1 or not np.isfinite(guidance):
         raise UserError(f"guidance={guidance} must be at least 1 (1: no guidance)")
-    kernels = model.kernels.for_drawing(mesh)
-    run = _compiled(model.unet, model.vae, clip, decode, kernels)
+    model = model.with_kernels(model.kernels.for_sampling(mesh))
+    run = _compiled(model.unet, model.vae, clip, decode)
 
     def sampler(unet_params, vae_params, cond_BLD, uncond_BLD, key_or_latents):
         z_BCHW = key_or_latents
@@ -200,17 +197,17 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mes
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(unet, vae, clip, decode, kernels):
+def _compiled(unet, vae, clip, decode):
     """One program for every guidance scale and every scheduler of equal length."""
 
     def run(unet_params, vae_params, table, scale, vae_scale, z_BCHW, cond, uncond):
         z_BCHW = sample_latents(
-            unet, unet_params, table, clip, scale, z_BCHW, cond, uncond, kernels=kernels
+            unet, unet_params, table, clip, scale, z_BCHW, cond, uncond
         )
         if not decode:
             return z_BCHW
         z_BCHW = (z_BCHW / vae_scale).astype(vae.dtype)
-        x_BCHW = hooks.apply_vae_decode(vae, vae_params, z_BCHW)
+        x_BCHW = sd.apply_vae_decode(vae, vae_params, z_BCHW)
         return to_uint8(jnp.transpose(x_BCHW, (0, 2, 3, 1)).astype(jnp.float32))
 
     return jax.jit(run)

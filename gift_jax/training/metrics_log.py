@@ -4,6 +4,7 @@
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax import torchless
 from gift_jax.runtime import files, processes
 from gift_jax.runtime.errors import NonFiniteError
 from gift_jax.state import Metrics
@@ -46,9 +46,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         if not processes.is_main_process():
             return self
-        with torchless.imports():
-            import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
-
+        tensorboardX = _import_tensorboard()
         self._file = files.AppendOnlyFile(
             self._path, keep=lambda line: _step_of(line) <= self._start
         )
@@ -144,3 +142,19 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:  # the last line of a process that was killed as it wrote
         return math.inf
+
+
+def _import_tensorboard():
+    """Returns tensorboardX, which imports PyTorch wherever that is installed.
+
+    That takes longer than all the rest of a run's start, and nothing here needs it.
+    """
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX  # imports protobuf: 0.3 s that --help need not pay
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return tensorboardX

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gift_jax.data import pipeline
 from gift_jax.data.cache import DataGroup
 from gift_jax.models import load, model_card, safetensors_io, weights
-from gift_jax.models.kernels import CHOICES
+from gift_jax.models.ops.kernels import CHOICES
 from gift_jax.runtime import config, processes
 from gift_jax.runtime.devices import cpu_devices_for, init_jax
 from gift_jax.runtime.errors import UserError
@@ -132,7 +132,7 @@ def load_run_model(run: Run, mesh: Mesh | None = None):
         variant=run.variant,
         resolution=run.resolution,
     )
-    return model.replace(kernels=load.kernels_of(run, mesh))
+    return model.with_kernels(load.kernels_of(run, mesh))
 
 
 def make_batches(

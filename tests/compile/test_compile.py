@@ -274,7 +274,7 @@ import json
 import jax, jax.numpy as jnp
 from gift_jax.compile import tpu
 from gift_jax.training import sharding
-from gift_jax.models.kernels import Kernels
+from gift_jax.models.ops.kernels import Kernels
 mesh = sharding.make_mesh(tpu.devices_of("v5e:2x2"))
 where = sharding.batch_sharding(mesh)
 q = jax.ShapeDtypeStruct((4, 4096, 8, 40), jnp.bfloat16, sharding=where)

@@ -12,7 +12,7 @@ from tiny_model import TINY_TEXT
 
 from gift_jax.metrics import backbone, judge, preprocessing
 from gift_jax.metrics.base import MissingWeights
-from gift_jax.models import hooks
+from gift_jax.models import vision
 from gift_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-4
@@ -227,9 +227,9 @@ def test_dino_without_a_pooler_loads(dino, pictures, tmp_path):
 
 
 def test_any_number_of_pictures_compiles_once(dino, pictures, monkeypatch):
-    traced, apply = [], hooks.apply_vision
+    traced, apply = [], vision.apply_vision
     monkeypatch.setattr(
-        hooks, "apply_vision", lambda *args: traced.append(0) or apply(*args)
+        vision, "apply_vision", lambda *args: traced.append(0) or apply(*args)
     )
     embed = backbone.load(str(dino[1])).images
     many = np.tile(pictures, (2 * backbone.BATCH, 1, 1, 1))[: 2 * backbone.BATCH + 1]

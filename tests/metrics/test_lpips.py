@@ -9,7 +9,6 @@ AlexNet weights, torchvision or not.
 import sys
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,8 @@ from PIL import Image
 
 from gift_jax.metrics import judge, lpips
 from gift_jax.metrics.base import MissingWeights
-from gift_jax.models import hooks, weights
+from gift_jax.models import vision, weights
+from gift_jax.models.ops.layers import GroupNorm
 from gift_jax.runtime.errors import UserError
 
 # AlexNet as torchvision's `features`: index: (out, in, kernel, stride, padding)
@@ -173,7 +173,7 @@ def random_alexnet(**_):
 @pytest.fixture(scope="module")
 def clip():
     clip, params, _ = weights.load_component(judge.FOLDER, "clip")
-    run = jax.jit(lambda p, x: lpips.judge_stages(clip, p, x))
+    run = jax.jit(lambda p, x: vision.apply_clip_stages(clip, p, x))
     return clip, params, lambda x: run(params, jnp.asarray(x / 127.5 - 1, jnp.float32))
 
 
@@ -185,14 +185,13 @@ def test_judge_stages_are_what_the_judge_computes(clip, pictures):
 
     @jax.jit
     def read_out(params, h_BHWC):  # what the tower still does after its last stage
-        with hooks.exact():
-            norm = {"params": params["vision_model"]["norm"]}
-            h_BHWC = nn.GroupNorm(8).apply(norm, h_BHWC)
+        norm = {"params": params["vision_model"]["norm"]}
+        h_BHWC = GroupNorm(8, 1e-6).apply(norm, h_BHWC)
         flat = jax.nn.silu(h_BHWC).reshape(len(h_BHWC), -1)
         return flat @ params["visual_projection"]["kernel"]
 
     x_BCHW = np.transpose(pictures[0][:2] / 127.5 - 1, (0, 3, 1, 2)).astype(np.float32)
-    judged = jax.jit(lambda p, x: hooks.apply_clip_image(module, p, x))
+    judged = jax.jit(lambda p, x: vision.apply_clip_image(module, p, x))
     wanted = judged(params, x_BCHW)
     assert np.abs(wanted[0] - wanted[1]).max() > 0.1
     found = read_out(params, stages[-1])

@@ -12,7 +12,7 @@ from gift_jax import generate
 from gift_jax.data import captions
 from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge
-from gift_jax.models import hooks, weights
+from gift_jax.models import sd, weights
 from gift_jax.models.load import EMBEDDED, load_model
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
@@ -53,13 +53,13 @@ def test_every_part_equals_pytorch(model, rng):
         return torch.tensor(np.asarray(array), dtype=torch.float64)
 
     ids = stable_diffusion.tokenize(model, ["a noto emoji of a bomb", "sks"])
-    text, _ = hooks.apply_text(model.text_encoder, model.params["text_encoder"], ids)
+    text, _ = sd.apply_text(model.text_encoder, model.params["text_encoder"], ids)
     z = rng.normal(size=(2, *model.latent_shape)).astype(np.float32)
     t = np.asarray([3, 987], np.int32)
-    unet = jax.jit(lambda p: hooks.apply_unet(model.unet, p, z, t, text)[0])
+    unet = jax.jit(lambda p: sd.apply_unet(model.unet, p, z, t, text)[0])
     x = rng.uniform(-1, 1, size=(2, 3, 64, 64)).astype(np.float32)
-    encode = jax.jit(lambda p: hooks.apply_vae_encode(model.vae, p, x))
-    decode = jax.jit(lambda p: hooks.apply_vae_decode(model.vae, p, z))
+    encode = jax.jit(lambda p: sd.apply_vae_encode(model.vae, p, x))
+    decode = jax.jit(lambda p: sd.apply_vae_decode(model.vae, p, z))
     with torch.no_grad():
         tower = theirs(CLIPTextModel, "text_encoder")
         hidden = tower(torch.tensor(np.asarray(ids), dtype=torch.long))

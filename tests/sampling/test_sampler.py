@@ -10,7 +10,6 @@ import pytest
 from tiny_model import relative_error
 
 from gift_jax.models import weights
-from gift_jax.models.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import merge_params, select_trainable
 from gift_jax.runtime.errors import UserError
@@ -241,7 +240,7 @@ def test_guidance_one_ignores_the_unconditional_states(tiny):
 def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, drawn):
     z = jax.random.key(0)
     drawn(z)
-    run = sampler._compiled(tiny.unet, tiny.vae, None, True, Kernels())
+    run = sampler._compiled(tiny.unet, tiny.vae, None, True)
     before = run._cache_size()
     other = jax.tree.map(lambda a: a * 0.9, tiny.params["unet"])
     cond = stable_diffusion.encode_prompts(tiny, PROMPTS)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import CLIPTokenizer
 
 from gift_jax.diffusion import PREDICTION_TYPES, Ddpm, Denoiser
-from gift_jax.models import hooks, safetensors_io, weights
+from gift_jax.models import safetensors_io, sd, weights
 from gift_jax.models.base import Split
 from gift_jax.models.folder import ModelFolder
-from gift_jax.models.kernels import Kernels
+from gift_jax.models.ops.kernels import Kernels
+from gift_jax.models.params import parameter_shapes
 from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError, shown
 
@@ -40,8 +39,7 @@ class StableDiffusion:
     """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
 
     latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
-    of the files it was read from, "" for the plain ones. kernels: how its layers are
-    computed.
+    of the files it was read from, "" for the plain ones.
     scheduler_config: the folder's scheduler/scheduler_config.json, as it is.
     """
 
@@ -57,7 +55,6 @@ class StableDiffusion:
     scaling_factor: float
     max_length: int
     variant: str = ""
-    kernels: Kernels = Kernels()
 
     trainable_sets = TRAINABLE_SETS
     lora_targets = LORA_TARGETS
@@ -73,6 +70,15 @@ class StableDiffusion:
         return dataclasses.replace(self, **changes)
 
     @property
+    def kernels(self) -> Kernels:
+        """How the UNet's layers are computed."""
+        return self.unet.kernels
+
+    def with_kernels(self, kernels: Kernels):
+        """Returns the model with its UNet's layers computed so."""
+        return self.replace(unet=self.unet.clone(kernels=kernels))
+
+    @property
     def folder(self):
         """Its files, read without loading the model."""
         return ModelFolder(self.path, self.variant)
@@ -86,11 +92,11 @@ class StableDiffusion:
     @property
     def denoiser(self):
         """The UNet with its noise process; holds no parameters."""
-        unet, kernels = self.unet, self.kernels  # not the model, which has weights
+        unet = self.unet  # not the model, which has weights
 
         def predict(params, z_t, t, cond, capture):
             z_t, text = z_t.astype(unet.dtype), cond["states"].astype(unet.dtype)
-            return hooks.apply_unet(unet, params, z_t, t, text, capture, kernels)
+            return sd.apply_unet(unet, params, z_t, t, text, capture)
 
         return Denoiser(predict, self.noise)
 
@@ -140,8 +146,9 @@ class StableDiffusion:
 
         The text parameters are still the old ones, as many rows short.
         """
-        config = self.text_encoder.config.to_dict() | {"vocab_size": len(tokenizer)}
-        module = hooks.build_text(config, self.text_encoder.dtype)
+        config = self.text_encoder.config
+        config = dataclasses.replace(config, vocab_size=len(tokenizer))
+        module = self.text_encoder.clone(config=config)
         return self.replace(tokenizer=tokenizer, text_encoder=module)
 
     def updated(self, changed):
@@ -157,14 +164,12 @@ class StableDiffusion:
     @property
     def jitted(self):
         """The compiled pieces: encode_text, encode_image, decode; params come first."""
-        text = self.text_encoder
-        return _jitted(text.config.to_json_string(), text.dtype, self.vae)
+        return _jitted(self.text_encoder, self.vae)
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(text_config, text_dtype, vae):
+def _jitted(text_encoder, vae):
     """One set of programs for all models of the same modules."""
-    text_encoder = hooks.build_text(json.loads(text_config), text_dtype)
     return {
         "encode_text": jax.jit(functools.partial(_encode_text, text_encoder)),
         "encode_image": jax.jit(functools.partial(_encode_image, vae)),
@@ -242,7 +247,7 @@ def abstract_model(configs, dtype=jnp.float32, resolution=0):
     modules = {
         kind: weights.KINDS[kind].build(configs[kind], dtype) for kind in _CLASSES
     }
-    shapes = {kind: hooks.parameter_shapes(module) for kind, module in modules.items()}
+    shapes = {kind: parameter_shapes(module) for kind, module in modules.items()}
     shaped = functools.partial(
         jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
     )
@@ -273,6 +278,8 @@ def load_tokenizer(directory):
             raise UserError(
                 f"{Path(directory) / name}: no such file; copy the tokenizer"
             )
+    from transformers import CLIPTokenizer  # a second, which --help need not wait
+
     return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
@@ -337,17 +344,17 @@ def _check_widths(configs, root):
 
 
 def _encode_text(text, params, ids_BL):
-    return hooks.apply_text(text, params, ids_BL)[0].astype(jnp.float32)
+    return sd.apply_text(text, params, ids_BL)[0].astype(jnp.float32)
 
 
 def _encode_image(vae, params, x_BHWC):
     x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
-    mean, logvar = hooks.apply_vae_encode(vae, params, x_BCHW.astype(vae.dtype))
+    mean, logvar = sd.apply_vae_encode(vae, params, x_BCHW.astype(vae.dtype))
     return mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
 
 
 def _decode(vae, params, z_BCHW):
-    x_BCHW = hooks.apply_vae_decode(vae, params, z_BCHW.astype(vae.dtype))
+    x_BCHW = sd.apply_vae_decode(vae, params, z_BCHW.astype(vae.dtype))
     return jnp.transpose(x_BCHW, (0, 2, 3, 1)).astype(jnp.float32)
 
 

@@ -17,7 +17,7 @@ import random_sd
 from full_models import configs
 from tiny_model import check_equal
 
-from gift_jax.models import hooks, safetensors_io, weights
+from gift_jax.models import safetensors_io, sd, weights
 from gift_jax.models.sd import stable_diffusion
 
 slow = pytest.mark.slow
@@ -82,7 +82,7 @@ def test_unet_equals_pytorch(name, folder, rng):
         name,
         "unet",
         folder,
-        lambda unet, p: {"output": hooks.apply_unet(unet, p, z, t, c)[0]},
+        lambda unet, p: {"output": sd.apply_unet(unet, p, z, t, c)[0]},
         lambda unet, put: {
             "output": unet(put(z), torch.tensor(t, dtype=torch.long), put(c)).sample
         },
@@ -97,8 +97,8 @@ def test_vae_equals_pytorch(name, folder, rng):
     z = rng.normal(size=(1, 4, side, side)).astype(np.float32)
 
     def ours(vae, p):
-        mean, logvar = hooks.apply_vae_encode(vae, p, x)
-        image = hooks.apply_vae_decode(vae, p, z)
+        mean, logvar = sd.apply_vae_encode(vae, p, x)
+        image = sd.apply_vae_decode(vae, p, z)
         return {"mean": mean, "logvar": logvar, "image": image}
 
     def theirs(vae, put):
@@ -119,7 +119,7 @@ def test_text_encoder_equals_pytorch(name, folder, rng):
     ids[:, 0], ids[0, 5], ids[0, 6:], ids[1, -1] = end - 1, end, pad, end
 
     def ours(text, p):
-        hidden, pooled = hooks.apply_text(text, p, ids)
+        hidden, pooled = sd.apply_text(text, p, ids)
         return {"hidden": hidden, "pooled": pooled}
 
     def theirs(text, _):
