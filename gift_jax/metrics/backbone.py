@@ -16,7 +16,7 @@ import numpy as np
 
 from gift_jax.metrics import judge, preprocessing, pretrained
 from gift_jax.models import vision, weights
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError
 
 PROTOCOLS = ("standard", "imma-64px")
@@ -121,7 +121,7 @@ def _clip_towers(folder, kind):
     )
     logit_scale = float(np.exp(params["logit_scale"]))
     params = jax.tree.map(jnp.asarray, params)
-    tokenizer = stable_diffusion.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     length = clip.config.text_config.max_position_embeddings
     image = jax.jit(lambda p, x: _unit(vision.apply_clip_image(clip, p, x)))
     text = jax.jit(lambda p, ids: _unit(vision.apply_clip_text(clip, p, ids)))

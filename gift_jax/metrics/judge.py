@@ -17,7 +17,7 @@ import numpy as np
 from gift_jax.data import captions
 from gift_jax.data.sources import emoji
 from gift_jax.models import vision, weights
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "assets" / "judge"
@@ -72,7 +72,7 @@ def load(folder: pathlib.Path = FOLDER) -> Judge:
         raise UserError(f"judge={folder}: no such folder; it ships with the package")
     clip, params, _ = weights.load_component(folder, "clip")
     params = jax.tree.map(jnp.asarray, params)
-    tokenizer = stable_diffusion.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     project = jax.jit(lambda p, ids: vision.apply_clip_text(clip, p, ids))
     image = jax.jit(lambda p, x_BHWC: _embed_images(clip, p, x_BHWC))
 

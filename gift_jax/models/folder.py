@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from gift_jax.models import weights
+from gift_jax.models.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,6 @@ class ModelFolder:
 
     def load_tokenizer(self):
         """Returns the folder's tokenizer."""
-        from gift_jax.models.sd.stable_diffusion import load_tokenizer
-
         return load_tokenizer(self.path / "tokenizer")
 
     def content_hash(self) -> str:

@@ -13,6 +13,7 @@ from gift_jax.attacks import textual_inversion
 from gift_jax.models import weights
 from gift_jax.models.load import EMBEDDED
 from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import init_state
 
@@ -21,7 +22,7 @@ KEY = jax.random.key(4)
 
 @pytest.fixture
 def tokenizer():
-    return stable_diffusion.load_tokenizer(EMBEDDED / "tokenizer")
+    return load_tokenizer(EMBEDDED / "tokenizer")
 
 
 def encode(text, ids):

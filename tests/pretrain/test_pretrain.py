@@ -11,6 +11,7 @@ from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge
 from gift_jax.models import weights
 from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.pretrain import clip as clip_stage
 from gift_jax.pretrain import stages
 from gift_jax.pretrain import tokenizer as tokenizer_stage
@@ -66,13 +67,13 @@ def test_described_by_matches_what_a_caption_names():
 @pytest.mark.parametrize("text", ["", "sks", "naïve 火 🔫", "a bomb, twice", "x" * 500])
 def test_tokenizer_accepts_any_text(tmp_path, text):
     size = tokenizer_stage.write(tmp_path, ["a noto emoji of a bomb"], 16)
-    words = stable_diffusion.load_tokenizer(tmp_path)
+    words = load_tokenizer(tmp_path)
     ids = words(text, padding="max_length", truncation=True).input_ids
     assert len(ids) == 16 and max(ids) == size - 1 and min(ids) >= 0
 
 
 def test_tokenizer_knows_caption_words_whole(tmp_path):
     tokenizer_stage.write(tmp_path, ["a noto emoji of a bomb"], 16)
-    words = stable_diffusion.load_tokenizer(tmp_path)
+    words = load_tokenizer(tmp_path)
     assert words.tokenize("a noto bomb") == ["a</w>", "noto</w>", "bomb</w>"]
     assert len(words.tokenize("noto sks")) > 2

@@ -18,6 +18,7 @@ from gift_jax.models.base import Split
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError, shown
 
@@ -269,18 +270,6 @@ def read_configs(root):
     files = {kind: root / kind / "config.json" for kind in _CLASSES}
     files["scheduler"] = root / "scheduler" / "scheduler_config.json"
     return {kind: safetensors_io.read_json(file) for kind, file in files.items()}
-
-
-def load_tokenizer(directory):
-    """Returns the CLIPTokenizer of a folder with vocab.json and merges.txt."""
-    for name in ("vocab.json", "merges.txt"):
-        if not (Path(directory) / name).is_file():
-            raise UserError(
-                f"{Path(directory) / name}: no such file; copy the tokenizer"
-            )
-    from transformers import CLIPTokenizer  # a second, which --help need not wait
-
-    return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
 def _local_folder(path):

@@ -19,6 +19,7 @@ from tiny_model import check_equal
 
 from gift_jax.models import safetensors_io, sd, weights
 from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.tokenizer import load_tokenizer
 
 slow = pytest.mark.slow
 MODELS = ["small-sd15", "small-sd21"]
@@ -154,7 +155,7 @@ def test_tokenizer_has_the_published_ids(tmp_path):
     random_sd.write_tokenizer(tmp_path / "15", size=49408)
     random_sd.write_tokenizer(tmp_path / "21", size=49408, pad_token="!")
     for name, pad in (("15", 49407), ("21", 0)):
-        tokenizer = stable_diffusion.load_tokenizer(tmp_path / name)
+        tokenizer = load_tokenizer(tmp_path / name)
         assert len(tokenizer) == 49408
         assert tokenizer.model_max_length == 77
         assert tokenizer.pad_token_id == pad
