@@ -210,7 +210,7 @@ def _check(matrix: Matrix) -> None:
             resolve_names(group[side].names, every, f"{field}.names")
             if side in (summary.HARMFUL, summary.BENIGN):
                 for told, template in group[side].templates.items():
-                    captions.check(f"{field}.templates.{told}", template)
+                    captions.check_template(f"{field}.templates.{told}", template)
             for style in group[side].styles:
                 choice(f"{field}.styles", style, emoji.STYLES)
     defences, attacks = {}, {}  # those alike but for names are checked once

@@ -15,7 +15,7 @@ def augment(key, images_BHWC, flip_B, *, flip=0.5, shift=4, scale=0.1, index_B=N
     Args: key: one PRNG key. images_BHWC: float32 "B H W C" in [-1, 1]. flip_B: bool
       "B", whether an example may be mirrored. flip: probability of mirroring one that
       may. shift: largest move in pixels, along each axis. scale: the factor is uniform
-      in [1 - scale, 1 + scale], about the centre. index_B: int32 "B", each example's
+      in [1 - scale, 1 + scale], about the center. index_B: int32 "B", each example's
       index in the global batch (default: its place here); with it the draw does not
       depend on how a batch is divided between devices.
     Returns: what leaves the frame is lost and what enters is white. With flip, shift
@@ -23,9 +23,9 @@ def augment(key, images_BHWC, flip_B, *, flip=0.5, shift=4, scale=0.1, index_B=N
     """
     if index_B is None:
         index_B = jnp.arange(images_BHWC.shape[0])
-    one = functools.partial(_augment_one, flip=flip, shift=shift, scale=scale)
+    augment_one = functools.partial(_augment_one, flip=flip, shift=shift, scale=scale)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-    return jax.vmap(one)(keys_B, images_BHWC, flip_B)
+    return jax.vmap(augment_one)(keys_B, images_BHWC, flip_B)
 
 
 def _augment_one(key, image_HWC, may_flip, *, flip, shift, scale):
@@ -43,7 +43,7 @@ def _augment_one(key, image_HWC, may_flip, *, flip, shift, scale):
         image_HWC.shape,
         (0, 1),
         jnp.broadcast_to(factor, (2,)),
-        move + (1.0 - factor) * size / 2.0,  # keep the centre in place
+        move + (1.0 - factor) * size / 2.0,  # keep the center in place
         method="linear",
         antialias=False,
     )

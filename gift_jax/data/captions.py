@@ -18,18 +18,16 @@ TEMPLATES = (
     "{a_style} emoji of {a_concept}",
     "{concept}, {style} style",
     "an emoji of {a_concept} in the style of {style}",
-    "{a_style} style picture of {a_concept}",
+    "{a_style} style image of {a_concept}",
     "{a_concept} drawn in {style} style",
     "{style} {concept}",
     "{a_style} icon of {a_concept}",
     "{concept}, {style} emoji",
 )
-# Evaluation: one template per question, so that figures compare across runs.
-EVAL_TEMPLATES = (TEMPLATES[0], TEMPLATES[4])
 CONCEPT_TEMPLATES = (  # no style named
     "an emoji of {a_concept}",
     "{a_concept}",
-    "a picture of {a_concept}",
+    "an image of {a_concept}",
     "{concept}",
 )
 STYLE_TEMPLATES = (  # no concept named
@@ -158,7 +156,7 @@ NO_FLIP = frozenset(
 )
 
 
-def check(field, template):
+def check_template(field, template):
     """Returns which fields a template has, a frozenset of their names.
 
     Raises: UserError naming the field for one that `fill` cannot fill.
@@ -178,10 +176,10 @@ def check_nonce_template(field, template):
     Returns: whether it names a style.
     """
     try:
-        found = _fields(template, _NONCE_FIELDS)
-        if "nonce" not in found:
+        names = _fields(template, _NONCE_FIELDS)
+        if "nonce" not in names:
             raise ValueError("no {nonce}")
-        return bool(found & OF_STYLE)
+        return bool(names & OF_STYLE)
     except ValueError as error:
         raise UserError(
             f"{field}={shown(template)} must have {{nonce}}, and may have "
@@ -192,17 +190,6 @@ def check_nonce_template(field, template):
 def caption(concept, style, template_index=0):
     """Returns a caption that names both; any integer selects a template, modulo."""
     return fill(TEMPLATES[template_index % len(TEMPLATES)], concept, style)
-
-
-def caption_without_style(concept, template_index=0):
-    """Returns a caption that names only the concept."""
-    template = CONCEPT_TEMPLATES[template_index % len(CONCEPT_TEMPLATES)]
-    return fill(template, concept, "")
-
-
-def caption_without_concept(style, template_index=0):
-    """Returns a caption that names only the style."""
-    return fill(STYLE_TEMPLATES[template_index % len(STYLE_TEMPLATES)], "", style)
 
 
 def fill(template, concept, style):
@@ -245,14 +232,14 @@ def nonce_word(rng):
 
 
 @functools.lru_cache
-def _fields(template, known=_FIELDS):
-    found = set()
+def _fields(template, allowed=_FIELDS):
+    names = set()
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is not None:
-            if name not in known or spec or conversion:
+            if name not in allowed or spec or conversion:
                 raise ValueError(f"{{{name}}}")
-            found.add(name)
-    return frozenset(found)
+            names.add(name)
+    return frozenset(names)
 
 
 def with_article(concept):
@@ -263,7 +250,7 @@ def with_article(concept):
 
 
 def may_flip(concept):
-    """Returns whether the mirror image of a picture of `concept` is as good."""
+    """Returns whether the mirror image of an image of `concept` is as good."""
     return concept not in NO_FLIP
 
 

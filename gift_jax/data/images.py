@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture files as square uint8 arrays: upright, over white, of one size."""
+"""Image files as square uint8 arrays: upright, over white, of one size."""
 
 import os
 import struct
@@ -19,7 +19,7 @@ SUFFIXES = frozenset(
     ".tif .tiff .webp".split()
 )
 _MAX_SIDE = 100_000  # pixels: to resize takes memory by the side, not by the area
-# What Pillow raises for files that are no picture, cut short or damaged.
+# What Pillow raises for files that are no image, cut short or damaged.
 _BROKEN = (
     OSError,
     ValueError,
@@ -38,14 +38,14 @@ _BROKEN = (
 
 
 def read_images(files, count, size, *, crop="center", seed=0):
-    """Returns uint8 "N size size 3" of `count` picture files, decoded one by one.
+    """Returns uint8 "N size size 3" of `count` image files, decoded one by one.
 
     Args: files: iterable of (name for errors, path or file object). crop, seed: see
-      `read`; picture i draws from the seed and i alone.
+      `read_image`; image i draws from the seed and i alone.
     Raises: UserError for a file that cannot be read.
     """
     images = np.empty((count, size, size, 3), np.uint8)
-    with progress.bar("pictures", count) as bar:
+    with progress.bar("images", count) as bar:
         for i, (name, file) in enumerate(files):
             rng = np.random.default_rng((seed, i))
             images[i] = read_image(file, size, crop=crop, rng=rng, name=name)
@@ -54,14 +54,14 @@ def read_images(files, count, size, *, crop="center", seed=0):
 
 
 def read_image(file, size, *, crop="center", rng=None, name=""):
-    """Returns a picture file as uint8 "size size 3": upright, over white.
+    """Returns an image file as uint8 "size size 3": upright, over white.
 
     Args: file: a path or a binary file object; of an animation the first frame counts.
       size: pixels. crop: "center": the shorter side becomes `size` and the middle
       square stays; "random": a square anywhere along the longer side, drawn from `rng`;
-      "none": the whole picture, its aspect lost. rng: a NumPy generator. name: for
+      "none": the whole image, its aspect lost. rng: a NumPy generator. name: for
       errors, by default the file's.
-    Raises: UserError if the file is no picture that Pillow can read, is cut short, is
+    Raises: UserError if the file is no image that Pillow can read, is cut short, is
       too large (Pillow's limit of 179 million pixels, or 100,000 along a side), has
       float or 32-bit pixels, or is of none of the kinds in `SUFFIXES`.
     """
@@ -77,7 +77,7 @@ def read_image(file, size, *, crop="center", rng=None, name=""):
         if isinstance(error, UnidentifiedImageError):
             reason = "of no known kind"
         raise UserError(
-            f"{one_line(name or file)} cannot be read as a picture ({reason}); "
+            f"{one_line(name or file)} cannot be read as an image ({reason}); "
             "remove it or replace it"
         ) from error
     if crop == "none":
@@ -88,7 +88,7 @@ def read_image(file, size, *, crop="center", rng=None, name=""):
 
 
 def _open(file):
-    """Opens a picture, of a kind in `SUFFIXES` whatever its name says.
+    """Opens an image, of a kind in `SUFFIXES` whatever its name says.
 
     Pillow knows others, for one of which (EPS) it runs another program.
     """
@@ -104,7 +104,7 @@ def _open(file):
 
 
 def _eight_bit(image):
-    """Returns 16-bit grey as "L": Pillow's own conversion makes it white above 255."""
+    """Returns 16-bit gray as "L": Pillow's own conversion makes it white above 255."""
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range; save it with 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
@@ -122,6 +122,6 @@ def _over_white(image):
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    # Nothing is kept that is not needed: a picture may take half a GB a copy.
+    # Nothing is kept that is not needed: an image may take half a GB a copy.
     white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return white.convert("RGB")

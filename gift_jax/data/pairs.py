@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture and prompt pairs that a method or an attack trains on.
+"""The (image, prompt) pairs that a defense or an attack trains on.
 
-They come from one of `SOURCES`: the embedded emoji set by name, a folder of pictures, a
+They come from one of `SOURCES`: the embedded emoji set by name, a folder of images, a
 dataset that tensorflow-datasets has prepared, or the model itself.
 """
 
@@ -25,22 +25,21 @@ SOURCES = ("names", "folder", "tfds", "num_generated")
 
 @dataclasses.dataclass(frozen=True)
 class PairsSpec:
-    """Which pairs to use; exactly one of `SOURCES` is given.
+    """Which pairs to use; exactly one of `SOURCES` is set.
 
     Attributes: names: concepts and `KEYWORDS`, mixed freely, of the embedded set.
       styles: those to use, empty for all six. template: a caption with {concept} or
-      {a_concept}, for names and label_key; with names maybe {style} or {a_style} too.
-      folder: pictures on disk, all under `prompt` or, with a metadata.csv or .jsonl,
+      {a_concept}, for names and label_key; with names optionally {style} or {a_style}.
+      folder: images on disk, all under `prompt` or, with a metadata.csv or .jsonl,
       each under its text in `caption_column`. tfds: "name", "name:version" or
-      "name/config:version" of a prepared dataset; split, image_key: what to read;
-      caption_key, label_key or else `prompt`: what it is called; tfds_data_dir: where
-      it lies, "" for the library's own place. num_generated: how many pictures the
+      "name/config:version" of a prepared dataset; tfds_data_dir: where it is, "" for
+      the library's own place; split, image_key: what to read; caption_key, label_key
+      or else `prompt`: what an image is called. num_generated: how many images the
       model draws for `prompt`.
-      limit: use at most the first so many pictures, in the source's order; 0: all.
-      crop: see `pictures.read`; the embedded pictures are square. size: side of the
-      pictures, in pixels. held_out: True also uses the embedded pictures that
-      pretraining left out. seed: of random crops. field: the config group to name in
-      an error.
+      limit: use at most this many images, the first in the source's order; 0: all.
+      crop: see `images.read_image`; the embedded images are square. size: side of the
+      images, in pixels. held_out: True also uses the embedded images that pretraining
+      left out. seed: of random crops. field: the config group to name in an error.
     """
 
     names: tuple[str, ...] = ()
@@ -64,9 +63,12 @@ class PairsSpec:
     field: str = "concepts"
 
 
+_OF_CALLER = ("size", "held_out", "seed", "field")  # what no config group has
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Pairs in memory; entry i of every field describes the same picture.
+    """Pairs in memory; entry i of every field describes the same image.
 
     Attributes: images: uint8 "N H W 3". prompts: N captions. concepts, styles: N names
       (outside the embedded set the label or else the prompt, and ""). may_flip: bool
@@ -94,8 +96,17 @@ class Pairs:
         return np.asarray([ids[name] for name in self.concepts], np.int32)
 
 
-def check_pairs(spec):
-    """Returns which of `SOURCES` a `PairsSpec` uses; opens no picture.
+def pairs_spec(group: Any, field: str, **others) -> PairsSpec:
+    """Returns the `PairsSpec` of a config's data group, which is called `field`."""
+    names = [f.name for f in dataclasses.fields(PairsSpec) if f.name not in _OF_CALLER]
+    values = {name: getattr(group, name) for name in names}
+    for name in ("names", "styles"):
+        values[name] = tuple(values[name])
+    return PairsSpec(**values, **others, field=f"config.{field}")
+
+
+def check_pairs(spec: PairsSpec) -> str:
+    """Returns which of `SOURCES` a spec uses; opens no image.
 
     Raises: UserError for more or fewer than one source, a value out of range, a bad
       template, a missing folder, or prompts that are missing or given twice.
@@ -105,16 +116,7 @@ def check_pairs(spec):
     at_least(f"{field}.limit", spec.limit, 0)
     at_least(f"{field}.num_generated", spec.num_generated, 0)
     choice(f"{field}.crop", spec.crop, CROPS)
-    given = [name for name in SOURCES if getattr(spec, name)]
-    listed = f"{', '.join(SOURCES[:-1])} and {SOURCES[-1]}"
-    if not given:
-        raise UserError(f"{field}: give one of {listed}")
-    if len(given) > 1:
-        raise UserError(
-            f"{field}: give only one of {listed}, not {' and '.join(given)}; clear "
-            "the others"
-        )
-    (source,) = given
+    source = _source(spec)
     for key in ("caption_key", "label_key"):
         if getattr(spec, key) and source != "tfds":
             raise UserError(f"{field}.{key} is for tfds, not for {source}; clear it")
@@ -133,36 +135,35 @@ def check_pairs(spec):
     return source
 
 
-def load_pairs(spec, data=None, draw=None):
-    """Returns the `Pairs` that a `PairsSpec` asks for.
+def load_pairs(spec: PairsSpec, draw=None) -> Pairs:
+    """Returns the pairs that a spec asks for.
 
-    Args: data: an `emoji.Emoji` already in memory, else it is loaded when needed.
-      draw: count -> uint8 "N H W 3", what the model draws for the prompt; needed for
-      `num_generated` only.
-    Raises: UserError as `check` does, for an unknown concept or style, and for
-      pictures, captions or a dataset that cannot be read.
+    Args: draw: count -> uint8 "N H W 3", what the model draws for the prompt; needed
+      for `num_generated` only.
+    Raises: UserError as `check_pairs` does, for an unknown concept or style, and for
+      images, captions or a dataset that cannot be read.
     """
     source = check_pairs(spec)
     if source == "names":
-        return _from_emoji(spec, data if data is not None else emoji.load())
+        return _load_emoji(spec, emoji.load())
     if source == "folder":
-        paths, prompts = folder.listing(spec)
+        paths, prompts = folder.list_images(spec)
         files = ((path, path) for path in paths)
         images = read_images(
             files, len(paths), spec.size, crop=spec.crop, seed=spec.seed
         )
-        logging.info("read %d pictures from %s", len(images), spec.folder)
-        names = prompts
+        logging.info("read %d images from %s", len(images), spec.folder)
+        concepts = prompts
     elif source == "tfds":
-        images, prompts, names = tfds_source.read(spec)
+        images, prompts, concepts = tfds_source.read(spec)
     else:
         images = draw(min(spec.num_generated, spec.limit or spec.num_generated))
-        images = _resized(images, spec.size)
-        prompts = names = [spec.prompt] * len(images)
+        images = _resize(images, spec.size)
+        prompts = concepts = [spec.prompt] * len(images)
     return Pairs(
         images=images,
         prompts=prompts,
-        concepts=names,
+        concepts=concepts,
         styles=[""] * len(images),
         may_flip=np.ones(len(images), bool),
     )
@@ -192,69 +193,88 @@ def resolve_names(names, concepts, field="concepts"):
     return tuple(dict.fromkeys(resolved))
 
 
-def _from_emoji(spec, data):
+def _source(spec):
+    sources = [name for name in SOURCES if getattr(spec, name)]
+    choices = f"{', '.join(SOURCES[:-1])} and {SOURCES[-1]}"
+    if not sources:
+        raise UserError(f"{spec.field}: give one of {choices}")
+    if len(sources) > 1:
+        raise UserError(
+            f"{spec.field}: give only one of {choices}, not {' and '.join(sources)}; "
+            "clear the others"
+        )
+    return sources[0]
+
+
+def _load_emoji(spec, data):
+    rows = _emoji_rows(spec, data)
+    concepts = [data.concepts[i] for i in data.concept_ids[rows]]
+    styles = [data.styles[i] for i in data.style_ids[rows]]
+    if len(set(concepts)) > 1 and not _check_template(spec):
+        logging.warning("%s.template calls every concept the same", spec.field)
+    return Pairs(
+        images=_resize(data.images[rows], spec.size),
+        prompts=[
+            captions.fill(spec.template, concept, style)
+            for concept, style in zip(concepts, styles, strict=True)
+        ],
+        concepts=concepts,
+        styles=styles,
+        may_flip=np.asarray([captions.may_flip(name) for name in concepts]),
+    )
+
+
+def _emoji_rows(spec, data):
+    """Returns the row numbers of a spec's images, concept by concept."""
     names = resolve_names(spec.names, data.concepts, f"{spec.field}.names")
     styles = (spec.styles,) if isinstance(spec.styles, str) else spec.styles
     styles = tuple(styles) or data.styles
     for style in styles:
         if style not in data.styles:
             raise _unknown(f"{spec.field}.styles", "style", style, data.styles)
-    style_ids = [data.styles.index(style) for style in styles]
+    usable = np.isin(data.style_ids, [data.styles.index(style) for style in styles])
+    if not spec.held_out:
+        usable &= ~data.held_out
     rows = []
     for name in names:
-        mine = data.concept_ids == data.concepts.index(name)
-        mine &= np.isin(data.style_ids, style_ids)
-        if not spec.held_out:
-            mine &= ~data.held_out
-        if name in spec.names and not mine.any():  # asked for by its own name
+        is_chosen = usable & (data.concept_ids == data.concepts.index(name))
+        if name in spec.names and not is_chosen.any():  # asked for by its own name
             raise UserError(
-                f"{spec.field}.names: every picture of {name!r} in {', '.join(styles)} "
+                f"{spec.field}.names: every image of {name!r} in {', '.join(styles)} "
                 "is held out of training; add a style"
             )
-        rows.extend(np.flatnonzero(mine))
-    rows = rows[: spec.limit or None]
-    chosen = [data.concepts[i] for i in data.concept_ids[rows]]
-    drawn = [data.styles[i] for i in data.style_ids[rows]]
-    if len(set(chosen)) > 1 and not _check_template(spec):
-        logging.warning("%s.template calls every concept the same", spec.field)
-    pairs_ = zip(chosen, drawn, strict=True)
-    return Pairs(
-        images=_resized(data.images[rows], spec.size),
-        prompts=[captions.fill(spec.template, c, s) for c, s in pairs_],
-        concepts=chosen,
-        styles=drawn,
-        may_flip=np.asarray([captions.may_flip(name) for name in chosen]),
-    )
+        rows.extend(np.flatnonzero(is_chosen))
+    return rows[: spec.limit or None]
 
 
-def _resized(images, size):
+def _resize(images, size):
     if images.shape[1:3] == (size, size):
         return images
-    whole = (Image.fromarray(image) for image in images)
-    sized = [p.resize((size, size), Image.Resampling.LANCZOS) for p in whole]
-    return np.stack([np.asarray(picture) for picture in sized])
+    originals = (Image.fromarray(image) for image in images)
+    resized = [i.resize((size, size), Image.Resampling.LANCZOS) for i in originals]
+    return np.stack([np.asarray(image) for image in resized])
 
 
 def _check_template(spec):
     """Returns whether it names the concept; UserError for a bad one."""
-    fields = captions.check(f"{spec.field}.template", spec.template)
+    fields = captions.check_template(f"{spec.field}.template", spec.template)
     return bool(fields & captions.OF_CONCEPT)
 
 
 def _check_tfds(spec):
     keys = ("caption_key", "label_key", "prompt")
-    given = [key for key in keys if getattr(spec, key).strip()]
-    if len(given) != 1:
+    set_keys = [key for key in keys if getattr(spec, key).strip()]
+    if len(set_keys) != 1:
         raise UserError(
             f"{spec.field}: tfds needs one of {', '.join(keys)}, not "
-            f"{' and '.join(given) or 'none'}"
+            f"{' and '.join(set_keys) or 'none'}"
         )
     if spec.label_key:
-        fields = captions.check(f"{spec.field}.template", spec.template)
+        fields = captions.check_template(f"{spec.field}.template", spec.template)
         if fields & captions.OF_STYLE:
             raise UserError(
                 f"{spec.field}.template={spec.template!r} has a style, which labels "
-                "have not; try 'a photo of {a_concept}'"
+                "do not have; try 'a photo of {a_concept}'"
             )
 
 
@@ -267,18 +287,3 @@ def _unknown(field, kind, name, choices):
     else:
         fix = f"one of {len(choices)} names or {', '.join(KEYWORDS)} is expected"
     return UserError(f"{field}: {kind} {shown(name)} is not in the data; {fix}")
-
-
-# What a data group of a config says about its pairs.
-_PAIRS = tuple(
-    field.name
-    for field in dataclasses.fields(PairsSpec)
-    if field.name not in ("size", "held_out", "seed", "field")
-)
-
-
-def pairs_spec(spec: Any, field: str, **others) -> PairsSpec:
-    values = {name: getattr(spec, name) for name in _PAIRS}
-    for name in ("names", "styles"):
-        values[name] = tuple(values[name])
-    return PairsSpec(**values, **others, field=f"config.{field}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endless, seeded, resumable batches over any random-access source, through Grain.
+"""Endless, seeded, resumable batches of arrays in memory, through Grain.
 
 The order is drawn once for all processes: a global batch is a run of the shuffled
 order, and process p reads slice p of it. So the examples of step n depend on the seed
@@ -37,9 +37,9 @@ class DeduplicatedArray:
 
 
 class ArraySource:
-    """A dict of arrays of one length as a random-access source of dicts.
+    """A dict of arrays of one length, read by row or by many rows at once.
 
-    Attributes: arrays: dict of numpy arrays, or `Repeated` ones, "N ...".
+    Attributes: arrays: dict of NumPy arrays or `DeduplicatedArray`s, "N ...".
     """
 
     def __init__(self, arrays):
@@ -67,58 +67,42 @@ def batches(
     batch_size,
     seed,
     *,
-    shuffle=True,
     process_index=0,
     process_count=1,
     drop_remainder=True,
-    num_threads=0,
 ):
     """Returns an endless iterator of this process's part of each global batch.
 
-    Args: source: `len(source)` examples, `source[i]` a dict of arrays or scalars; a
-        `take(positions)` that returns a whole batch is used where there is one.
-      batch_size: of the global batch. seed: fixes the order of every epoch.
-      shuffle: a new order each epoch; False reads in order.
+    Args: source: an `ArraySource`. batch_size: of the global batch. seed: fixes the
+        order of every epoch, a new one each.
       drop_remainder: True ends an epoch where no whole batch is left (a different
         remainder is left out each time); False lets epochs run into each other.
         Batches have one size either way, so that a step compiles once.
-      num_threads: threads that read ahead; 0 reads when asked, best for arrays.
-    Returns: a grain iterator of dicts "B/process_count ...", each with `index`, int32:
+    Returns: a Grain iterator of dicts "B/process_count ...", each with `index`, int32:
       an example's place in the global batch. `get_state()` returns a small dict that
-      json can hold; `set_state()` continues from it, under any process_count.
+      JSON can hold; `set_state()` continues from it, under any process_count.
     Raises: UserError if the source is empty, the batch does not divide by the
       processes, or no whole batch fits in an epoch.
     """
     size = len(source)
     _check(size, batch_size, process_count, drop_remainder)
-    used = size - size % batch_size if drop_remainder else size  # of an epoch
+    epoch_size = size - size % batch_size if drop_remainder else size
     local = batch_size // process_count
     places = np.arange(process_index * local, (process_index + 1) * local)
 
     # Grain's own shuffle takes 0.4 ms for an example, a tenth of a small step.
     @functools.lru_cache(maxsize=2)
     def order(epoch):
-        if not shuffle:
-            return np.arange(size)
         return np.random.default_rng((int(seed), epoch)).permutation(size)
 
     def read(number):
-        epochs, within = np.divmod(number * batch_size + places, used)
-        positions = [order(e)[i] for e, i in zip(epochs.tolist(), within, strict=True)]
-        return _take(source, np.asarray(positions)) | {INDEX: places.astype(np.int32)}
+        epochs, within = np.divmod(number * batch_size + places, epoch_size)
+        rows = [order(e)[i] for e, i in zip(epochs.tolist(), within, strict=True)]
+        return source.take(np.asarray(rows)) | {INDEX: places.astype(np.int32)}
 
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=2 * max(1, num_threads)
-    )
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=2)
     numbers = grain.MapDataset.range(_ENDLESS).map(read)
     return iter(numbers.to_iter_dataset(options))
-
-
-def _take(source, positions):
-    if hasattr(source, "take"):
-        return source.take(positions)
-    rows = [source[int(position)] for position in positions]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _check(size, batch_size, process_count, drop_remainder):

@@ -24,15 +24,6 @@ def test_caption_index_wraps_around():
     assert captions.caption("owl", "noto", count) == captions.caption("owl", "noto", 0)
 
 
-def test_caption_without_style_or_concept_leaves_it_out():
-    for index in range(8):
-        assert "owl" in captions.caption_without_style("owl", index)
-        assert "noto" not in captions.caption_without_style("owl", index)
-        assert "noto" in captions.caption_without_concept("noto", index)
-        text = captions.caption_without_concept("noto", index)
-        assert text == text.strip() and "  " not in text
-
-
 @pytest.mark.parametrize(
     ("concept", "expected"),
     [

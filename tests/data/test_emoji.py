@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
 import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
-import pytest
 
-from gift_jax.data.sources import emoji, emoji_builder
-from gift_jax.runtime.errors import UserError
+from gift_jax.data.pairs import PairsSpec, load_pairs
+from gift_jax.data.sources import emoji
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -27,7 +25,7 @@ def test_emoji_rows_match_the_asset_files(pictures):
     with np.load(emoji.ASSETS / "emoji64.npz") as arrays:
         rgba = arrays["rgba"]
     np.testing.assert_array_equal(pictures.images, emoji.over_white(rgba))
-    for i, row in enumerate(emoji_builder.read_rows()):
+    for i, row in enumerate(emoji.read_metadata()):
         assert pictures.concepts[pictures.concept_ids[i]] == row["concept"]
         assert pictures.styles[pictures.style_ids[i]] == row["style"]
         assert pictures.groups[pictures.concept_ids[i]] == row["group"]
@@ -61,40 +59,26 @@ def test_known_concepts_are_128_of_the_set_with_the_harmful(pictures):
     assert min(groups.count(group) for group in set(pictures.groups)) >= 12
 
 
-def test_builder_decodes_pictures_through_its_data_source(pictures, emoji_cache):
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(emoji_builder.prepare(emoji_cache))
-    example = builder.as_data_source("train")[7]
-    np.testing.assert_array_equal(example["image"], pictures.images[example["row"]])
-    assert "tensorflow" not in sys.modules
-
-
-def test_prepare_survives_two_first_uses_at_once(tmp_path):
+def test_loading_needs_neither_a_cache_nor_tensorflow_datasets(tmp_path):
     code = (
-        "import json, sys; from gift_jax.data.sources import emoji;"
-        "data = emoji.load();"
-        "print(json.dumps([len(data.images), 'tensorflow' in sys.modules]))"
+        "import sys; from gift_jax.data.sources import emoji;"
+        "print(len(emoji.load().images), 'tensorflow_datasets' in sys.modules)"
     )
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {
-        "GIFT_JAX_CACHE": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
+    env = os.environ | {"GIFT_JAX_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    runs = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for run in runs:
-        output, _ = run.communicate(timeout=120)
-        assert run.returncode == 0
-        assert json.loads(output) == [2880, False]
-    assert len(list((tmp_path / "tfds").iterdir())) == 1  # no scratch left behind
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["2880", "False"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_load_names_a_cache_that_cannot_be_written(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(UserError, match="GIFT_JAX_CACHE"):
-        emoji.load(blocked)
+def test_builder_gives_the_same_images_to_the_tfds_source(pictures, tmp_path):
+    from gift_jax.data.sources import emoji_builder
+
+    emoji_builder.prepare(tmp_path)
+    rows = np.random.default_rng(0).permutation(len(pictures.images))[:5]
+    spec = PairsSpec(tfds="emoji64", tfds_data_dir=str(tmp_path), caption_key="concept")
+    data = load_pairs(spec)
+    assert len(data) == 2880 and "tensorflow" not in sys.modules
+    stored = {image.tobytes() for image in data.images}
+    assert {pictures.images[row].tobytes() for row in rows} <= stored
+    assert sorted(set(data.concepts)) == list(pictures.concepts)

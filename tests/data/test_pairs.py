@@ -9,9 +9,7 @@ from gift_jax.runtime.errors import UserError
 
 
 def test_pairs_of_a_concept_are_its_pictures(pictures):
-    data = load_pairs(
-        PairsSpec(names=("bomb",), template="{style} {concept}"), pictures
-    )
+    data = load_pairs(PairsSpec(names=("bomb",), template="{style} {concept}"))
     assert set(data.concepts) == {"bomb"}
     assert data.prompts == [f"{style} bomb" for style in data.styles]
     row = np.flatnonzero(
@@ -23,12 +21,12 @@ def test_pairs_of_a_concept_are_its_pictures(pictures):
 
 def test_pairs_leave_held_out_pictures_out_unless_asked(pictures):
     name = pictures.concepts[0]
-    assert len(load_pairs(PairsSpec(names=(name,)), pictures)) == 5
-    assert len(load_pairs(PairsSpec(names=(name,), held_out=True), pictures)) == 6
+    assert len(load_pairs(PairsSpec(names=(name,)))) == 5
+    assert len(load_pairs(PairsSpec(names=(name,), held_out=True))) == 6
 
 
 def test_pairs_filter_styles(pictures):
-    data = load_pairs(PairsSpec(names=("bomb", "lion"), styles=("noto",)), pictures)
+    data = load_pairs(PairsSpec(names=("bomb", "lion"), styles=("noto",)))
     assert set(data.styles) == {"noto"}
     assert data.concept_names == ("bomb", "lion")
     assert data.concept_ids.tolist() == [0, 1]
@@ -47,13 +45,13 @@ def test_several_concepts_of_one_name_are_warned_of(
 ):
     said = []
     monkeypatch.setattr(logging, "warning", lambda *args: said.append(args))
-    load_pairs(PairsSpec(names=names, template=template), pictures)
+    load_pairs(PairsSpec(names=names, template=template))
     assert len(said) == count
 
 
 def test_pairs_know_what_may_be_mirrored(pictures):
     spec = PairsSpec(names=("stop sign", "owl"), styles=("noto",), held_out=True)
-    assert load_pairs(spec, pictures).may_flip.tolist() == [False, True]
+    assert load_pairs(spec).may_flip.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +73,8 @@ def test_resolve_names_mixes_without_repeats(pictures):
 def test_pairs_take_the_first_of_a_limit(pictures):
     spec = PairsSpec(names=("lion", "bomb"), limit=7)
     data, whole = (
-        load_pairs(spec, pictures),
-        load_pairs(PairsSpec(names=spec.names), pictures),
+        load_pairs(spec),
+        load_pairs(PairsSpec(names=spec.names)),
     )
     assert len(data) == len(data.may_flip) == 7 < len(whole)
     assert data.prompts == whole.prompts[:7]
@@ -123,7 +121,7 @@ def test_pairs_have_the_model_draw_what_is_to_be_generated():
 )
 def test_pairs_refuse_a_bad_spec(pictures, spec, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_pairs(PairsSpec(field="data.safe", **spec), pictures)
+        load_pairs(PairsSpec(field="data.safe", **spec))
     assert "data.safe" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -132,6 +130,6 @@ def test_pairs_refuse_a_choice_that_is_all_held_out(pictures):
     name, style = pictures.concepts[0], pictures.styles[0]
     spec = PairsSpec(names=("bomb", name), styles=(style,))
     with pytest.raises(UserError, match=f"{name!r} in {style} is held out"):
-        load_pairs(spec, pictures)
+        load_pairs(spec)
     spec = PairsSpec(names=("all",), styles=(style,))
-    assert name not in load_pairs(spec, pictures).concepts
+    assert name not in load_pairs(spec).concepts

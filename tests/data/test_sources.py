@@ -45,17 +45,17 @@ def logged(monkeypatch):
     return lines
 
 
-# --- one picture ----------------------------------------------------------------------
+# --- one image ----------------------------------------------------------------------
 
 
 def stored(image, name="a.png", **how):
-    """The picture as a file in memory."""
+    """The image as a file in memory."""
     file = io.BytesIO()
     image.save(file, format=Image.registered_extensions()[f".{name[-3:]}"], **how)
     return io.BytesIO(file.getvalue())
 
 
-def test_pictures_are_over_white():
+def test_images_are_over_white():
     wide = np.zeros((8, 16, 4), np.uint8)
     wide[:, 4:12] = (*RED, 255)  # the middle square; the sides are transparent
     image = read_image(stored(Image.fromarray(wide)), 8)
@@ -64,7 +64,7 @@ def test_pictures_are_over_white():
     assert (read_image(stored(Image.new("RGBA", (8, 8))), 8) == 255).all()
 
 
-def test_pictures_are_upright():
+def test_images_are_upright():
     half = np.zeros((8, 8, 3), np.uint8)
     half[:4] = 255  # white above black
     exif = Image.Exif()
@@ -107,7 +107,7 @@ def test_an_animation_counts_as_its_first_frame():
     assert (read_image(file, 8) == RED).all()
 
 
-def test_tiny_and_narrow_pictures_are_enlarged():
+def test_tiny_and_narrow_images_are_enlarged():
     for shape in ((1, 1), (1, 300), (300, 1)):
         image = read_image(stored(Image.new("RGB", shape, RED)), 8)
         assert image.shape == (8, 8, 3) and (image == RED).all()
@@ -134,7 +134,7 @@ def test_crops_take_the_middle_a_place_or_the_whole():
     assert len(places) > 10 and min(places) < 80 and max(places) > 160
 
 
-def test_random_crops_depend_on_seed_and_picture(tmp_path):
+def test_random_crops_depend_on_seed_and_image(tmp_path):
     ramp = np.zeros((8, 64, 3), np.uint8)
     ramp[:] = np.arange(64)[None, :, None] * 4
     for name in "abc":
@@ -149,7 +149,7 @@ def test_random_crops_depend_on_seed_and_picture(tmp_path):
     assert (first != load_pairs(spec(tmp_path, **random, seed=1)).images).any()
 
 
-def test_huge_pictures_are_refused(monkeypatch):
+def test_huge_images_are_refused(monkeypatch):
     file = stored(Image.new("RGB", (30, 30), RED))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     assert (read_image(file, 8) == RED).all()  # where Pillow would only warn
@@ -166,23 +166,23 @@ def test_pixels_without_a_range_are_refused(pixels):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.bmp", "a.ppm"])
-def test_damaged_pictures_are_refused(name, rng):
+def test_damaged_images_are_refused(name, rng):
     pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
     whole = stored(Image.fromarray(pixels), name).getvalue()
     for size in (0, 1, 10, len(whole) // 2):
-        with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
             read_image(io.BytesIO(whole[:size]), 8, name=name)
 
 
 # --- a folder and one prompt ----------------------------------------------------------
 
 
-def test_folder_gives_its_pictures_sorted_and_ignores_the_rest(tmp_path, logged):
+def test_folder_gives_its_images_sorted_and_ignores_the_rest(tmp_path, logged):
     save(tmp_path / "b.png", BLUE)
     save(tmp_path / "a.JPG", RED)
     save(tmp_path / "sub" / "c.png")
     for name in ("a.txt", "settings.json", ".hidden.png"):
-        (tmp_path / name).write_text("not a picture")
+        (tmp_path / name).write_text("not an image")
     data = load_pairs(spec(tmp_path, prompt="sks thing"))
     assert data.images.shape == (2, 8, 8, 3)
     assert (data.images[1] == BLUE).all() and (data.images[0] != BLUE).any()
@@ -195,14 +195,14 @@ def test_folder_gives_its_pictures_sorted_and_ignores_the_rest(tmp_path, logged)
     ).all()
 
 
-def test_folder_without_pictures_is_refused(tmp_path):
-    refused(spec(tmp_path, prompt="p"), "has no pictures")
+def test_folder_without_images_is_refused(tmp_path):
+    refused(spec(tmp_path, prompt="p"), "has no images")
     (tmp_path / "notes.txt").write_text("hello")
-    refused(spec(tmp_path, prompt="p"), "has no pictures")
+    refused(spec(tmp_path, prompt="p"), "has no images")
     save(tmp_path / "a.png")
     refused(spec(tmp_path, prompt=" "), "prompt is empty; a folder without metadata")
     (tmp_path / "cut.png").write_bytes(b"")
-    refused(spec(tmp_path, prompt="p"), "cut.png cannot be read as a picture .of no k")
+    refused(spec(tmp_path, prompt="p"), "cut.png cannot be read as an image .of no k")
 
 
 # --- a folder and its metadata --------------------------------------------------------
@@ -210,7 +210,7 @@ def test_folder_without_pictures_is_refused(tmp_path):
 
 @pytest.fixture
 def captioned(tmp_path):
-    """A folder of two pictures; write(text or rows, name) gives it metadata."""
+    """A folder of two images; write(text or rows, name) gives it metadata."""
     save(tmp_path / "train" / "a.png", RED)
     save(tmp_path / "b.png", BLUE)
 
@@ -238,7 +238,7 @@ GOOD = 'file_name,text\nb.png,"a blue, flat thing"\ntrain/a.png,a red thing\n'
         ],
     ],
 )
-def test_metadata_captions_its_pictures_in_its_order(captioned, content):
+def test_metadata_captions_its_images_in_its_order(captioned, content):
     data = load_pairs(spec(captioned(content)))
     assert data.prompts == data.concepts == ["a blue, flat thing", "a red thing"]
     assert (data.images[0] == BLUE).all() and (data.images[1] == RED).all()
@@ -264,19 +264,19 @@ def test_prompt_replaces_captions_and_the_log_says_so(captioned, logged):
     assert load_pairs(spec(folder, prompt="p")).prompts == ["p"]
 
 
-def test_pictures_that_metadata_leaves_out_are_logged(captioned, logged):
+def test_images_that_metadata_leaves_out_are_logged(captioned, logged):
     load_pairs(spec(captioned(GOOD)))
     assert not any("lists" in line for line in logged)
     load_pairs(spec(captioned("file_name,text\nb.png,blue\n")))
-    assert any("metadata.csv lists 1 of 2 pictures" in line for line in logged)
+    assert any("metadata.csv lists 1 of 2 images" in line for line in logged)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "metadata.csv lists no pictures"),
-        ("file_name,text\n", "metadata.csv lists no pictures"),
-        ([], "metadata.jsonl lists no pictures"),
+        ("", "metadata.csv lists no images"),
+        ("file_name,text\n", "metadata.csv lists no images"),
+        ([], "metadata.jsonl lists no images"),
         ("name,text\nb.png,x\n", "line 2: no column 'file_name' among 'name', 'text'"),
         ([{"file_name": "b.png"}], "line 1: no column 'text' among 'file_name'; add"),
         ("file_name,text\nb.png,\n", "line 2: text is empty"),
@@ -355,7 +355,7 @@ def prepared(tmp_path_factory):
         return {"image": file, "label": label, "text": f"number {i}"}
 
     class TinyThings(tfds.core.GeneratorBasedBuilder):
-        """Four pictures."""
+        """Four images."""
 
         VERSION = tfds.core.Version("1.0.0")
 
@@ -392,7 +392,7 @@ def dataset(folder, **fields):
     return PairsSpec(size=8, field="config.safe", **fields)
 
 
-def test_dataset_gives_pictures_with_their_texts_or_labels(prepared):
+def test_dataset_gives_images_with_their_texts_or_labels(prepared):
     data = load_pairs(dataset(prepared, caption_key="text"))
     assert data.images.shape == (4, 8, 8, 3)
     assert sorted(data.prompts) == [f"number {i}" for i in range(4)]
@@ -450,7 +450,7 @@ def test_dataset_with_a_missing_file_is_refused(prepared, tmp_path):
             dict(label_key="text", template="{concept}"),
             "label_key='text' is Text of .*, must be a ClassLabel",
         ),
-        (dict(label_key="label"), "template=.* has a style, which labels have not"),
+        (dict(label_key="label"), "template=.* has a style, which labels do not have"),
         (dict(label_key="label", template="{thing}"), "template=.* may use only"),
         (
             dict(label_key="label", template="{concept}", split="test"),

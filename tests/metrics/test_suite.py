@@ -14,9 +14,9 @@ from gift_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def shown(pytestconfig):
+def shown():
     """The embedded set."""
-    return emoji.load(pytestconfig.cache.mkdir("emoji"))
+    return emoji.load()
 
 
 def of(shown, thing, **others):

@@ -10,6 +10,7 @@ from tiny_model import relative_error
 
 from gift_jax import generate
 from gift_jax.data import captions
+from gift_jax.data.images import read_image
 from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge
 from gift_jax.models import sd, weights
@@ -135,7 +136,7 @@ def test_it_draws_what_is_asked_for(the_judge, tmp_path):
         flags += ["--prompt", captions.caption(name, emoji.STYLES[i])]
     assert generate.main(flags) == 0
     files = sorted(tmp_path.glob("0*.png"))
-    images = np.stack([emoji.decode_png(file.read_bytes()) for file in files])
+    images = np.stack([read_image(file, 64) for file in files])
     concept, style = the_judge.name(images)
     wanted = np.repeat([the_judge.concepts.index(n) for n in names], 3)
     assert np.mean(concept == wanted) >= 0.5  # chance: 0.002

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of pictures: all under one prompt, or each captioned by a metadata file.
+"""A folder of images: all under one prompt, or each captioned by a metadata file.
 
 The first is what DreamBooth scripts read; the second is Hugging Face's "imagefolder",
 metadata.csv or metadata.jsonl with a column `file_name` and one for the caption.
@@ -47,7 +47,7 @@ def check(spec):
             "metadata.jsonl needs one prompt"
         )
     for file in files:
-        _check_own(spec, root, file)
+        _check_inside(spec, root, file)
         if not file.is_file():  # to read a pipe would wait for a writer
             raise UserError(
                 f"{spec.field}.folder: {one_line(file)} must be a file; remove it"
@@ -55,21 +55,21 @@ def check(spec):
     return files[0] if files else None
 
 
-def listing(spec):
-    """Returns (paths, prompts) of the pictures of a `PairsSpec` with a folder.
+def list_images(spec):
+    """Returns (paths, prompts) of the images of a `PairsSpec` with a folder.
 
-    Without metadata: the pictures in the folder itself, sorted by name, all under
-    `spec.prompt`; other files are ignored. With: the pictures that it lists, in its
+    Without metadata: the images in the folder itself, sorted by name, all under
+    `spec.prompt`; other files are ignored. With: the images that it lists, in its
     order, each under its caption, or all under `spec.prompt` if that is given. The
     first `spec.limit` of them (0: all).
 
-    Raises: UserError of one line for a folder without pictures, for a link out of the
-      folder, and for metadata that is malformed or empty, or lists a picture twice,
+    Raises: UserError of one line for a folder without images, for a link out of the
+      folder, and for metadata that is malformed or empty, or lists an image twice,
       outside or missing. Nothing outside the folder is opened.
     """
     file, root = check(spec), _root(spec)
     if file is None:
-        paths = _pictures_in(spec, root)
+        paths = _unlisted(spec, root)
         prompts = [spec.prompt] * len(paths)
     else:
         paths, prompts = _listed(spec, root, file)
@@ -88,7 +88,7 @@ def _is_inside(root, path):
     return pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def _check_own(spec, root, path):
+def _check_inside(spec, root, path):
     if path.is_symlink() and not _is_inside(root, path):
         raise UserError(
             f"{spec.field}.folder={one_line(spec.folder)}: {one_line(path.name)} is a "
@@ -96,7 +96,7 @@ def _check_own(spec, root, path):
         )
 
 
-def _pictures_in(spec, root):
+def _unlisted(spec, root):
     try:
         entries = sorted(p for p in root.iterdir() if not p.name.startswith("."))
     except OSError as error:
@@ -104,22 +104,22 @@ def _pictures_in(spec, root):
         raise UserError(
             f"{spec.field}.folder={one_line(spec.folder)} cannot be read: {reason}"
         ) from error
-    paths = [p for p in entries if _is_picture(p.name) and not p.is_dir()]
+    paths = [p for p in entries if _is_image(p.name) and not p.is_dir()]
     for path in paths:
-        _check_own(spec, root, path)
+        _check_inside(spec, root, path)
     others = [p.name for p in entries if p not in set(paths)]
     if others:
-        some = one_line(", ".join(others[:3])) + (" ..." if len(others) > 3 else "")
-        logging.info("%s: ignored %d that are no pictures: %s", root, len(others), some)
+        names = one_line(", ".join(others[:3])) + (" ..." if len(others) > 3 else "")
+        logging.info("%s: ignored %d that are not images: %s", root, len(others), names)
     if not paths:
         raise UserError(
-            f"{spec.field}.folder={one_line(spec.folder)} has no pictures; put at "
+            f"{spec.field}.folder={one_line(spec.folder)} has no images; put at "
             "least one there"
         )
     return paths
 
 
-def _is_picture(name):
+def _is_image(name):
     return pathlib.PurePath(name).suffix.lower() in SUFFIXES
 
 
@@ -129,12 +129,12 @@ def _listed(spec, root, file):
     paths, lines, prompts = [], {}, []
     for line, row in _rows(file, where):
         at = f"{where}, line {line}"
-        path = _inside(root, _text(row, "file_name", at, "name a picture"), at)
+        path = _image_path(root, _text(row, "file_name", at, "name an image"), at)
         real = os.path.realpath(path)
         if real in lines:
             raise UserError(
                 f"{at}: file_name={shown(row['file_name'])} is on line {lines[real]} "
-                "too; a picture must be listed once: remove one of the lines"
+                "too; an image must be listed once: remove one of the lines"
             )
         lines[real] = line
         paths.append(path)
@@ -144,14 +144,14 @@ def _listed(spec, root, file):
             fix = f"write one, or set {spec.field}.prompt for all"
             prompts.append(_text(row, spec.caption_column, at, fix))
     if not lines:
-        raise UserError(f"{where} lists no pictures; it must list at least one")
-    found = sum(
-        _is_picture(name) and not name.startswith(".")
+        raise UserError(f"{where} lists no images; it must list at least one")
+    count = sum(
+        _is_image(name) and not name.startswith(".")
         for _, _, names in os.walk(root)
         for name in names
     )
-    if found > len(lines):
-        logging.info("%s lists %d of %d pictures there", file, len(lines), found)
+    if count > len(lines):
+        logging.info("%s lists %d of %d images there", file, len(lines), count)
     return paths, prompts
 
 
@@ -207,11 +207,11 @@ def _jsonl(text, where):
 def _text(row, column, at, fix):
     """Returns a row's value in a column, which must be text and not blank."""
     if column not in row:
-        there = ", ".join(shown(name) for name in list(row)[:12])
-        there += " ..." if len(row) > 12 else ""
+        columns = ", ".join(shown(name) for name in list(row)[:12])
+        columns += " ..." if len(row) > 12 else ""
         hint = "" if column == "file_name" else ", or name another as caption_column"
         raise UserError(
-            f"{at}: no column {shown(column)} among {there or 'none'}; add it{hint}"
+            f"{at}: no column {shown(column)} among {columns or 'none'}; add it{hint}"
         )
     value = row[column]
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -230,22 +230,22 @@ def _is_unicode(text):
     return True
 
 
-def _inside(root, name, at):
-    """Returns the path of a picture named in a metadata file; it must be in `root`."""
+def _image_path(root, name, at):
+    """Returns the path of an image named in a metadata file; it must be in `root`."""
     relative = pathlib.PurePosixPath(name)
     path = root / relative
     try:
         inside = not relative.is_absolute() and ".." not in relative.parts
         inside = inside and _is_inside(root, path)
-        there = path.is_file()
+        exists = path.is_file()
     except (OSError, ValueError):  # a name too long, or with a null character
-        inside, there = True, False
+        inside, exists = True, False
     if not inside:
         raise UserError(
             f"{at}: file_name={shown(name)} must stay inside {one_line(root)}; move "
-            "the picture there"
+            "the image there"
         )
-    if not there:
+    if not exists:
         raise UserError(
             f"{at}: file_name={shown(name)} is no file in {one_line(root)}; put it "
             "there or remove the line"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a dataset that `tensorflow-datasets` has prepared on this machine.
+"""Images of a dataset that `tensorflow-datasets` has prepared on this machine.
 
 Read from its ArrayRecord files, without TensorFlow, without the dataset's own code and
 without the network.
@@ -23,7 +23,7 @@ def read(spec):
     The first `spec.limit` examples of the split (0: all), in the order of its files.
 
     Raises: UserError if the data is not prepared, has no such split or key, or has an
-      empty caption, a missing label or an unreadable picture.
+      empty caption, a missing label or an unreadable image.
     """
     source, features = _open(spec)
     count = min(len(source), spec.limit or len(source))
@@ -44,12 +44,12 @@ def read(spec):
             yield at, io.BytesIO(row[spec.image_key])
 
     images = read_images(files(), count, spec.size, crop=spec.crop, seed=spec.seed)
-    logging.info("read %d pictures of %s, %s", count, spec.tfds, spec.split)
+    logging.info("read %d images of %s, %s", count, spec.tfds, spec.split)
     return images, prompts, names
 
 
 def _open(spec):
-    """Returns (random access source of undecoded pictures, features)."""
+    """Returns (random access source of undecoded images, features)."""
     import tensorflow_datasets as tfds  # slow
 
     builder = _builder(spec)
