@@ -22,12 +22,8 @@ from gift_jax.attacks import base
 from gift_jax.data.cache import DataGroup, cached_source
 from gift_jax.models import load, model_card, safetensors_io, weights
 from gift_jax.runtime import cli, config, processes, workdir
-from gift_jax.sampling.images import (
-    Samples,
-    check_samples,
-    read_pairs,
-    save_image_grid,
-)
+from gift_jax.sampling.generated import load_group
+from gift_jax.sampling.images import Samples, check_samples, save_image_grid
 from gift_jax.state import Step, init_state
 from gift_jax.training import loop, setup, sharding
 from gift_jax.training.optimizer import Optimizer
@@ -148,7 +144,7 @@ def train(
     task = base.Task(run.settings, run, model)
     plan = attack.plan(task)
     data = {
-        name: read_pairs(model, group, name, model.image_size, run.seed)
+        name: load_group(model, group, name, model.image_size, run.seed)
         for name, group in run.data.items()
     }
     attack.check_prompts(run.settings, data["data"].prompts)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw pictures with a Stable Diffusion model folder.
+"""Draw images with a Stable Diffusion model folder.
 
-Writes one PNG a picture (prompt number, picture number), grid.png with a row a prompt,
-and generate.json with everything needed to draw the same again. A picture depends on
-the seed and its own number only: not on --num, --batch-size or the machine's devices.
+Writes one PNG an image (prompt number, image number), grid.png with a row a prompt, and
+generate.json with everything needed to draw the same again. An image depends on the
+seed and its own number only: not on --num, --batch-size or the machine's devices.
 
 example:
-  python -m gift_jax.generate --prompt "a dog, flat style" --num 8 --out pictures
+  python -m gift_jax.generate --prompt "a dog, flat style" --num 8 --out images
 """
 
-import importlib.metadata
+import argparse
 import json
 import sys
 import time
@@ -22,52 +22,46 @@ from PIL import Image
 
 from gift_jax.models import weights
 from gift_jax.models.load import DTYPES, cpu_devices_to_draw, load_model
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import cli, files, progress
 from gift_jax.runtime.errors import UserError
-from gift_jax.sampling import grid, sampler, schedules
+from gift_jax.runtime.versions import versions
+from gift_jax.sampling import grid, schedules
+from gift_jax.sampling.images import draw_images
 from gift_jax.training import sharding
 
 
-def _parser():
-    import argparse
-
-    p = cli.parser(__doc__, "generate")
-    p.add_argument(
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, "generate")
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="what to draw; repeatable")
+    add("--out", required=True, help="folder to write to")
+    add(
         "--model",
         default="emoji-sd",
-        help="a diffusers folder or hub id (default: emoji-sd, the embedded one)",
+        help="a diffusers folder or hub id (default %(default)s)",
     )
-    p.add_argument("--revision", default="", help="of a hub id: branch, tag or commit")
-    p.add_argument("--variant", default="", help="of the weight files, such as fp16")
-    p.add_argument(
-        "--resolution", type=int, default=0, help="pixels (default: the model's own)"
+    add("--revision", default="", help="of a hub id: branch, tag or commit")
+    add("--variant", default="", help="of the weight files, such as fp16")
+    add("--resolution", type=int, default=0, help="pixels (default: the model's own)")
+    add("--negative-prompt", default="", help="what to steer away from")
+    add("--num", type=int, default=8, help="images a prompt (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
+    add(
+        "--guidance",
+        type=float,
+        default=7.5,
+        help="scale, at least 1 (default %(default)s)",
     )
-    p.add_argument(
-        "--prompt", action="append", required=True, help="what to draw; repeatable"
+    add("--steps", type=int, default=25, help="denoising steps (default %(default)s)")
+    help_text = "default: the model's own if offered, else ddim"
+    add("--scheduler", choices=schedules.SCHEDULERS, help=help_text)
+    add("--grid", action=argparse.BooleanOptionalAction, default=True)
+    add(
+        "--batch-size", type=int, default=8, help="images at once (default %(default)s)"
     )
-    p.add_argument("--negative-prompt", default="", help="what to steer away from")
-    p.add_argument("--num", type=int, default=8, help="pictures a prompt (default 8)")
-    p.add_argument("--seed", type=int, default=0, help="(default 0)")
-    p.add_argument("--guidance", type=float, default=7.5, help=">= 1 (default 7.5)")
-    p.add_argument("--steps", type=int, default=25, help="denoising steps (default 25)")
-    p.add_argument(
-        "--scheduler",
-        choices=schedules.SCHEDULERS,
-        help="(default: the model's own, or ddim)",
-    )
-    p.add_argument("--out", required=True, help="folder to write to")
-    p.add_argument("--grid", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument(
-        "--batch-size", type=int, default=8, help="pictures at once (default 8)"
-    )
-    p.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        default="float32",
-        help="of weights and computation (default float32)",
-    )
-    return p
+    dtypes = tuple(DTYPES)
+    add("--dtype", choices=dtypes, default="float32", help="of weights and arithmetic")
+    return parser
 
 
 def _check(args):
@@ -81,27 +75,6 @@ def _check(args):
         raise UserError(f"--out={args.out!r} is a file; must be a folder")
 
 
-def draw(model, prompts, num, *, key, negative_prompt="", batch_size=8, **how):
-    """Returns uint8 "P N H W 3": `num` pictures of each prompt.
-
-    Args: model: a StableDiffusion. key: every prompt starts from the same noises,
-      number i of which depends on the key and i alone. how: scheduler, steps, guidance
-      and on_batch, see `sampling.draw`.
-    """
-    cond_PLD = np.asarray(stable_diffusion.encode_prompts(model, prompts))
-    images = sampler.draw(
-        model,
-        model.params["unet"],
-        np.repeat(cond_PLD, num, axis=0),
-        stable_diffusion.encode_prompts(model, [negative_prompt]),
-        key,
-        np.tile(np.arange(num), len(prompts)),
-        batch_size,
-        **how,
-    )
-    return images.reshape(len(prompts), num, *images.shape[1:])
-
-
 def _write(out, args, images, settings):
     for p, row in enumerate(images):
         for n, image in enumerate(row):
@@ -113,7 +86,26 @@ def _write(out, args, images, settings):
     files.write(out / "generate.json", text)
 
 
-def main(argv=None):
+def _draw(model, args, scheduler: str) -> np.ndarray:
+    """Returns uint8 "P N H W 3": every prompt starts from the same noises."""
+    total = len(args.prompt) * args.num
+    logging.info("drawing %d images; the first batch compiles", total)
+    samples = argparse.Namespace(**vars(args), batch=args.batch_size)
+    with progress.bar("generate", total) as bar:
+        images = draw_images(
+            model,
+            model.params["unet"],
+            [prompt for prompt in args.prompt for _ in range(args.num)],
+            samples,
+            numbers=np.tile(np.arange(args.num), len(args.prompt)),
+            negative_prompt=args.negative_prompt,
+            scheduler=scheduler,
+            on_batch=bar.update,
+        )
+    return images.reshape(len(args.prompt), args.num, *images.shape[1:])
+
+
+def main(argv=None) -> int:
     """Runs the command line; returns the exit code.
 
     Raises: UserError for a mistake in the flags or the model folder.
@@ -129,34 +121,18 @@ def main(argv=None):
         resolution=args.resolution,
     )
     scheduler = args.scheduler or schedules.default_scheduler(model.scheduler_config)
-    total, began = len(args.prompt) * args.num, time.monotonic()
-    logging.info("drawing %d pictures; the first batch compiles", total)
-    with progress.bar("generate", total) as bar:
-        images = draw(
-            model,
-            args.prompt,
-            args.num,
-            key=jax.random.key(args.seed),
-            negative_prompt=args.negative_prompt,
-            batch_size=args.batch_size,
-            on_batch=bar.update,
-            scheduler=scheduler,
-            steps=args.steps,
-            guidance=args.guidance,
-        )
+    start = time.monotonic()
+    images = _draw(model, args, scheduler)
     settings = vars(args) | {
-        "model": args.model,
         "model_sha256": weights.content_hash(model.path),
         "scheduler": scheduler,
         "scheduler_config": model.scheduler_config,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "diffusers")
-        },
+        "versions": versions(),
         "device": jax.devices()[0].device_kind,
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": round(time.monotonic() - start, 2),
     }
     _write(Path(args.out), args, images, settings)
-    logging.info("wrote %d pictures to %s", total, args.out)
+    logging.info("wrote %d images to %s", len(args.prompt) * args.num, args.out)
     return 0
 
 

@@ -20,12 +20,8 @@ from gift_jax.defenses import base
 from gift_jax.models import load, model_card, weights
 from gift_jax.models.trainable import TRAINABLE_SETS
 from gift_jax.runtime import cli, config, processes, workdir
-from gift_jax.sampling.images import (
-    Samples,
-    check_samples,
-    read_pairs,
-    save_image_grid,
-)
+from gift_jax.sampling.generated import load_group
+from gift_jax.sampling.images import Samples, check_samples, save_image_grid
 from gift_jax.state import init_state
 from gift_jax.training import setup, sharding
 from gift_jax.training.optimizer import Optimizer
@@ -124,7 +120,7 @@ def _task(run: TrainRun, defense: base.Defense, model) -> base.Task:
     # What is on disk first: mistakes there show before the model draws.
     names = sorted(run.data, key=lambda name: run.data[name].num_generated)
     data = {
-        name: read_pairs(model, run.data[name], name, model.image_size, run.seed)
+        name: load_group(model, run.data[name], name, model.image_size, run.seed)
         for name in names
     }
     task = base.Task(run.settings, run, model, data, sources={})

@@ -21,7 +21,7 @@ from gift_jax.defenses import base as defenses_base
 from gift_jax.models.load import load_model
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime.config import load_config
-from gift_jax.sampling.images import read_pairs
+from gift_jax.sampling.generated import load_group
 from gift_jax.state import init_state, run_key
 from gift_jax.training import loop, setup, sharding
 
@@ -57,7 +57,7 @@ def make(name: str, model):
     mesh = sharding.make_default_mesh(1)
     data, sources = {}, {}
     for group in method.groups:
-        data[group] = read_pairs(model, cfg[group], group, model.image_size)
+        data[group] = load_group(model, cfg[group], group, model.image_size)
         k_cache = run_key(cfg, f"defence/cache/{group}")
         sources[group] = cache.cached_source(model, data[group], cfg[group], k_cache)
     plan = method.plan(cfg, method.check(cfg), model, data, sources)

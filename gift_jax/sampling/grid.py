@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture grid with row and column labels."""
+"""An image grid with row and column labels."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ def save_grid(images, path, *, columns=8, row_labels=(), column_labels=(), cell=
     """Writes images as one PNG, row by row, and returns its path.
 
     Args:
-      images: uint8 "N H W 3", or a list of rows, each a sequence of "H W 3" pictures;
+      images: uint8 "N H W 3", or a list of rows, each a sequence of "H W 3" images;
         rows may differ in length.
-      columns: pictures a row, where images is one array.
+      columns: images a row, where images is one array.
       row_labels, column_labels: text; wrapped to fit. Too few is fine.
-      cell: pictures smaller than this many pixels are enlarged by a whole factor.
+      cell: images smaller than this many pixels are enlarged by a whole factor.
     """
     rows = _as_rows(images, columns)
     if not rows or not any(len(row) for row in rows):
@@ -47,8 +47,8 @@ def save_grid(images, path, *, columns=8, row_labels=(), column_labels=(), cell=
             lines = _wrap(row_labels[r], font, left - 2 * _GAP)
             offset = max(0, (height - len(lines) * line) // 2)
             _write(draw, (_GAP, y + offset), lines, font, line)
-        for c, picture in enumerate(row):
-            image = Image.fromarray(np.asarray(picture, np.uint8))
+        for c, image in enumerate(row):
+            image = Image.fromarray(np.asarray(image, np.uint8))
             image = image.resize((width, height), Image.Resampling.NEAREST)
             page.paste(image, (left + c * (width + _GAP), y))
     with files.atomic_write(path) as aside:
@@ -74,7 +74,7 @@ def save_sheet(images, path, columns=8, **how):
 
 
 def read_sheet(path, count, columns=8):
-    """Returns the first `count` pictures of a `save_sheet`, uint8 "N H W 3"."""
+    """Returns the first `count` images of a `save_sheet`, uint8 "N H W 3"."""
     with Image.open(path) as sheet:
         full = np.asarray(sheet.convert("RGB"))
     lines = -(-count // columns)

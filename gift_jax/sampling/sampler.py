@@ -1,13 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifier-free guidance sampling: one jitted scan over a table of coefficients.
-
-Every scheduler offered here is, per step, a fixed linear combination of the current
-latents, the model's outputs and earlier outputs. `schedule` computes the coefficients
-in float64 from a diffusers scheduler config; one step function then serves them all and
-equals the PyTorch schedulers. (diffusers' Flax schedulers do not: they ignore
-`timestep_spacing` and `rescale_betas_zero_snr`, and end DPM-Solver++ at t=0 with noise
-left, where PyTorch ends at sigma 0.)
-"""
+"""Classifier-free guidance sampling: one jitted scan over a table of coefficients."""
 
 import functools
 
@@ -16,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gift_jax.models import sd
+from gift_jax.models.batching import map_batches
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import schedules
 from gift_jax.training import sharding
@@ -103,9 +96,9 @@ def to_uint8(images_BHWC):
 
 
 def divide(size):
-    """Returns (the mesh of this process's devices, pictures that divide over it).
+    """Returns (the mesh of this process's devices, a batch size that divides over it).
 
-    Args: size: pictures at once; it is rounded up.
+    Args: size: images at once; it is rounded up.
     """
     devices = jax.local_devices()
     return sharding.make_mesh(devices), -(-size // len(devices)) * len(devices)
@@ -120,7 +113,7 @@ def in_batches(count, size):
         yield np.minimum(np.arange(first, first + size), count - 1)
 
 
-def draw(
+def sample_images(
     model,
     unet_params,
     cond_NLD,
@@ -129,29 +122,33 @@ def draw(
     numbers_N,
     batch,
     on_batch=None,
-    **how,
+    **options,
 ):
-    """Returns pictures, uint8 "N H W 3"; each batch is divided over the local devices.
+    """Returns images, uint8 "N H W 3"; each batch is divided over the local devices.
 
     Args: model: a StableDiffusion; the decoder's parameters are its own. cond_NLD,
-      uncond_1LD: text states, float32. key, numbers_N: of each picture's noise, see
-      `initial_latents`. batch: pictures at once. on_batch: called with the number of
-      pictures done. how: scheduler, steps and guidance, see `make_sampler`.
+      uncond_1LD: text states, float32. key, numbers_N: of each image's noise, see
+      `initial_latents`. batch: images at once. on_batch: called with the number of
+      images done. options: scheduler, steps and guidance, see `make_sampler`.
     """
     count = len(cond_NLD)
     mesh, size = divide(min(batch, count))
-    sample = make_sampler(model, mesh=mesh, **how)
-    cond_NLD, numbers_N = np.asarray(cond_NLD), np.asarray(numbers_N)
+    sample = make_sampler(model, mesh=mesh, **options)
     params = unet_params, model.params["vae"]
     params, uncond_1LD = sharding.replicate(mesh, (params, uncond_1LD))
-    done = []
-    for some in in_batches(count, size):
-        noise = numbered_latents(key, numbers_N[some], model.latent_shape)
-        cond_BLD, noise = sharding.put_batch(mesh, (cond_NLD[some], noise))
-        done.append(np.asarray(sample(*params, cond_BLD, uncond_1LD, noise)))
+    firsts = iter(range(0, count, size))
+
+    def sample_batch(rows):
+        cond_BLD, numbers_B = rows
+        noise = numbered_latents(key, numbers_B, model.latent_shape)
+        cond_BLD, noise = sharding.put_batch(mesh, (cond_BLD, noise))
+        images = np.asarray(sample(*params, cond_BLD, uncond_1LD, noise))
         if on_batch:
-            on_batch(int(some[-1]) + 1)
-    return np.concatenate(done)[:count]
+            on_batch(min(next(firsts) + size, count))
+        return images
+
+    arrays = np.asarray(cond_NLD), np.asarray(numbers_N)
+    return map_batches(sample_batch, arrays, size)
 
 
 def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mesh=None):

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every scheduler as one table of coefficients."""
+"""Every scheduler as one table of coefficients.
+
+Each step of a scheduler offered here is a fixed linear combination of the current
+latents, the model's outputs and earlier outputs. `schedule` computes the coefficients
+in float64 from a diffusers scheduler config; `sampler.advance` then serves them all and
+equals the PyTorch schedulers, `timestep_spacing` and `rescale_betas_zero_snr` included.
+"""
 
 from typing import NamedTuple
 

@@ -25,7 +25,7 @@ from gift_jax.models.load import (
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
-from gift_jax.sampling.images import read_pairs
+from gift_jax.sampling.generated import load_group
 from gift_jax.state import run_key
 from gift_jax.training import setup
 from gift_jax.training.optimizer import make_optimizer
@@ -209,7 +209,7 @@ def test_attention_fits_the_devices(monkeypatch, attention, platform, dtype, mes
 
 def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, augmented_copies=2)
-    data = read_pairs(tiny, spec, "safe", tiny.image_size)
+    data = load_group(tiny, spec, "safe", tiny.image_size)
     source = cache.cached_source(tiny, data, spec, jax.random.key(0))
     row = source[0]
     assert len(source) == 2
@@ -220,7 +220,7 @@ def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
 
 def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, augmented_copies=40, prompt_dropout=0.25)
-    data = read_pairs(tiny, spec, "safe", tiny.image_size)
+    data = load_group(tiny, spec, "safe", tiny.image_size)
     source = cache.cached_source(tiny, data, spec, jax.random.key(0))
     dog, empty = stable_diffusion.encode_prompts(tiny, ["a dog", ""])
     assert np.abs(dog - empty).max() > 0.01
@@ -233,7 +233,7 @@ def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
 
 def test_a_share_of_pairs_goes_by_nonce_words(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, augmented_copies=40, nonce_prompts=0.5)
-    data = read_pairs(tiny, spec, "harmful", tiny.image_size)
+    data = load_group(tiny, spec, "harmful", tiny.image_size)
     spec.nonce_template = "a photo of {nonce}"
     prompts = cache.augment_prompts(data, spec, jax.random.key(0))
     assert prompts == cache.augment_prompts(data, spec, jax.random.key(0))
@@ -257,7 +257,7 @@ def test_nonce_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
     empty = group(
         folder=both.folder, prompt="a dog", augmented_copies=40, prompt_dropout=0.25
     )
-    data = read_pairs(tiny, both, "safe", tiny.image_size)
+    data = load_group(tiny, both, "safe", tiny.image_size)
     prompts = [
         cache.augment_prompts(data, spec, jax.random.key(0)) for spec in (both, empty)
     ]
@@ -269,7 +269,7 @@ def test_nonce_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
 def test_nonce_words_keep_a_pairs_style(monkeypatch, pytestconfig):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
     spec = group(names=("bomb",), nonce_prompts=1.0)
-    data = read_pairs(None, spec, "harmful", 64)
+    data = load_group(None, spec, "harmful", 64)
     prompts = cache.augment_prompts(data, spec, jax.random.key(0))
     for prompt, style in zip(prompts, data.styles * spec.augmented_copies, strict=True):
         assert f" {style} emoji of " in prompt and "bomb" not in prompt
@@ -278,7 +278,7 @@ def test_nonce_words_keep_a_pairs_style(monkeypatch, pytestconfig):
 def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
     spec = group(names=("bomb",), styles=("noto",), template="{concept}")
-    small, whole = (read_pairs(None, spec, "safe", size) for size in (16, 64))
+    small, whole = (load_group(None, spec, "safe", size) for size in (16, 64))
     assert small.images.shape == (1, 16, 16, 3) and small.images.dtype == np.uint8
     assert small.prompts == whole.prompts == ["bomb"]
     means = whole.images.reshape(1, 16, 4, 16, 4, 3).mean(axis=(2, 4))

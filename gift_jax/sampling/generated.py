@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training images that the model draws itself, kept between runs."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from gift_jax.data.images import read_image
+from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
+from gift_jax.models import weights
+from gift_jax.runtime import files, progress
+from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import images as sampling_images
+from gift_jax.sampling.images import Samples, check_steps
+
+_MAX_BATCH = 8  # images drawn at once
+
+
+def load_group(model, group: Any, field: str, size: int, seed: int = 0) -> Pairs:
+    """Returns the pairs of one data group of a config.
+
+    Args: model: draws the images of `num_generated`; None for the other sources.
+      group: see `pairs.PairsSpec` and `generate_images`. field: its name. size: side
+      of the images in pixels. seed: of random crops.
+    Raises: UserError naming the field or file.
+    """
+    return load_pairs(
+        pairs_spec(group, field, size=size, seed=seed),
+        draw=lambda count: generate_images(model, group, field, count),
+    )
+
+
+def generate_images(model, group: Any, field: str, count: int) -> np.ndarray:
+    """Returns uint8 "N H W 3": `count` images that the model draws for a prompt.
+
+    They are kept in the cache folder, under a hash of all that they depend on: an
+    interrupted run continues. Image i depends on the seed and i alone.
+
+    Args: group: prompt, generation.{seed,steps,guidance} and batch (images at once, at
+      most 8). field: the group's name.
+    Raises: UserError if the steps are more than the model has, or the cache folder
+      cannot be written.
+    """
+    check_steps(model, f"config.{field}.generation.steps", group.generation.steps)
+    settings = {
+        "model_sha256": weights.content_hash(model.path),
+        "variant": model.variant,
+        "prompt": group.prompt,
+        "seed": group.generation.seed,
+        "steps": group.generation.steps,
+        "guidance": float(group.generation.guidance),
+        "dtype": jnp.dtype(model.unet.dtype).name,
+        "size": model.image_size,
+    }
+    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    name = hashlib.sha256(text.encode()).hexdigest()
+    folder = files.cache_folder() / "generated" / name
+    paths = [folder / f"{i:05d}.png" for i in range(count)]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    logging.info("%s: drawing %d of %d images", field, len(missing), count)
+    logging.info("%s: %r, kept in %s", field, group.prompt, folder)
+    images = np.empty((count, model.image_size, model.image_size, 3), np.uint8)
+    for i in set(range(count)) - set(missing):
+        images[i] = read_image(paths[i], model.image_size)
+    with progress.bar(f"generate {field}", count, count - len(missing)) as bar:
+        for done, (i, image) in enumerate(_draw_missing(model, group, missing), 1):
+            images[i] = image
+            _save(paths[i], image, text)
+            bar.update(count - len(missing) + done)
+    return images
+
+
+def _draw_missing(
+    model, group: Any, numbers: list[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (i, image i) of the numbers, drawn in batches of one size."""
+    size = min(group.batch, _MAX_BATCH, len(numbers))
+    samples = _Samples(**group.generation, batch=size)
+    prompts, unet = [group.prompt] * size, model.params["unet"]
+    while numbers:
+        first = numbers[0]
+        images = sampling_images.draw_images(model, unet, prompts, samples, first)
+        yield from ((i, images[i - first]) for i in numbers if i < first + size)
+        numbers = [i for i in numbers if i >= first + size]
+
+
+def _save(path: pathlib.Path, image: np.ndarray, settings: str) -> None:
+    """Writes an image, and settings.json beside it."""
+    if jax.process_index():  # the first process alone writes, the others draw too
+        return
+    description = path.with_name("settings.json")
+    try:
+        with files.atomic_write(path) as aside:
+            Image.fromarray(image).save(aside)
+        if not description.exists():
+            files.write(description, settings)
+    except OSError as error:
+        raise UserError(
+            f"cache folder {path.parent} cannot be written ({error.strerror or error})"
+            "; set GIFT_JAX_CACHE to a folder that can"
+        ) from error
