@@ -5,7 +5,7 @@ The small ones keep everything but the widths and the depth: four resolutions, l
 projections, heads that differ by block, the activation, the pad token, the old names.
 """
 
-import random_sd
+from gift_jax.models.sd import architectures
 
 _SMALL = {
     "unet": {
@@ -33,7 +33,7 @@ _SMALL = {
 
 def configs(name):
     """Returns the configs of "sd15", "sd21", "small-sd15" or "small-sd21"."""
-    whole = random_sd.MODELS[name.removeprefix("small-")]
+    whole = architectures.MODELS[name.removeprefix("small-")]
     if not name.startswith("small-"):
         return whole
     small = whole | {kind: whole[kind] | changes for kind, changes in _SMALL.items()}

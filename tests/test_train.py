@@ -8,7 +8,6 @@ import shutil
 import full_models
 import numpy as np
 import pytest
-import random_sd
 import safetensors.numpy
 from PIL import Image
 from tiny_model import write_pictures
@@ -16,7 +15,7 @@ from tiny_model import write_pictures
 import gift_jax
 from gift_jax import convert, train
 from gift_jax.models import safetensors_io, weights
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.sd import random_weights, stable_diffusion
 from gift_jax.runtime import processes, signals
 from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
@@ -126,7 +125,7 @@ def test_sd15_config_trains_on_what_the_model_draws(
 def test_a_model_as_sd2_is_published_trains_and_exports(main, tmp_path):
     configs = full_models.configs("small-sd21")
     base = tmp_path / "sd21"
-    random_sd.write(base, configs, "float16", shard_mib=1)
+    random_weights.write(base, configs, "float16", shard_mib=1)
     assert len(list((base / "unet").glob("*.safetensors"))) > 1
     flags = (f"--config.model={base}", "--config.resolution=64")
     run = main(tmp_path / "run", *flags, "--config.samples.num=0")

@@ -5,11 +5,11 @@ import json
 
 import jax
 import numpy as np
-import random_sd
 from PIL import Image
 
 from gift_jax.models import weights
 from gift_jax.models.params import parameter_shapes
+from gift_jax.models.sd import random_weights
 
 TINY_UNET = {
     "sample_size": 8,
@@ -99,7 +99,7 @@ def write_tiny(directory, scheduler=None, unet=None):
     for seed, (kind, config) in enumerate(configs.items()):
         params = random_params(weights.KINDS[kind].build(config), seed)
         weights.save_model_folder(directory / kind, config, params)
-    random_sd.write_tokenizer(directory / "tokenizer", TINY_TEXT["vocab_size"], 16)
+    random_weights.write_tokenizer(directory / "tokenizer", TINY_TEXT["vocab_size"], 16)
     _write_json(
         directory / "scheduler" / "scheduler_config.json",
         TINY_SCHEDULER | (scheduler or {}),

@@ -13,12 +13,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import random_sd
 from full_models import configs
 from tiny_model import check_equal
 
 from gift_jax.models import safetensors_io, sd, weights
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.sd import random_weights, stable_diffusion
 from gift_jax.models.tokenizer import load_tokenizer
 
 slow = pytest.mark.slow
@@ -46,7 +45,7 @@ def compare(name, kind, folder, ours_of, theirs_of):
     """
     import torch
 
-    random_sd.write_component(folder, kind, configs(name)[kind])
+    random_weights.write_component(folder, kind, configs(name)[kind])
     module, params, _ = weights.load_component(folder, kind)
     ours = jax.device_get(jax.jit(lambda p: ours_of(module, p))(params))
     del params
@@ -135,7 +134,7 @@ def test_whole_folder_equals_pytorch_pipeline(name, folder):
     pytest.importorskip("torch")
     from diffusers import StableDiffusionPipeline
 
-    random_sd.write(folder, configs(name))
+    random_weights.write(folder, configs(name))
     pipeline = StableDiffusionPipeline.from_pretrained(str(folder))
     pipeline.set_progress_bar_config(disable=True)
     model = stable_diffusion.load(folder)
@@ -148,12 +147,12 @@ def test_whole_folder_equals_pytorch_pipeline(name, folder):
     np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
 
 
-# --- what random_sd.py writes ---------------------------------------------------------
+# --- what random_weights.py writes ----------------------------------------------------
 
 
 def test_tokenizer_has_the_published_ids(tmp_path):
-    random_sd.write_tokenizer(tmp_path / "15", size=49408)
-    random_sd.write_tokenizer(tmp_path / "21", size=49408, pad_token="!")
+    random_weights.write_tokenizer(tmp_path / "15", size=49408)
+    random_weights.write_tokenizer(tmp_path / "21", size=49408, pad_token="!")
     for name, pad in (("15", 49407), ("21", 0)):
         tokenizer = load_tokenizer(tmp_path / name)
         assert len(tokenizer) == 49408
@@ -179,7 +178,9 @@ def test_random_weights_are_the_same_in_every_dtype_and_division(tmp_path):
     config = configs("small-sd21")["text_encoder"]
 
     def write(name, **options):
-        random_sd.write_component(tmp_path / name, "text_encoder", config, **options)
+        random_weights.write_component(
+            tmp_path / name, "text_encoder", config, **options
+        )
         return read_all(tmp_path / name, "text_encoder")
 
     whole = write("whole")
@@ -198,4 +199,4 @@ def test_random_weights_are_the_same_in_every_dtype_and_division(tmp_path):
 
 def test_random_folder_refuses_one_that_exists(tmp_path):
     with pytest.raises(ValueError, match="exists; name a new folder"):
-        random_sd.write(tmp_path, configs("small-sd15"))
+        random_weights.write(tmp_path, configs("small-sd15"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a Stable Diffusion of the published shapes with random weights; no download.
+"""Writes a Stable Diffusion of a published shape with random weights; no download.
 
-    python perf/random_sd.py --out runs/sd15 --model sd15 --dtype float16
+    python -m gift_jax.models.sd.random_weights --out runs/sd15 --model sd15
 
 For measuring load time, memory and speed: what it draws is noise. The folder has what
 the published ones have (configs, safetensors, old names in the VAE, position ids in the
@@ -11,7 +11,6 @@ tensor's name alone, never on --dtype or --shard_mib. Needs 4.3 GB of disk for S
 and 5.2 GB for SD 2.1 in float32, half of it in float16, and 1 GB of memory.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -34,7 +33,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # --- random tensors -------------------------------------------------------------------
 
 
-class Random(NamedTuple):
+class RandomTensor(NamedTuple):
     """One tensor to draw: its shape in PyTorch's layout, its scale and its mean."""
 
     shape: tuple
@@ -42,7 +41,7 @@ class Random(NamedTuple):
     mean: float
 
 
-def random_tensors(kind: str, model_config: dict) -> dict[str, Random]:
+def random_tensors(kind: str, model_config: dict) -> dict[str, RandomTensor]:
     """Returns the tensors of a component, by the names that published files have.
 
     Kernels have variance 1 / fan in, so that activations keep their size; no norm's
@@ -51,24 +50,24 @@ def random_tensors(kind: str, model_config: dict) -> dict[str, Random]:
     Args: kind: of `weights.KINDS`. model_config: its config.json.
     """
     module = weights.KINDS[kind].build(model_config)
-    found = {}
+    tensors = {}
     for path, leaf in flatten_dict(parameter_shapes(module), sep="/").items():
-        name, shape = (
-            safetensors_io.torch_name(path),
-            safetensors_io.torch_shape(path, leaf.shape),
-        )
+        name = safetensors_io.torch_name(path)
+        shape = safetensors_io.torch_shape(path, leaf.shape)
         if kind == "vae":
             name = safetensors_io.old_name(name)
         if path.endswith("/kernel"):
-            found[name] = Random(shape, 1 / math.sqrt(math.prod(shape[1:])), 0.0)
+            tensors[name] = RandomTensor(
+                shape, 1 / math.sqrt(math.prod(shape[1:])), 0.0
+            )
         elif path.endswith("/embedding"):
-            found[name] = Random(shape, 0.5, 0.0)
+            tensors[name] = RandomTensor(shape, 0.5, 0.0)
         else:
-            found[name] = Random(shape, 0.2, float(path.endswith("/scale")))
-    return dict(sorted(found.items()))
+            tensors[name] = RandomTensor(shape, 0.2, float(path.endswith("/scale")))
+    return dict(sorted(tensors.items()))
 
 
-def draw(name: str, tensor: Random, dtype: str, seed: int) -> np.ndarray:
+def draw(name: str, tensor: RandomTensor, dtype: str, seed: int) -> np.ndarray:
     """Returns one tensor, drawn in float32 and rounded to `dtype` of DTYPES."""
     bits = np.random.SFC64([seed, zlib.crc32(name.encode())])
     array = np.random.Generator(bits).standard_normal(tensor.shape, np.float32)
@@ -83,9 +82,9 @@ def draw(name: str, tensor: Random, dtype: str, seed: int) -> np.ndarray:
 def write(out, configs: dict, dtype: str = "float32", seed: int = 0, shard_mib=0):
     """Writes a whole model folder, one tensor in memory at a time.
 
-    Args: out: must not exist. configs: one of MODELS, or one like it. dtype: on disk,
-      of DTYPES. shard_mib: divide each component's weights into files of about this
-      size, with an index; 0: one file.
+    Args: out: must not exist. configs: one of `architectures.MODELS`, or one like it.
+      dtype: on disk, of DTYPES. shard_mib: divide each component's weights into files
+      of about this size, with an index; 0: one file.
     Returns: the folder.
     Raises: UserError if `out` exists or dtype is unknown.
     """
@@ -124,16 +123,16 @@ def write_component(
     directory, kind, model_config, dtype="float32", seed=0, shard_mib=0
 ):
     """Writes one component's config.json and safetensors; see `write`."""
-    found, stem = random_tensors(kind, model_config), weights.KINDS[kind].stem
+    tensors, stem = random_tensors(kind, model_config), weights.KINDS[kind].stem
     _write_json(directory / "config.json", model_config)
-    shards = list(_shards(found, dtype, shard_mib * 2**20))
+    shards = list(_shards(tensors, dtype, shard_mib * 2**20))
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     else:
         n = len(shards)
         names = [f"{stem}-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
         owner = {name: f for f, s in zip(names, shards, strict=True) for name in s}
-        total = sum(_size(tensor, dtype) for tensor in found.values())
+        total = sum(_size(tensor, dtype) for tensor in tensors.values())
         text = {"metadata": {"total_size": total}, "weight_map": owner}
         _write_json(directory / f"{stem}.safetensors.index.json", text)
     length = model_config.get("max_position_embeddings")
@@ -142,16 +141,16 @@ def write_component(
         _write_safetensors(directory / file, shard, dtype, seed, position_ids)
 
 
-def _size(tensor: Random, dtype: str) -> int:
+def _size(tensor: RandomTensor, dtype: str) -> int:
     return (
         math.prod(tensor.shape)
         * np.dtype(safetensors_io.DTYPES[DTYPES[dtype]]).itemsize
     )
 
 
-def _shards(found: dict, dtype: str, limit: int) -> Iterator[dict]:
+def _shards(tensors: dict, dtype: str, limit: int) -> Iterator[dict]:
     shard, size = {}, 0
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if limit and shard and size + _size(tensor, dtype) > limit:
             yield shard
             shard, size = {}, 0
@@ -160,13 +159,13 @@ def _shards(found: dict, dtype: str, limit: int) -> Iterator[dict]:
     yield shard
 
 
-def _write_safetensors(file, found, dtype, seed, position_ids):
-    """Writes what `found` names; position_ids: their number, or None for none."""
+def _write_safetensors(file, tensors, dtype, seed, position_ids):
+    """Writes random tensors; position_ids: their number, or None for none."""
     entries = {}
     if position_ids:
         ids = np.arange(position_ids)[None]
         entries["text_model.embeddings.position_ids"] = ("I64", ids.shape, lambda: ids)
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         read = functools.partial(draw, name, tensor, dtype, seed)
         entries[name] = (DTYPES[dtype], tensor.shape, read)
     safetensors_io.write_file(file, entries, {"format": "pt"})
@@ -208,21 +207,25 @@ def write_tokenizer(directory, size=514, max_length=77, pad_token=architectures.
     _write_json(directory / "special_tokens_map.json", marks | {"pad_token": pad_token})
 
 
+def _byte_characters() -> list[str]:
+    """Returns the 256 characters that stand for bytes in CLIP's byte-level BPE."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
+
+
 def _write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> int:
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> int:
+    flags = cli.parser(__doc__, "models.sd.random_weights")
     flags.add_argument("--out", required=True, help="a new folder")
     flags.add_argument("--model", default="sd15", choices=tuple(architectures.MODELS))
     flags.add_argument("--dtype", default="float16", choices=tuple(DTYPES))
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--shard_mib", type=int, default=0, help="0: one file each")
-    args = flags.parse_args()
+    args = flags.parse_args(argv)
     at_least("--seed", args.seed, 0)
     out = write(
         args.out,
