@@ -83,7 +83,8 @@ def _draw_missing(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (i, image i) of the numbers, drawn in batches of one size."""
     size = min(group.batch, _MAX_BATCH, len(numbers))
-    samples = _Samples(**group.generation, batch=size)
+    how = group.generation
+    samples = _Samples(how.seed, how.steps, how.guidance, size)
     prompts, unet = [group.prompt] * size, model.params["unet"]
     while numbers:
         first = numbers[0]
