@@ -20,7 +20,7 @@ def get_config(name: str = "") -> ConfigDict:
 
     c.clip = ConfigDict()
     c.clip.steps = 3000
-    c.clip.batch = 64  # pictures a step
+    c.clip.batch = 64  # images a step
     c.clip.lr = 1e-3  # AdamW's peak, after a warm-up over 5% of the steps, then cosine
     c.clip.weight_decay = 0.05
     c.clip.ema = 0.995  # decay of the averaged weights, the ones that ship
@@ -70,10 +70,16 @@ def get_config(name: str = "") -> ConfigDict:
     c.unet.channels = (64, 128, 192)
     c.unet.layers = 1
     c.unet.heads = 4
-    c.unet.variants = 8  # cached versions of each picture
+    c.unet.variants = 8  # cached versions of each image
     c.unet.prompt_dropout = 0.1  # probability, for classifier-free guidance
     c.unet.shift = 2
     c.unet.scale = 0.05
+
+    c.quality = ConfigDict()  # of the result, measured at the end
+    c.quality.seed = 0
+    c.quality.guidance = 3.0
+    c.quality.steps = 25
+    c.quality.limit = 0  # samples; 0: every known concept in every style
 
     smoke = {f"{stage}.steps": 2 for stage in ("clip", "vae", "unet", "decoder")}
     smoke |= {f"{stage}.batch": 8 for stage in ("clip", "vae", "unet", "decoder")}
@@ -86,5 +92,7 @@ def get_config(name: str = "") -> ConfigDict:
         "vae.channels": (32, 32, 32, 32),
         "unet.channels": (32, 64),
         "unet.variants": 2,
+        "quality.steps": 2,
+        "quality.limit": 4,
     }
     return with_variant(c, name, smoke=smoke)

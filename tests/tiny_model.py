@@ -9,28 +9,18 @@ from PIL import Image
 
 from gift_jax.models import weights
 from gift_jax.models.params import parameter_shapes
-from gift_jax.models.sd import random_weights
+from gift_jax.models.sd import architectures, random_weights
 
-TINY_UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "attention_head_dim": 2,
-    "cross_attention_dim": 32,
-}
-TINY_VAE = {
-    "sample_size": 16,
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.5,
-}
+TINY_UNET = architectures.unet_config(
+    (32, 64),
+    attention_head_dim=2,
+    cross_attention_dim=32,
+    layers_per_block=1,
+    sample_size=8,
+)
+TINY_VAE = architectures.vae_config(
+    (32, 64), layers_per_block=1, sample_size=16, scaling_factor=0.5
+)
 TINY_TEXT = {
     "vocab_size": 514,
     "hidden_size": 32,
@@ -43,28 +33,9 @@ TINY_TEXT = {
     "pad_token_id": 513,
     "projection_dim": 32,
 }
-TINY_SCHEDULER = {
+TINY_SCHEDULER = architectures.SCHEDULER | {
     "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
     "prediction_type": "epsilon",
-}
-TINY_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.30.0",
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
 }
 
 
@@ -104,7 +75,9 @@ def write_tiny(directory, scheduler=None, unet=None):
         directory / "scheduler" / "scheduler_config.json",
         TINY_SCHEDULER | (scheduler or {}),
     )
-    _write_json(directory / "model_index.json", TINY_INDEX)
+    _write_json(
+        directory / "model_index.json", architectures.model_index("DDIMScheduler")
+    )
     return directory
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the embedded model emoji-sd from the embedded pictures.
+"""Makes the embedded model emoji-sd from the embedded images.
 
     python -m gift_jax.pretrain --config configs/emoji_pretrain.py --workdir RUN
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gift_jax.data import augment, captions
+from gift_jax.data import captions
 from gift_jax.models import params as model_params
 from gift_jax.models import vision
-from gift_jax.state import Step
+from gift_jax.pretrain.step import augmented
+from gift_jax.state import Loss
 
 BOTH, CONCEPT, STYLE = 0, 1, 2  # what a caption names
 
@@ -68,9 +69,8 @@ def caption_tables(tokenizer, concepts, styles, length: int) -> list[np.ndarray]
 def init_params(clip, concepts: int, styles: int, key) -> dict:
     """Returns {"clip": the model's parameters, "proxies": a vector for every name}.
 
-    The text tower is drawn anew, wide enough that captions start out different:
-    transformers' Flax CLIP draws with a standard deviation of 0.01, from where the
-    names take thousands of steps to part.
+    The text tower is drawn anew, wide enough that captions start out different: from
+    CLIP's own standard deviation of 0.01 the names take thousands of steps to part.
     """
     k_clip, k_text, k_concept, k_style = jax.random.split(key, 4)
     params = model_params.init_params(clip, k_clip)
@@ -98,76 +98,63 @@ def init_params(clip, concepts: int, styles: int, key) -> dict:
     return {"clip": params, "proxies": proxies}
 
 
-def make_step(clip, tx: optax.GradientTransformation, cfg) -> Step:
-    """Returns the training step: contrast within the batch, and a proxy for each name.
+def make_loss(clip, cfg) -> Loss:
+    """Returns the loss: contrast within the batch, and a proxy for each name.
 
-    With few pictures of many things, contrast alone separates the names slowly, since
+    With few images of many concepts, contrast alone separates the names slowly, since
     either tower waits for the other. So both also learn to tell the names apart, next
     to vectors that stand for them ("No Fuss Distance Metric Learning using Proxies",
     arXiv 1703.07464); only the towers are kept.
 
     frozen: {"captions": tables of `caption_tables`}.
     """
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
-    def loss_fn(params, images_BHWC, ids_BL, kind_B, batch):
-        images_BCHW = jnp.transpose(images_BHWC, (0, 3, 1, 2))
-        image_BD = _unit(vision.apply_clip_image(clip, params["clip"], images_BCHW))
-        text_BD = _unit(vision.apply_clip_text(clip, params["clip"], ids_BL))
-        scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], jnp.log(100.0)))
-        logits_BB = scale * image_BD @ text_BD.T
-        described_BB = described_by(batch["concept"], batch["style"], kind_B)
-        total = 0.5 * (
-            _cross_entropy(logits_BB, described_BB)
-            + _cross_entropy(logits_BB.T, described_BB.T)
-        )
-        metrics = {"clip/contrast": total}
-        for name, other in (("concept", STYLE), ("style", CONCEPT)):
-            wanted_B = batch[name]
-            proxy_ND = _unit(params["proxies"][name])
-            by_image, by_text = (
-                scale * image_BD @ proxy_ND.T,
-                scale * text_BD @ proxy_ND.T,
-            )
-            names_B = kind_B != other  # captions that say it
-            total += jnp.mean(cross_entropy(by_image, wanted_B))
-            total += _mean(cross_entropy(by_text, wanted_B), names_B)
-            right = jnp.argmax(by_image, axis=1) == wanted_B
-            metrics[f"clip/{name}_accuracy"] = jnp.mean(right)
-            right = jnp.argmax(by_text, axis=1) == wanted_B
-            metrics[f"clip/{name}_accuracy_text"] = _mean(right, names_B)
-        return total, metrics
-
-    def step(state, frozen, batch, key):
-        key = jax.random.fold_in(key, state.step)
+    def loss_fn(params, frozen, batch, key):
         k_augment, k_kind, k_template = jax.random.split(key, 3)
-        batch = batch["train"]
         B = batch["concept"].shape[0]
         odds = jnp.asarray(cfg.caption_odds, jnp.float32)
         kind_B = jax.random.choice(k_kind, 3, (B,), p=odds)
         pick_B = jax.random.randint(k_template, (B,), 0, 1 << 20)
-        images_BHWC = augment.augment(
-            k_augment,
-            batch["image"].astype(jnp.float32) / 127.5 - 1.0,
-            batch["may_flip"],
-            flip=cfg.flip,
-            shift=cfg.shift,
-            scale=cfg.scale,
-        )
         ids_BL = _draw_ids(frozen["captions"], batch, kind_B, pick_B)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = grad_fn(
-            state.params, images_BHWC, ids_BL, kind_B, batch
-        )
-        updates, opt = tx.update(grads, state.opt["clip"], state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - cfg.ema)
-        state = state.replace(
-            step=state.step + 1, params=params, opt={"clip": opt}, ema=ema
-        )
-        return state, {"clip/loss": loss, **metrics}
+        images_BHWC = augmented(k_augment, batch, cfg)
+        images_BCHW = jnp.transpose(images_BHWC, (0, 3, 1, 2))
+        image_BD = _unit(vision.apply_clip_image(clip, params["clip"], images_BCHW))
+        text_BD = _unit(vision.apply_clip_text(clip, params["clip"], ids_BL))
+        scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], jnp.log(100.0)))
+        loss = _contrast(scale, image_BD, text_BD, batch, kind_B)
+        metrics = {"clip/contrast": loss}
+        for name, other in (("concept", STYLE), ("style", CONCEPT)):
+            proxy_ND = scale * _unit(params["proxies"][name])
+            named_B = kind_B != other  # captions that name it
+            term, accuracies = _name_loss(
+                batch[name], image_BD @ proxy_ND.T, text_BD @ proxy_ND.T, named_B
+            )
+            loss += term
+            metrics[f"clip/{name}_accuracy"] = accuracies[0]
+            metrics[f"clip/{name}_accuracy_text"] = accuracies[1]
+        return loss, metrics
 
-    return step
+    return loss_fn
+
+
+def _contrast(scale, image_BD, text_BD, batch, kind_B):
+    """Returns the mean cross entropy of images against captions, both ways."""
+    logits_BB = scale * image_BD @ text_BD.T
+    described_BB = described_by(batch["concept"], batch["style"], kind_B)
+    by_image = _cross_entropy(logits_BB, described_BB)
+    return 0.5 * (by_image + _cross_entropy(logits_BB.T, described_BB.T))
+
+
+def _name_loss(name_B, by_image_BN, by_text_BN, named_B):
+    """Returns (loss of telling the names apart, accuracy by image and by text)."""
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    loss = jnp.mean(cross_entropy(by_image_BN, name_B))
+    loss += _mean(cross_entropy(by_text_BN, name_B), named_B)
+    by_image, by_text = (
+        jnp.argmax(logits_BN, axis=1) == name_B
+        for logits_BN in (by_image_BN, by_text_BN)
+    )
+    return loss, (jnp.mean(by_image), _mean(by_text, named_B))
 
 
 def _draw_ids(tables, batch, kind_B, pick_B):
@@ -179,10 +166,10 @@ def _draw_ids(tables, batch, kind_B, pick_B):
 
 
 def described_by(concept_B, style_B, kind_B):
-    """Returns bool "B B": whether picture i is one that caption j describes.
+    """Returns bool "B B": whether image i is one that caption j describes.
 
-    A caption without style describes every picture of its concept, and one without
-    concept every picture of its style.
+    A caption without style describes every image of its concept, and one without
+    concept every image of its style.
     """
     same_concept = concept_B[:, None] == concept_B[None, :]
     same_style = style_B[:, None] == style_B[None, :]
@@ -201,5 +188,5 @@ def _unit(x_BD):
 
 def _cross_entropy(logits, positives):
     """Mean over rows of the cross entropy against the row's positives, each alike."""
-    wanted = positives / jnp.sum(positives, axis=1, keepdims=True)
-    return -jnp.mean(jnp.sum(wanted * jax.nn.log_softmax(logits, axis=1), axis=1))
+    target = positives / jnp.sum(positives, axis=1, keepdims=True)
+    return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits, axis=1), axis=1))

@@ -4,7 +4,6 @@
 import functools
 import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,15 @@ from absl import logging
 from gift_jax.data import captions, pipeline
 from gift_jax.data.sources import emoji
 from gift_jax.models import sd, vision, weights
+from gift_jax.models.params import init_params
+from gift_jax.models.sd import architectures, stable_diffusion
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.pretrain import clip as clip_stage
+from gift_jax.pretrain import quality
 from gift_jax.pretrain import tokenizer as tokenizer_stage
 from gift_jax.pretrain import unet as unet_stage
 from gift_jax.pretrain import vae as vae_stage
+from gift_jax.pretrain.step import make_step
 from gift_jax.runtime.workdir import prepare_workdir
 from gift_jax.state import init_state
 from gift_jax.training import loop, sharding
@@ -28,22 +32,141 @@ STORED = "float16"  # dtype of the files: half the size, 0.05% relative rounding
 
 
 def run(cfg, workdir: pathlib.Path) -> None:
-    """Runs every stage that is not finished and writes the model folders."""
+    """Runs every stage that is not finished; writes and measures the model folders."""
     mesh = sharding.make_default_mesh(cfg.cpu_devices)
     for name in STAGES:
         sharding.check_batch(f"{name}.batch", cfg[name].batch, mesh)
     prepare_workdir(cfg, workdir)
-    pictures = emoji.load()
-    words = _tokenizer(cfg, workdir, pictures)
-    clip = _clip(cfg, workdir, pictures, words, mesh)
-    vae = _vae(cfg, workdir, pictures, mesh)
-    vae = (vae[0], _decoder(cfg, workdir, pictures, vae, mesh))
+    data = emoji.load()
+    stages = Stages(cfg, workdir, data, mesh)
+    clip = stages.clip()
+    vae_config, vae_params = stages.vae()
+    vae = vae_config, {**vae_params, **stages.decoder(vae_config, vae_params)}
     _write_base(workdir, *clip, *vae)
-    unet_config, unet_params = _unet(cfg, workdir, pictures, words, clip, vae, mesh)
-    weights.save_model_folder(
-        workdir / "emoji-sd" / "unet", unet_config, unet_params, dtype=STORED
-    )
-    logging.info("wrote %s", workdir / "emoji-sd")
+    unet_config, unet_params = stages.unet(clip, vae)
+    folder = workdir / "emoji-sd"
+    weights.save_model_folder(folder / "unet", unet_config, unet_params, dtype=STORED)
+    logging.info("wrote %s", folder)
+    quality.measure(folder, workdir / "judge", workdir / "quality", cfg.quality)
+
+
+class Stages:
+    """The stages of one run: its config, folder, data and devices."""
+
+    def __init__(self, cfg, workdir: pathlib.Path, data: emoji.Emoji, mesh):
+        self._cfg, self._workdir, self._data, self._mesh = cfg, workdir, data, mesh
+        self._tokenizer = _make_tokenizer(cfg, workdir, data)
+
+    def clip(self):
+        """Returns (config, parameters) of the CLIP."""
+        cfg, data = self._cfg, self._data
+        config = clip_stage.model_config(cfg.clip, len(self._tokenizer))
+        model = vision.build_clip(config)
+        tables = clip_stage.caption_tables(
+            self._tokenizer, data.concepts, data.styles, cfg.clip.tokens
+        )
+        counts = len(data.concepts), len(data.styles)
+        init = functools.partial(clip_stage.init_params, model, *counts)
+        params = jax.jit(init)(jax.random.key(cfg.seed))
+        loss_fn = clip_stage.make_loss(model, cfg.clip)
+        frozen = {"captions": tables}
+        return config, self._train("clip", params, loss_fn, frozen=frozen)["clip"]
+
+    def vae(self):
+        """Returns (config, parameters) of the VAE."""
+        config = vae_stage.model_config(self._cfg.vae)
+        model = sd.build_vae(config)
+
+        params = _init(model, self._cfg.seed + 1)
+        loss_fn = vae_stage.make_loss(model, self._cfg.vae)
+        params = self._train("vae", params, loss_fn)
+        scale = _scaling_factor(model, params, self._data)
+        return {**config, "scaling_factor": scale}, params
+
+    def decoder(self, config, params):
+        """Returns those of the VAE's parameters that its decoder trains."""
+        model = sd.build_vae(config)
+        trained = {name: params[name] for name in ("decoder", "post_quant_conv")}
+        frozen = {name: params[name] for name in params if name not in trained}
+        loss_fn = vae_stage.make_decoder_loss(model, self._cfg.decoder)
+        return self._train("decoder", trained, loss_fn, frozen={"encoder": frozen})
+
+    def unet(self, clip, vae):
+        """Returns (config, parameters) of the UNet."""
+        cfg, data = self._cfg, self._data
+        channels = cfg.vae.latent_channels
+        size = 64 // 2 ** (len(cfg.vae.channels) - 1)
+        config = unet_stage.model_config(cfg.unet, channels, size, cfg.clip.text_width)
+        model = sd.build_unet(config)
+        known = np.asarray([c in emoji.known_concepts() for c in data.concepts])
+        rows = np.flatnonzero(known[data.concept_ids] & ~data.held_out)
+        latents = unet_stage.augmented_latents(
+            jax.random.key(cfg.seed + 2), _make_encoder(*vae), data, rows, cfg.unet
+        )
+        index = np.arange(len(rows), dtype=np.int32)
+        source = pipeline.ArraySource({**latents, "caption": index})
+        text, empty = self._text_states(*clip, rows)
+
+        def decay(step):  # an average over few steps is of random weights
+            return jnp.minimum(cfg.unet.ema, (1.0 + step) / (10.0 + step))
+
+        params = _init(model, cfg.seed + 3)
+        loss_fn = unet_stage.make_loss(model, cfg.unet)
+        abar = stable_diffusion.alphas_cumprod(unet_stage.SCHEDULER)
+        frozen = {"text": text, "empty": empty, "abar": abar.astype(np.float32)}
+        params = self._train("unet", params, loss_fn, source, frozen, decay)
+        return config, params
+
+    def _train(self, name, params, loss_fn, source=None, frozen=None, decay=None):
+        """Trains one stage; returns its averaged parameters on the host."""
+        cfg, mesh, stage = self._cfg, self._mesh, self._cfg[name]
+        tx = _optimizer(stage)
+        state = init_state(params, {name: tx.init(params)}, ema=True)
+        source = source or _image_source(self._data)
+        batches = pipeline.batches(source, stage.batch, cfg.seed)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), STAGES.index(name))
+        state = loop.run(
+            sharding.replicate(mesh, state),
+            make_step(name, loss_fn, tx, decay or (lambda step: stage.ema)),
+            sharding.replicate(mesh, frozen or {}),
+            loop.Batches({"train": batches}),
+            sharding.replicate(mesh, key),
+            options=loop.Options(
+                steps=stage.steps,
+                log_every=cfg.log_every,
+                checkpoint_every=cfg.checkpoint_every,
+                name=name,
+            ),
+            workdir=self._workdir / name,
+            place=lambda batch: sharding.put_batch(mesh, batch),
+        )
+        return jax.device_get(state.ema)
+
+    def _text_states(self, config, params, rows):
+        """Returns float32 "V N L D" for all rows and templates, and "L D" for ""."""
+        tower = sd.build_text(config["text_config"])
+        params = {"text_model": params["text_model"]}
+        encode = jax.jit(lambda p, ids: sd.apply_text(tower, p, ids)[0])
+        length, data = self._cfg.clip.tokens, self._data
+
+        def states(texts):
+            options = dict(padding="max_length", truncation=True, max_length=length)
+            ids = self._tokenizer(texts, **options).input_ids
+            return np.asarray(encode(params, np.asarray(ids, np.int32)))
+
+        names = [
+            (data.concepts[data.concept_ids[row]], data.styles[data.style_ids[row]])
+            for row in rows
+        ]
+        text = [
+            states([captions.fill(template, *name) for name in names])
+            for template in captions.TEMPLATES
+        ]
+        return np.stack(text), states([""])[0]
+
+
+def _init(model, seed: int):
+    return jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
 
 
 def _optimizer(stage) -> optax.GradientTransformation:
@@ -56,204 +179,57 @@ def _optimizer(stage) -> optax.GradientTransformation:
     )
 
 
-def _train(name, cfg, workdir, mesh, params, make_step, source, frozen=None):
-    """Trains one stage; returns its averaged parameters on the host."""
-    stage = cfg[name]
-    tx = _optimizer(stage)
-    state = init_state(params, {name: tx.init(params)}, ema=True)
-    batches = loop.Batches({"train": pipeline.batches(source, stage.batch, cfg.seed)})
-    key = jax.random.fold_in(jax.random.key(cfg.seed), STAGES.index(name))
-    state = loop.run(
-        sharding.replicate(mesh, state),
-        make_step(tx),
-        sharding.replicate(mesh, frozen or {}),
-        batches,
-        sharding.replicate(mesh, key),
-        options=loop.Options(
-            steps=stage.steps,
-            log_every=cfg.log_every,
-            checkpoint_every=cfg.checkpoint_every,
-            name=name,
-        ),
-        workdir=workdir / name,
-        place=lambda batch: sharding.put_batch(mesh, batch),
-    )
-    return jax.device_get(state.ema)
-
-
-def _tokenizer(cfg, workdir, pictures):
-    from transformers import CLIPTokenizerFast
-
+def _make_tokenizer(cfg, workdir, data):
     folder = workdir / "emoji-sd" / "tokenizer"
     if not (folder / "tokenizer_config.json").exists():
-        every = (
-            captions.fill(t, c, s)
-            for c in pictures.concepts
-            for s in pictures.styles
-            for t in captions.TEMPLATES
+        texts = (
+            captions.fill(template, concept, style)
+            for concept in data.concepts
+            for style in data.styles
+            for template in captions.TEMPLATES
         )
-        size = tokenizer_stage.write(folder, every, cfg.clip.tokens)
+        size = tokenizer_stage.write(folder, texts, cfg.clip.tokens)
         logging.info("tokenizer of %d tokens", size)
-    return CLIPTokenizerFast.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
-def _source(pictures, keep):
-    """The pictures of `keep` (bool "N") as Grain reads them, with their labels."""
-    may_flip = np.asarray([captions.may_flip(c) for c in pictures.concepts])
+def _image_source(data):
+    """Returns the images that training may see, with their labels."""
+    rows = ~data.held_out
+    may_flip = np.asarray([captions.may_flip(name) for name in data.concepts])
     return pipeline.ArraySource(
         {
-            "image": pictures.images[keep],
-            "concept": pictures.concept_ids[keep],
-            "style": pictures.style_ids[keep],
-            "may_flip": may_flip[pictures.concept_ids[keep]],
+            "image": data.images[rows],
+            "concept": data.concept_ids[rows],
+            "style": data.style_ids[rows],
+            "may_flip": may_flip[data.concept_ids[rows]],
         }
     )
 
 
-def _clip(cfg, workdir, pictures, words, mesh):
-    model_config = clip_stage.model_config(cfg.clip, len(words))
-    model = vision.build_clip(model_config)
+def _make_encoder(config, params):
+    """Returns images "B H W 3" in [-1, 1] -> scaled (mean, std), "B C h w"."""
+    model, scale = sd.build_vae(config), config["scaling_factor"]
 
-    tables = clip_stage.caption_tables(
-        words, pictures.concepts, pictures.styles, cfg.clip.tokens
-    )
-    init = functools.partial(
-        clip_stage.init_params, model, len(pictures.concepts), len(pictures.styles)
-    )
-    params = _train(
-        "clip",
-        cfg,
-        workdir,
-        mesh,
-        jax.jit(init)(jax.random.key(cfg.seed)),
-        lambda tx: clip_stage.make_step(model, tx, cfg.clip),
-        _source(pictures, ~pictures.held_out),
-        {"captions": tables},
-    )["clip"]
-    return model_config, params
+    def encode(x_BHWC):
+        x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
+        mean, logvar = sd.apply_vae_encode(model, params, x_BCHW)
+        return scale * mean, scale * jnp.exp(0.5 * logvar)
+
+    return encode
 
 
-def _vae(cfg, workdir, pictures, mesh):
-    model_config = vae_stage.model_config(cfg.vae)
-    model = sd.build_vae(model_config)
-
-    def init(key):
-        names = dict(
-            zip(
-                ("params", "dropout", "gaussian"), jax.random.split(key, 3), strict=True
-            )
-        )
-        return model.init(names, jnp.zeros((1, 3, 64, 64)))["params"]
-
-    source = _source(pictures, ~pictures.held_out)
-    params = _train(
-        "vae",
-        cfg,
-        workdir,
-        mesh,
-        jax.jit(init)(jax.random.key(cfg.seed + 1)),
-        lambda tx: vae_stage.make_step(model, tx, cfg.vae),
-        source,
-    )
-    return {**model_config, "scaling_factor": _scale(model, params, pictures)}, params
-
-
-def _decoder(cfg, workdir, pictures, vae, mesh):
-    """Returns the VAE's parameters with its decoder trained on."""
-    model_config, params = vae
-    model = sd.build_vae(model_config)
-    trained = {name: params[name] for name in ("decoder", "post_quant_conv")}
-    frozen = {name: params[name] for name in params if name not in trained}
-    trained = _train(
-        "decoder",
-        cfg,
-        workdir,
-        mesh,
-        trained,
-        lambda tx: vae_stage.make_decoder_step(model, tx, cfg.decoder),
-        _source(pictures, ~pictures.held_out),
-        {"encoder": frozen},
-    )
-    return {**params, **trained}
-
-
-def _scale(model, params, pictures) -> float:
+def _scaling_factor(model, params, data) -> float:
     """Returns 1 / standard deviation of the latents, to three digits."""
 
     @jax.jit
     def encode(params, x_BCHW):
         return sd.apply_vae_encode(model, params, x_BCHW)[0]
 
-    rows = np.flatnonzero(~pictures.held_out)[::7]
-    x_BHWC = jnp.asarray(pictures.images[rows], jnp.float32) / 127.5 - 1.0
+    rows = np.flatnonzero(~data.held_out)[::7]
+    x_BHWC = jnp.asarray(data.images[rows], jnp.float32) / 127.5 - 1.0
     mean = encode(params, jnp.transpose(x_BHWC, (0, 3, 1, 2)))
     return float(f"{1.0 / float(jnp.std(mean)):.3g}")
-
-
-def _unet(cfg, workdir, pictures, words, clip, vae, mesh):
-    (clip_config, clip_params), (vae_config, vae_params) = clip, vae
-    size = 64 // 2 ** (len(cfg.vae.channels) - 1)
-    model_config = unet_stage.model_config(
-        cfg.unet, cfg.vae.latent_channels, size, cfg.clip.text_width
-    )
-    model = sd.build_unet(model_config)
-    encoder = sd.build_vae(vae_config)
-
-    def encode(x_BHWC):
-        x_BCHW = jnp.transpose(x_BHWC, (0, 3, 1, 2))
-        mean, logvar = sd.apply_vae_encode(encoder, vae_params, x_BCHW)
-        scale = vae_config["scaling_factor"]
-        return scale * mean, scale * jnp.exp(0.5 * logvar)
-
-    known = np.asarray([c in emoji.known_concepts() for c in pictures.concepts])
-    rows = np.flatnonzero(known[pictures.concept_ids] & ~pictures.held_out)
-    latents = unet_stage.augmented_latents(
-        jax.random.key(cfg.seed + 2), encode, pictures, rows, cfg.unet
-    )
-    source = pipeline.ArraySource(
-        {**latents, "caption": np.arange(len(rows), dtype=np.int32)}
-    )
-    text, empty = _text_states(cfg, clip_config, clip_params, words, pictures, rows)
-
-    def init(key):
-        z = jnp.zeros((1, cfg.vae.latent_channels, size, size))
-        names = dict(zip(("params", "dropout"), jax.random.split(key), strict=True))
-        return model.init(names, z, jnp.zeros(1, jnp.int32), empty[None])["params"]
-
-    params = _train(
-        "unet",
-        cfg,
-        workdir,
-        mesh,
-        jax.jit(init)(jax.random.key(cfg.seed + 3)),
-        lambda tx: unet_stage.make_step(model, tx, cfg.unet),
-        source,
-        {"text": text, "empty": empty, "abar": unet_stage.alphas_cumprod()},
-    )
-    return model_config, params
-
-
-def _text_states(cfg, clip_config, clip_params, words, pictures, rows):
-    """Returns float32 "V N L D" for every row in every template, and "L D" for ""."""
-    tower = sd.build_text(clip_config["text_config"])
-    params = {"text_model": clip_params["text_model"]}
-    encode = jax.jit(lambda p, ids: sd.apply_text(tower, p, ids)[0])
-
-    def states(texts):
-        ids = words(
-            texts, padding="max_length", truncation=True, max_length=cfg.clip.tokens
-        ).input_ids
-        return np.asarray(encode(params, np.asarray(ids, np.int32)))
-
-    names = [
-        (
-            pictures.concepts[pictures.concept_ids[r]],
-            pictures.styles[pictures.style_ids[r]],
-        )
-        for r in rows
-    ]
-    text = [states([captions.fill(t, *n) for n in names]) for t in captions.TEMPLATES]
-    return np.stack(text), states([""])[0]
 
 
 def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> None:
@@ -265,28 +241,17 @@ def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> No
         **clip_config["text_config"],
     }
     text_params = {"text_model": clip_params["text_model"]}
-    weights.save_model_folder(
-        folder / "text_encoder", text_config, text_params, dtype=STORED
-    )
+    text_folder = folder / "text_encoder"
+    weights.save_model_folder(text_folder, text_config, text_params, dtype=STORED)
     weights.save_model_folder(folder / "vae", vae_config, vae_params, dtype=STORED)
     weights.save_model_folder(workdir / "judge", clip_config, clip_params, dtype=STORED)
-    for file in (folder / "tokenizer").iterdir():  # the judge stands alone
-        shutil.copy(file, workdir / "judge" / file.name)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(unet_stage.scheduler_config(), indent=2) + "\n"
-    )
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.35.0",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file in (folder / "tokenizer").iterdir():
+        (workdir / "judge" / file.name).write_bytes(file.read_bytes())
+    _write_json(folder / "scheduler" / "scheduler_config.json", unet_stage.SCHEDULER)
+    index = architectures.model_index("DDIMScheduler")
+    _write_json(folder / "model_index.json", index)
+
+
+def _write_json(path: pathlib.Path, value: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -84,7 +84,7 @@ def _draw_missing(
     """Yields (i, image i) of the numbers, drawn in batches of one size."""
     size = min(group.batch, _MAX_BATCH, len(numbers))
     how = group.generation
-    samples = _Samples(how.seed, how.steps, how.guidance, size)
+    samples = Samples(seed=how.seed, steps=how.steps, guidance=how.guidance, batch=size)
     prompts, unet = [group.prompt] * size, model.params["unet"]
     while numbers:
         first = numbers[0]

@@ -60,11 +60,11 @@ def draw_images(
 ) -> np.ndarray:
     """Returns one image a prompt, uint8 "N H W 3".
 
-    Args: samples: `Samples`, or another that has seed, guidance, steps and batch (images at once). first: number
-      of the first image. numbers: int "N", in place of first, first + 1 ...: image i
-      starts from the noise of the seed and numbers[i], whatever the batch.
-      negative_prompt: what to steer away from. options: scheduler, on_batch, see
-      `sampler.sample_images`.
+    Args: samples: `Samples`, or another with seed, guidance, steps and batch (images
+      at once). first: number of the first image. numbers: int "N", in place of first,
+      first + 1 ...: image i starts from the noise of the seed and numbers[i], whatever
+      the batch. negative_prompt: what to steer away from. options: scheduler, on_batch,
+      see `sampler.sample_images`.
     """
     distinct = list(dict.fromkeys(prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}

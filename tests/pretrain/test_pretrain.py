@@ -34,6 +34,10 @@ def test_pretrain_smoke_writes_a_loadable_model(tmp_path, monkeypatch):
     images = np.zeros((3, 64, 64, 3), np.uint8)
     concept, style = the_judge.name(images)
     assert concept.shape == style.shape == (3,)
+    quality = json.loads((tmp_path / "quality" / "quality.json").read_text())
+    assert 4 <= quality["samples"]["samples"] < 8
+    assert 0 <= quality["judge_on_real_images"]["original_seen"]["concept_top1"] < 0.1
+    assert np.isfinite(quality["vae"]["mean_of_images_db"])
     for stage in stages.STAGES:
         lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2

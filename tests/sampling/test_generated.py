@@ -4,22 +4,17 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-import gift_jax
+from gift_jax.data.cache import DataGroup, Generation
 from gift_jax.models import weights
-from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import images
 from gift_jax.sampling.generated import load_group
-from gift_jax.sampling.images import draw_images
-
-CONFIG = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_gift.py"
+from gift_jax.sampling.images import Samples, draw_images
 
 
 @pytest.fixture
@@ -31,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """(first number, pictures) of every call of draw_images."""
+    """(first number, images) of every call of draw_images."""
     calls, draw = [], draw_images
 
     def spy(model, params, prompts, cfg, number=0):
@@ -43,24 +38,22 @@ def drawn(monkeypatch):
 
 
 def drawing(**fields):
-    """A config group of five pictures in batches of two, the last one padded."""
-    spec = load_config(str(CONFIG)).safe
-    spec.update(dict(names=(), num_generated=5, prompt="a dog", batch=2))
-    spec.generation.steps = 2
-    spec.update(fields)
-    return spec
+    """A data group of five images in batches of two, the last one padded."""
+    generation = Generation(**{"steps": 2} | fields.pop("generation", {}))
+    fields = dict(num_generated=5, prompt="a dog", batch=2) | fields
+    return DataGroup(generation=generation, **fields)
 
 
 def files(cache):
     return {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*.*")}
 
 
-def test_generated_pictures_are_the_models_own_and_kept(tiny, cache, drawn):
+def test_generated_images_are_the_models_own_and_kept(tiny, cache, drawn):
     spec = drawing(generation=dict(seed=3, guidance=2.0))
     data = load_group(tiny, spec, "safe", tiny.image_size)
     assert drawn == [(0, 2), (2, 2), (4, 2)]
-    how = ConfigDict(dict(seed=3, guidance=2.0, steps=2, batch=2))
-    expected = draw_images(tiny, tiny.params["unet"], ["a dog"] * 5, how)
+    samples = Samples(seed=3, guidance=2.0, steps=2, batch=2)
+    expected = draw_images(tiny, tiny.params["unet"], ["a dog"] * 5, samples)
     np.testing.assert_array_equal(data.images, expected)
     assert len(np.unique(data.images, axis=0)) == 5
     assert data.prompts == ["a dog"] * 5
@@ -77,7 +70,7 @@ def test_generated_pictures_are_the_models_own_and_kept(tiny, cache, drawn):
     assert settings["prompt"] == "a dog" and settings["seed"] == 3
 
 
-def test_generated_pictures_are_drawn_once(tiny, cache, drawn):
+def test_generated_images_are_drawn_once(tiny, cache, drawn):
     first = load_group(tiny, drawing(), "safe", tiny.image_size)
     kept = files(cache)
     drawn.clear()

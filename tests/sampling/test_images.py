@@ -1,29 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of prompts, and grids of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from gift_jax.models.load import check_samples
 from gift_jax.runtime.errors import UserError
-from gift_jax.sampling.images import draw_images, save_image_grid
+from gift_jax.sampling.images import (
+    Samples,
+    check_samples,
+    draw_images,
+    save_image_grid,
+)
 
 
 def test_sample_grid_draws_a_row_a_prompt(tiny, tmp_path):
-    samples = ConfigDict(dict(num=3, seed=0, guidance=2.0, steps=2, batch=4))
+    samples = Samples(num=3, seed=0, guidance=2.0, steps=2, batch=4)
     path = tmp_path / "samples" / "a.png"
     save_image_grid(tiny, tiny.params["unet"], ("a dog", "a cat"), samples, path)
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]
 
 
-def test_drawn_pictures_do_not_depend_on_the_batch(tiny):
-    samples = ConfigDict(dict(seed=0, guidance=2.0, steps=2, batch=4))
+def test_drawn_images_do_not_depend_on_the_batch(tiny):
+    samples = Samples(seed=0, guidance=2.0, steps=2, batch=4)
     prompts = ["a dog", "a cat", "a dog"]
     together = draw_images(tiny, tiny.params["unet"], prompts, samples)
-    samples.batch = 2
+    samples = dataclasses.replace(samples, batch=2)
     apart = draw_images(tiny, tiny.params["unet"], prompts, samples)
     assert together.shape == (3, 16, 16, 3) and together.dtype == np.uint8
     assert (together[0] != together[2]).any()  # the same prompt, noise of its own
@@ -31,8 +36,7 @@ def test_drawn_pictures_do_not_depend_on_the_batch(tiny):
 
 
 def test_scheduler_shorter_than_the_samples_is_named(tiny):
-    samples = ConfigDict(dict(num=1, steps=1001))
+    samples = Samples(num=1, steps=1001)
     with pytest.raises(UserError, match="config.samples.steps=1001 must be at most"):
         check_samples(tiny, samples)
-    samples.num = 0
-    check_samples(tiny, samples)
+    check_samples(tiny, dataclasses.replace(samples, num=0))

@@ -5,6 +5,8 @@ As in the repositories stable-diffusion-v1-5 and stable-diffusion-2-1 (v-predict
 pixels), less fields that say what made the file.
 """
 
+from collections.abc import Sequence
+
 IDS = {  # hub id -> of MODELS
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "stable-diffusion-v1-5/stable-diffusion-v1-4": "sd15",
@@ -15,9 +17,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _UNET = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
-    "block_out_channels": [320, 640, 1280, 1280],
     "center_input_sample": False,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "downsample_padding": 1,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -27,19 +27,15 @@ _UNET = {
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
     "out_channels": 4,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 _VAE = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
     "in_channels": 3,
     "latent_channels": 4,
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "out_channels": 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 _TEXT = {
     "architectures": ["CLIPTextModel"],
@@ -55,22 +51,69 @@ _TEXT = {
     "pad_token_id": 1,
     "vocab_size": 49408,
 }
-_SCHEDULER = {
+SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
     "set_alpha_to_one": False,
-    "skip_prk_steps": True,
     "steps_offset": 1,
     "trained_betas": None,
 }
+
+
+def unet_config(channels: Sequence[int], **fields) -> dict:
+    """Returns the config.json of a UNet with cross-attention in all blocks but one.
+
+    Args: channels: of each resolution; the last has no cross-attention. fields: others.
+    """
+    crossed = len(channels) - 1
+    blocks = {
+        "block_out_channels": list(channels),
+        "down_block_types": ["CrossAttnDownBlock2D"] * crossed + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * crossed,
+    }
+    return _UNET | blocks | fields
+
+
+def vae_config(channels: Sequence[int], **fields) -> dict:
+    """Returns the config.json of a VAE; channels: of each resolution."""
+    blocks = {
+        "block_out_channels": list(channels),
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+    }
+    return _VAE | blocks | fields
+
+
+def model_index(scheduler: str) -> dict:
+    """Returns the model_index.json of a model folder; scheduler: name of its class."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.35.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+_CHANNELS = {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512)}
 MODELS = {
     "sd15": {
-        "unet": _UNET
-        | {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64},
-        "vae": _VAE | {"sample_size": 512},
+        "unet": unet_config(
+            _CHANNELS["unet"],
+            attention_head_dim=8,
+            cross_attention_dim=768,
+            sample_size=64,
+        ),
+        "vae": vae_config(_CHANNELS["vae"], sample_size=512),
         "text_encoder": _TEXT
         | {
             "hidden_act": "quick_gelu",
@@ -80,22 +123,23 @@ MODELS = {
             "num_hidden_layers": 12,
             "projection_dim": 768,
         },
-        "scheduler": _SCHEDULER | {"_class_name": "PNDMScheduler"},
+        "scheduler": SCHEDULER
+        | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
         "pad_token": END,
     },
     "sd21": {
-        "unet": _UNET
-        | {
-            "attention_head_dim": [5, 10, 20, 20],  # the number of heads, its old name
-            "cross_attention_dim": 1024,
-            "dual_cross_attention": False,
-            "num_class_embeds": None,
-            "only_cross_attention": False,
-            "sample_size": 96,
-            "upcast_attention": True,
-            "use_linear_projection": True,
-        },
-        "vae": _VAE | {"sample_size": 768},
+        "unet": unet_config(
+            _CHANNELS["unet"],
+            attention_head_dim=[5, 10, 20, 20],  # the number of heads, its old name
+            cross_attention_dim=1024,
+            dual_cross_attention=False,
+            num_class_embeds=None,
+            only_cross_attention=False,
+            sample_size=96,
+            upcast_attention=True,
+            use_linear_projection=True,
+        ),
+        "vae": vae_config(_CHANNELS["vae"], sample_size=768),
         "text_encoder": _TEXT
         | {
             "hidden_act": "gelu",
@@ -105,8 +149,12 @@ MODELS = {
             "num_hidden_layers": 23,  # of OpenCLIP's 24: the last but one is used
             "projection_dim": 512,
         },
-        "scheduler": _SCHEDULER
-        | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+        "scheduler": SCHEDULER
+        | {
+            "_class_name": "DDIMScheduler",
+            "prediction_type": "v_prediction",
+            "skip_prk_steps": True,
+        },
         "pad_token": "!",
     },
 }

@@ -93,17 +93,7 @@ def write(out, configs: dict, dtype: str = "float32", seed: int = 0, shard_mib=0
     at_least("--shard_mib", shard_mib, 0)
     if out.exists():
         raise UserError(f"--out={out} exists; name a new folder")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    index = architectures.model_index(configs["scheduler"]["_class_name"])
     with files.atomic_folder(out) as temp:
         for kind in ("text_encoder", "vae", "unet"):
             write_component(temp / kind, kind, configs[kind], dtype, seed, shard_mib)
