@@ -94,10 +94,10 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _checkpoint(name: str, folder: pathlib.Path) -> dict:
-    from gift_jax.training import checkpoint
+    from gift_jax.training import checkpoint, checksums
 
     step, params = checkpoint.read_params(folder)
-    return {f"{name}/{step}": checkpoint.checksums(params)}
+    return {f"{name}/{step}": checksums.of_tree(params)}
 
 
 def _lines(path: pathlib.Path) -> list[dict]:

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orbax checkpoints: trainable state and data position together, resumed together.
+"""Orbax checkpoints of what changes in a run: its state and the position in its data.
 
-A checkpoint holds what changes (trainable parameters, optimiser states, step, key)
-and the data iterators' position, with checksums of both. The frozen base model is only
-referred to, by path and content hash, in the run's config.json.
+A checkpoint holds the `State` (trained parameters, optimizer states, step), the run's
+key and the data iterators' position, with checksums. The frozen base model is recorded
+in the run's config.json, by path and content hash.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
-import zlib
 from typing import Any
 
 import jax
@@ -21,24 +19,25 @@ from absl import logging
 
 from gift_jax.runtime import files, processes
 from gift_jax.runtime.errors import DiskError, UserError
+from gift_jax.training import checksums
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """False: the loop asks at each step, through `hosts.asked_to_stop`.
+        """Returns False: the loop asks at each step, through `processes.preempted`.
 
-        Orbax asks again when a save in the background ends, with that save's step.
-        Where SIGTERM came then, the processes agreed on a step that this one had passed
-        already, and waited for one another for ever.
+        Orbax asks again when a save in the background ends, with that save's step. If
+        SIGTERM arrived meanwhile, the processes agreed on a step that this one had
+        passed already, and waited for one another forever.
         """
         return False
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; saving is asynchronous and atomic.
+    """The checkpoints of one run; saving is asynchronous and atomic.
 
-    Args: folder: created if missing. keep: how many to keep. every: save at steps
-      that are multiples of it; `save(..., force=True)` saves at any step.
+    Args: folder: created if missing. keep: how many to keep. every: `due` at multiples
+      of so many steps; 0: never.
     """
 
     def __init__(self, folder: pathlib.Path | str, *, keep: int = 2, every: int = 100):
@@ -55,23 +54,26 @@ class Checkpoints:
             )
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """Returns the newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
     def due(self, step: int) -> bool:
-        """Whether the run's schedule asks for a checkpoint after `step`."""
+        """Whether the schedule has a checkpoint after `step`."""
         return self.every > 0 and step % self.every == 0
 
-    def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
-        """Saves state (a pytree of arrays) and the data position as step `step`.
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Saves a pytree of arrays and a JSON value as step `step`, if not yet there.
 
         Raises: DiskError if the disk is full or cannot be written, perhaps only when
           the next one is saved or the store is closed.
         """
         if step == self._manager.latest_step():
             return
-        data = {"position": data_state, "checksum": _checksum_of_json(data_state)}
-        data["checksums"] = checksums(state)
+        data = {
+            "position": position,
+            "checksum": checksums.of_json(position),
+            "checksums": checksums.of_tree(state),
+        }
         with _disk_errors(self.folder):
             self._manager.save(
                 step,
@@ -82,44 +84,43 @@ class Checkpoints:
             )
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """Returns (state, data position) of `step`, by default of the newest good one.
+        """Returns (state, position) of `step`, by default of the newest intact one.
 
-        Newer ones that cannot be read, or not as they were written, are set aside as
-        bad-STEP, with a warning.
+        Newer ones that are damaged are renamed to bad-STEP, with a warning.
 
-        Args: state: the same pytree freshly initialised, or its ShapeDtypeStructs:
-          gives structure, shapes, dtypes and shardings.
-        Raises: UserError if the checkpoint does not fit `state`, or none can be read.
+        Args: state: a pytree of arrays or ShapeDtypeStructs with the structure, shapes,
+          dtypes and shardings to restore.
+        Raises: UserError if the checkpoint does not fit `state`, or none is intact.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         with _disk_errors(self.folder):
             self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps(), reverse=True)
-        bad: dict[int, Exception] = {}
-        for one in steps if step is None else [step]:
+        damaged: dict[int, Exception] = {}
+        for candidate in steps if step is None else [step]:
             try:
-                found = self._restore(target, one)
-            except Exception as error:  # whatever Orbax says of damaged files
-                bad[one] = error
+                result = self._restore(target, candidate)
+            except Exception as error:  # whatever Orbax raises of damaged files
+                damaged[candidate] = error
             else:
-                self._set_aside(bad, one)
-                logging.info("restored step %d from %s", one, self.folder)
-                return found
-        newest = max(bad)
-        if isinstance(bad[newest], UserError):
-            raise bad[newest]
+                self._set_aside(damaged, candidate)
+                logging.info("restored step %d from %s", candidate, self.folder)
+                return result
+        newest = max(damaged)
+        if isinstance(damaged[newest], UserError):
+            raise damaged[newest]
         raise UserError(
             f"{self.folder}: no checkpoint there can be read ({newest}: "
-            f"{_one_line(bad[newest])}); delete the folder to begin anew"
-        ) from bad[newest]
+            f"{_one_line(damaged[newest])}); delete the folder to begin anew"
+        ) from damaged[newest]
 
     def _restore(self, target: Any, step: int) -> tuple[Any, dict]:
         saved = self._manager.item_metadata(step)["state"].tree
-        differs = _differences(_shapes(saved), _shapes(target))
-        if differs:  # Orbax would say so too, after it has started reading
+        differences = _differences(_shapes(saved), _shapes(target))
+        if differences:  # Orbax would raise too, but only after it has begun to read
             raise UserError(
-                f"checkpoint {self.folder}/{step} does not fit this config: {differs}; "
-                "use another --workdir"
+                f"checkpoint {self.folder}/{step} does not fit this config: "
+                f"{differences}; use another --workdir"
             )
         restored = self._manager.restore(
             step,
@@ -128,27 +129,22 @@ class Checkpoints:
             ),
         )
         state, data = restored["state"], restored["data"]
-        _check_sums(data["checksums"], checksums(state))
-        if data["checksum"] != _checksum_of_json(data["position"]):
+        checksums.check(data["checksums"], state)
+        if data["checksum"] != checksums.of_json(data["position"]):
             raise ValueError("the data position is not as it was written")
         return state, data["position"]
 
-    def _set_aside(self, bad: dict[int, Exception], instead: int) -> None:
-        for step, error in bad.items():
-            logging.warning(
-                "checkpoint %s/%d cannot be read (%s): going on from step %d",
-                self.folder,
-                step,
-                _one_line(error),
-                instead,
-            )
+    def _set_aside(self, damaged: dict[int, Exception], good_step: int) -> None:
+        for step, error in damaged.items():
+            message = "checkpoint %s/%d cannot be read (%s): going on from step %d"
+            logging.warning(message, self.folder, step, _one_line(error), good_step)
             if processes.is_main_process():
                 aside = self.folder / f"bad-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 with _disk_errors(self.folder):
                     (self.folder / str(step)).rename(aside)
-        if bad:
-            processes.wait_for_all("bad checkpoints are set aside")
+        if damaged:
+            processes.wait_for_all("damaged checkpoints are renamed")
             self._manager.reload()
 
     def close(self) -> None:
@@ -163,7 +159,7 @@ def read_params(
 ) -> tuple[int, dict[str, Any]]:
     """Returns (step, the trained parameters as NumPy arrays) of a run's checkpoints.
 
-    Works wherever the checkpoint was written: on any number of devices.
+    Works on any number of devices, whatever number wrote the checkpoint.
 
     Args: step: the newest one by default.
     Raises: UserError if there is no such checkpoint, or it is damaged.
@@ -171,13 +167,13 @@ def read_params(
     folder = pathlib.Path(folder).absolute()
     steps = ocp.utils.checkpoint_steps(folder)
     if not steps or (step is not None and step not in steps):
-        there = ", ".join(map(str, sorted(steps))) or "none"
-        wanted = "a checkpoint" if step is None else f"step {step}"
-        raise UserError(f"{folder}: has no {wanted}; steps there: {there}")
+        present = ", ".join(map(str, sorted(steps))) or "none"
+        missing = "a checkpoint" if step is None else f"step {step}"
+        raise UserError(f"{folder}: has no {missing}; steps there: {present}")
     step = max(steps) if step is None else step
     try:
         params = _read_params(folder / str(step))
-    except Exception as error:  # whatever Orbax says of damaged files
+    except Exception as error:  # whatever Orbax raises of damaged files
         others = sorted(set(steps) - {step})
         fix = f"try --step={others[-1]}" if others else "there is no other"
         raise UserError(
@@ -187,86 +183,36 @@ def read_params(
 
 
 def _read_params(folder: pathlib.Path) -> dict[str, Any]:
-    handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(folder / "state").tree["params"]
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-    restored = handler.restore(
-        folder / "state",
-        args=ocp.args.PyTreeRestore(
-            item={"params": saved}, restore_args={"params": args}, partial_restore=True
-        ),
-    )
-    handler.close()
-    reader = ocp.JsonCheckpointHandler()
-    data = reader.restore(folder / "data", args=ocp.args.JsonRestore())
-    reader.close()
-    found = checksums({"params": restored["params"]})
-    _check_sums({name: data["checksums"][name] for name in found}, found)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        saved = handler.metadata(folder / "state").tree["params"]
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        restored = handler.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                item={"params": saved},
+                restore_args={"params": args},
+                partial_restore=True,
+            ),
+        )
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        data = handler.restore(folder / "data", args=ocp.args.JsonRestore())
+    checksums.check(data["checksums"], {"params": restored["params"]})
     return restored["params"]
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """Returns {path: the sum of a leaf's bytes, in words of their own width}.
-
-    The same however an array is divided over devices and processes; all of these call.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    local = [sum(map(_words, _parts(leaf))) % 2**64 for _, leaf in leaves]
-    total = processes.all_sum(np.asarray(local, np.uint64)) % 2**53  # exact in any JSON
-    names = (_path(keys) for keys, _ in leaves)
-    return dict(zip(names, map(int, total), strict=True))
-
-
-def not_finite(params: Any) -> list[str]:
-    """Returns the paths of arrays with a NaN or infinity; all processes call."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    bad = [not all(map(_finite, _parts(leaf))) for _, leaf in leaves]
-    total = processes.all_sum(np.asarray(bad, np.uint64))
-    return [_path(keys) for (keys, _), n in zip(leaves, total, strict=True) if n]
-
-
-def _finite(part: np.ndarray) -> bool:
-    return part.dtype.kind in "iub" or bool(np.isfinite(part).all())
-
-
-def _parts(leaf: Any) -> list[np.ndarray]:
-    """Returns the parts of an array that this process counts, each once."""
-    if not isinstance(leaf, jax.Array):
-        return [np.asarray(leaf)]
-    shards = leaf.addressable_shards
-    return [np.asarray(shard.data) for shard in shards if shard.replica_id == 0]
-
-
-def _words(part: np.ndarray) -> int:
-    width = min(part.dtype.itemsize, 8)
-    bits = np.ascontiguousarray(part).reshape(-1).view(f"u{width}")
-    return int(np.sum(bits, dtype=np.uint64))
-
-
-def _check_sums(saved: dict[str, int], found: dict[str, int]) -> None:
-    wrong = [name for name in found if saved.get(name) != found[name]]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is not as it was written")
-
-
-def _checksum_of_json(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 @contextlib.contextmanager
 def _disk_errors(folder: pathlib.Path):
-    """Says in one line what Orbax says in many of a disk that takes no more."""
+    """Raises a DiskError of one line where Orbax raises many of a full disk."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         for code in files.CURES:
-            if os.strerror(code) in str(error) or getattr(error, "errno", 0) == code:
-                said = files.describe_disk_error(
-                    OSError(code, os.strerror(code)), folder
-                )
-                raise DiskError(said) from error
+            reason = os.strerror(code)
+            if reason in str(error) or getattr(error, "errno", 0) == code:
+                message = files.describe_disk_error(OSError(code, reason), folder)
+                raise DiskError(message) from error
         raise
 
 
@@ -276,29 +222,22 @@ def _one_line(error: Exception) -> str:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns "params/a/kernel" -> shape; the same for a state and its metadata."""
+    """Returns {path: shape}; the same for a state and its checkpoint's metadata."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path(keys): tuple(leaf.shape) for keys, leaf in leaves}
+    return {checksums.tree_path(keys): tuple(leaf.shape) for keys, leaf in leaves}
 
 
-def _path(keys) -> str:
-    names = ("name", "key", "idx")
-    return "/".join(
-        str(next(getattr(k, n) for n in names if hasattr(k, n))) for k in keys
-    )
-
-
-def _differences(saved: dict, wanted: dict) -> str:
+def _differences(saved: dict, expected: dict) -> str:
     parts = []
     for what, names in (
-        ("missing", sorted(wanted.keys() - saved.keys())),
-        ("unexpected", sorted(saved.keys() - wanted.keys())),
+        ("missing", sorted(expected.keys() - saved.keys())),
+        ("unexpected", sorted(saved.keys() - expected.keys())),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{what} {', '.join(names[:3])}{more}")
-    for name in sorted(wanted.keys() & saved.keys()):
-        if wanted[name] != saved[name]:
-            parts.append(f"{name} is {list(saved[name])}, not {list(wanted[name])}")
+    for name in sorted(expected.keys() & saved.keys()):
+        if expected[name] != saved[name]:
+            parts.append(f"{name} is {list(saved[name])}, not {list(expected[name])}")
             break
     return "; ".join(parts)

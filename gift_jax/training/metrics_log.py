@@ -15,29 +15,31 @@ import numpy as np
 from gift_jax.runtime import files, processes
 from gift_jax.runtime.errors import NonFiniteError
 from gift_jax.state import Metrics
-from gift_jax.training import checkpoint
+from gift_jax.training import checksums
+
+PER_CONCEPT = ("concept/", "harmful_loss/")  # prefixes of metrics of single concepts
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step to metrics.jsonl, and to TensorBoard.
+    """Appends a JSON object for each logged step to metrics.jsonl, and to TensorBoard.
 
-    Lines of steps after `start` (of a run that was stopped between a logged step
-    and its checkpoint) are dropped, so that a resumed run repeats none. Of several
+    Lines of steps after `start` (of a run that was stopped between a logged step and
+    its checkpoint) are dropped, so that a resumed run repeats none. Of several
     processes the first one writes; all of them check.
 
-    Args: last_good: returns the newest checkpoint's step, or None, for errors.
+    Args: latest_checkpoint: returns the newest checkpoint's step, or None, for errors.
     """
 
     def __init__(
         self,
         workdir: pathlib.Path,
         start: int,
-        last_good: Callable[[], int | None] = lambda: None,
+        latest_checkpoint: Callable[[], int | None] = lambda: None,
     ):
         self._path = workdir / "metrics.jsonl"
         self._workdir = workdir
         self._start = start
-        self._last_good = last_good
+        self._latest_checkpoint = latest_checkpoint
         self._since = (start, time.perf_counter())
         self._watched: list[str] = []
         self._first_bad = None
@@ -56,59 +58,62 @@ class MetricsLog:
         return self
 
     def watch(self, step: jax.Array, metrics: Metrics) -> None:
-        """Notes, on the devices, the first step after which a metric is not finite.
+        """Records, on the devices, the first step at which each metric is not finite.
 
-        Those called concept/... may be NaN: of a concept that the step had no pair of.
+        Those of `PER_CONCEPT` may be NaN: the step had no pair of that concept.
         """
-        names = [name for name in metrics if not name.startswith("concept/")]
+        names = [name for name in metrics if not name.startswith(PER_CONCEPT)]
         self._watched = sorted(names, key=lambda name: ("loss" not in name, name))
         values = tuple(metrics[name] for name in self._watched)
         if self._first_bad is None:
             self._first_bad = np.full(len(names), -1, np.int32)
-        self._first_bad = _note(self._first_bad, step, values)
+        self._first_bad = _first_non_finite(self._first_bad, step, values)
 
     def check(
         self, step: int, metrics: Metrics, params: Mapping[str, jax.Array] | None = None
     ) -> dict[str, float]:
-        """Fetches one step's metrics (the only host copy) and what `watch` has noted.
+        """Returns one step's metrics on the host, having checked every step's so far.
 
-        Args: params: to be looked through too, all processes calling.
+        Args: params: to be checked too; all processes call.
         Raises: NonFiniteError naming the step, the metric and the parameter.
         """
-        values, first_bad = jax.device_get((metrics, self._first_bad))
-        values = {name: float(v) for name, v in values.items()}
+        host_metrics, first_bad = jax.device_get((metrics, self._first_bad))
         values = {
-            name: value
-            for name, value in values.items()
-            if not (name.startswith("concept/") and math.isnan(value))
+            name: float(value)
+            for name, value in host_metrics.items()
+            if not (name.startswith(PER_CONCEPT) and math.isnan(value))
         }
-        bad = {} if first_bad is None else dict(enumerate(first_bad.tolist()))
-        bad = {self._watched[i]: at for i, at in bad.items() if at >= 0}
-        wrong = checkpoint.not_finite(params) if params or bad else []
-        if bad:
-            name = min(bad, key=lambda name: bad[name])
-            raise self._error(bad[name], name, values[name], wrong)
-        if wrong:
-            raise self._error(step, f"parameter {wrong[0]}", math.nan, [])
+        first_bad = [] if first_bad is None else first_bad.tolist()
+        bad_steps = {
+            name: bad_step
+            for name, bad_step in zip(self._watched, first_bad, strict=False)
+            if bad_step >= 0
+        }
+        bad_params = checksums.non_finite(params) if params or bad_steps else []
+        if bad_steps:
+            name = min(bad_steps, key=lambda name: bad_steps[name])
+            raise self._error(bad_steps[name], name, values[name], bad_params)
+        if bad_params:
+            raise self._error(step, f"parameter {bad_params[0]}", math.nan, [])
         return values
 
-    def _error(self, step: int, name: str, value: float, wrong: list[str]):
-        last = self._last_good()
-        good = "no checkpoint yet" if last is None else f"last checkpoint: {last}"
-        now = value if not math.isfinite(value) else "not finite"
-        parameter = f"; so is the parameter {wrong[0]}" if wrong else ""
+    def _error(self, step: int, name: str, value: float, bad_params: list[str]):
+        latest = self._latest_checkpoint()
+        checkpoint = f"last checkpoint: {latest}" if latest else "no checkpoint yet"
+        shown = value if not math.isfinite(value) else "not finite"
+        parameter = f"; so is the parameter {bad_params[0]}" if bad_params else ""
         return NonFiniteError(
-            f"step {step}: {name} is {now}{parameter} ({good}). Lower the learning "
-            "rate, bound the ascent, or set --config.on_nan=restore."
+            f"step {step}: {name} is {shown}{parameter} ({checkpoint}). Lower the "
+            "learning rate, or bound the ascent, and use another --workdir."
         )
 
     def leave_out(self, seconds: float) -> None:
-        """Counts seconds in which no step was taken out of the steps' time."""
+        """Excludes seconds in which no step was taken from the steps' time."""
         step, then = self._since
         self._since = (step, then + seconds)
 
     def write(self, step: int, values: dict[str, float], batch_size: int) -> None:
-        """Writes one step's metrics, as `check` returns them."""
+        """Writes one step's metrics, as `check` returns them, with the time a step."""
         (old_step, old_time), now = self._since, time.perf_counter()
         if step > old_step:
             seconds = (now - old_time) / (step - old_step)
@@ -131,8 +136,8 @@ class MetricsLog:
 
 
 @jax.jit
-def _note(first_M, step, values):
-    """Returns int32 "M": the first step after which each value was bad, or -1."""
+def _first_non_finite(first_M, step, values):
+    """Returns int32 "M": the first step at which each metric was not finite, or -1."""
     bad_M = ~jnp.stack([jnp.all(jnp.isfinite(value)) for value in values])
     return jnp.where(bad_M & (first_M < 0), step, first_M)
 
@@ -140,7 +145,7 @@ def _note(first_M, step, values):
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # the last line of a process that was killed as it wrote
+    except ValueError:  # the last line of a process that was killed while writing
         return math.inf
 
 

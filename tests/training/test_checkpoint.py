@@ -4,6 +4,7 @@
 import contextlib
 import gc
 import os
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import init_state
-from gift_jax.training import checkpoint
+from gift_jax.training import checkpoint, checksums
 
 
 def make_state(value=1.0, size=3):
@@ -91,13 +92,13 @@ def test_saving_is_not_disturbed_by_donation(store):
 
 def test_a_save_does_not_ask_which_step_all_stop_at(store, monkeypatch):
     """JAX takes the step that it is asked with for the step that the run is at."""
-    asked = []
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
-    assert ocp.utils.reached_preemption(1) is None and asked == [1]  # Orbax's way
+    steps = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", steps.append)
+    assert ocp.utils.reached_preemption(1) is None and steps == [1]  # as Orbax asks
     for step in (2, 4):
         store.save(step, make_state(), {})
     store.close()
-    assert asked == [1]
+    assert steps == [1]
 
 
 def test_checkpoint_of_another_shape_is_refused(store):
@@ -121,13 +122,13 @@ def test_checkpoint_of_other_parameters_is_refused(store):
 @pytest.mark.parametrize("specs", [("data", None), (None, "data")])
 def test_restore_onto_another_sharding_than_it_was_saved_with(store, specs):
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
-    saved, wanted = (NamedSharding(mesh, PartitionSpec(spec)) for spec in specs)
+    saved, other = (NamedSharding(mesh, PartitionSpec(spec)) for spec in specs)
     assert len(mesh.devices) == 2
     state = {"w": jax.device_put(jnp.arange(8.0), saved)}
     store.save(1, state, {})
-    fresh = {"w": jax.device_put(jnp.zeros(8), wanted)}
+    fresh = {"w": jax.device_put(jnp.zeros(8), other)}
     restored, _ = store.restore(fresh)
-    assert restored["w"].sharding == wanted != saved
+    assert restored["w"].sharding == other != saved
     np.testing.assert_array_equal(restored["w"], np.arange(8.0))
 
 
@@ -162,11 +163,11 @@ def test_trained_parameters_are_read_without_a_target(store):
     store.save(3, make_state(2.0), {})
     store.save(5, make_state(4.0), {})
     store.close()
-    for wanted, step in ((None, 5), (3, 3)):
-        found, params = checkpoint.read_params(store.folder, wanted)
-        assert found == step
+    for step, expected_step in ((None, 5), (3, 3)):
+        read_step, params = checkpoint.read_params(store.folder, step)
+        assert read_step == expected_step
         assert jax.tree.all(jax.tree.map(lambda a: isinstance(a, np.ndarray), params))
-        expected = make_state(2.0 if step == 3 else 4.0).params
+        expected = make_state(2.0 if expected_step == 3 else 4.0).params
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     with pytest.raises(UserError, match="has no step 4; steps there: 3, 5"):
         checkpoint.read_params(store.folder, 4)
@@ -204,7 +205,7 @@ def files_of(step):
 
 @pytest.fixture
 def left_coroutines(monkeypatch):
-    """Hushes the coroutines that Orbax leaves behind when it finds damage."""
+    """Silences the coroutines that Orbax leaves behind when files are damaged."""
     gc.collect()
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     yield
@@ -215,14 +216,13 @@ def left_coroutines(monkeypatch):
 @pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
 def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(tmp_path, damage, caplog):
     fallen_back = 0
-    saved(tmp_path / "whole")
-    count = len(files_of(tmp_path / "whole" / "2"))
-    assert count > 5
-    for number in range(count):
+    states = saved(tmp_path / "whole")
+    files = [p.relative_to(tmp_path / "whole") for p in files_of(tmp_path / "whole/2")]
+    assert len(files) > 5
+    for number, file in enumerate(files):
         folder = tmp_path / str(number)
-        states = saved(folder)
-        there = files_of(folder / "2")  # now and then TensorStore writes one less
-        damage(there[number % len(there)])
+        shutil.copytree(tmp_path / "whole", folder)
+        damage(folder / file)
         fresh = jax.tree.map(jnp.zeros_like, states[1])
         with contextlib.closing(checkpoint.Checkpoints(folder)) as store:
             caplog.clear()
@@ -260,8 +260,8 @@ def test_without_a_good_checkpoint_one_line_says_so(tmp_path):
 def test_checksums_do_not_depend_on_the_sharding():
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     a = jax.random.normal(jax.random.key(0), (8, 4))
-    found = {
-        str(spec): checkpoint.checksums(
+    sums = {
+        str(spec): checksums.of_tree(
             {"a": jax.device_put(a, NamedSharding(mesh, spec)), "b": np.uint8(3)}
         )
         for spec in (
@@ -270,16 +270,16 @@ def test_checksums_do_not_depend_on_the_sharding():
             PartitionSpec(None, "data"),
         )
     }
-    one = found.pop(str(PartitionSpec()))
-    assert len(found) == 2 and all(other == one for other in found.values())
-    assert one != checkpoint.checksums({"a": a.at[3, 1].add(1e-6), "b": np.uint8(3)})
+    whole = sums.pop(str(PartitionSpec()))
+    assert len(sums) == 2 and all(divided == whole for divided in sums.values())
+    assert whole != checksums.of_tree({"a": a.at[3, 1].add(1e-6), "b": np.uint8(3)})
 
 
 FULL = """
 import pathlib, resource, signal, sys
 import jax, jax.numpy as jnp
 from gift_jax.runtime import cli
-from gift_jax.training import checkpoint
+from gift_jax.training import checkpoint, checksums
 
 def main():
     store = checkpoint.Checkpoints(sys.argv[1], keep=5)
