@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are whole or not there at all, and one writer a folder.
+"""Files and folders that are whole or not there at all.
 
-What is written goes to a hidden name beside its own, is flushed to the disk, and is
-renamed: a process that is killed, or a full disk, leaves the old content, never half of
-the new.
+Content is written to a hidden temporary sibling, flushed to the disk and renamed: a
+killed process or a full disk leaves the old content, never half of the new. A temporary
+name contains the host and the process, because several processes may write to one
+folder; the next write of the same target removes what killed processes have left.
 """
 
 import contextlib
@@ -14,10 +15,10 @@ import pathlib
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-# What the user can do something about, and what.
+# Errors of the disk that the user can do something about, and the remedy.
 CURES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -31,7 +32,7 @@ _HOST = re.sub("[^A-Za-z0-9]+", "_", platform.node())
 
 
 def describe_disk_error(error: OSError, path: Any = "") -> str | None:
-    """Returns one line for a disk that is full or cannot be written; None of others."""
+    """Returns one line on a disk that is full or read-only; None for other errors."""
     if error.errno not in CURES:
         return None
     where = error.filename or path or "a file"
@@ -41,14 +42,14 @@ def describe_disk_error(error: OSError, path: Any = "") -> str | None:
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path | str) -> Iterator[pathlib.Path]:
-    """Yields a name beside `path` to write to; it becomes `path` if nothing is raised.
+    """Yields a temporary path to write to, which replaces `path` if nothing is raised.
 
-    The folder is made if it is missing. The name has the suffix of `path`.
+    The folder is created if it is missing. The temporary path has the suffix of `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path)
-    aside = path.with_name(f".{path.stem}.tmp-{_process_tag()}{path.suffix}")
+    aside = _sibling(path, "tmp", path.suffix)
     try:
         yield aside
         _flush(aside)
@@ -71,12 +72,12 @@ def write_json(path: pathlib.Path | str, value: Any) -> None:
 
 
 class AppendOnlyFile:
-    """A file that grows line by line; no part of a line is ever left in it.
+    """A file that grows by whole lines.
 
-    Args: keep: of an existing file's lines, those to begin with.
+    Args: keep: which lines of an existing file to keep.
     """
 
-    def __init__(self, path: pathlib.Path, keep=lambda line: True):
+    def __init__(self, path: pathlib.Path, keep: Callable[[str], bool]):
         old = path.read_text().splitlines() if path.exists() else []
         write(path, "".join(line + "\n" for line in old if keep(line)))
         self._path = path
@@ -99,14 +100,11 @@ class AppendOnlyFile:
 
 @contextlib.contextmanager
 def atomic_folder(out: pathlib.Path | str) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling that becomes `out` on success, and is removed if not.
-
-    An existing `out` is replaced whole, never mixed with the new files.
-    """
+    """Yields a temporary folder, which replaces `out` whole if nothing is raised."""
     out = pathlib.Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
-    temp = out.parent / f".{out.name}.tmp-{_process_tag()}"
+    temp, old = _sibling(out, "tmp"), _sibling(out, "old")
     temp.mkdir()
     try:
         yield temp
@@ -115,7 +113,6 @@ def atomic_folder(out: pathlib.Path | str) -> Iterator[pathlib.Path]:
             if file.is_file():
                 file.chmod(mode)  # the safetensors library writes 0600
             _flush(file)
-        old = out.parent / f".{out.name}.old-{_process_tag()}"
         if out.exists():
             out.rename(old)
         temp.rename(out)
@@ -125,12 +122,12 @@ def atomic_folder(out: pathlib.Path | str) -> Iterator[pathlib.Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _process_tag() -> str:
-    return f"{_HOST}-{os.getpid()}"
+def _sibling(path: pathlib.Path, role: str, suffix: str = "") -> pathlib.Path:
+    return path.with_name(f".{path.name}.{role}-{_HOST}-{os.getpid()}{suffix}")
 
 
 def _flush(path: pathlib.Path) -> None:
-    """Has the system write a file, or a folder's list of names, to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # folders cannot be opened on some systems
@@ -142,36 +139,34 @@ def _flush(path: pathlib.Path) -> None:
 
 
 def _remove_stale(path: pathlib.Path) -> None:
-    """Removes what processes of this machine that were killed left beside `path`."""
-    name = rf"\.{re.escape(path.name)}\.(tmp|old)-{_HOST}-(\d+)"
-    if path.suffix:
-        end = re.escape(path.suffix)
-        name += rf"|\.{re.escape(path.stem)}\.(tmp)-{_HOST}-(\d+){end}"
-    for other in path.parent.iterdir():
-        found = re.fullmatch(name, other.name)
-        if not found or _is_alive(int(found[2] or found[4])):
+    """Removes what killed processes of this machine have left beside `path`."""
+    pattern = rf"\.{re.escape(path.name)}\.(tmp|old)-{_HOST}-(\d+)(\.[^.]*)?"
+    for sibling in path.parent.iterdir():
+        match = re.fullmatch(pattern, sibling.name)
+        if not match or _is_other_process(int(match[2])):
             continue
-        if found[1] == "old" and not path.exists():
-            other.rename(path)  # killed between two renames
-        elif other.is_dir():
-            shutil.rmtree(other, ignore_errors=True)
+        if match[1] == "old" and not path.exists():
+            sibling.rename(path)  # killed between the two renames of a folder
+        elif sibling.is_dir():
+            shutil.rmtree(sibling, ignore_errors=True)
         else:
-            other.unlink(missing_ok=True)
+            sibling.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # what it left itself: one thing is written at a time
+def _is_other_process(pid: int) -> bool:
+    """Whether a process other than this one is alive under that number."""
+    if pid == os.getpid():
+        return False
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         return True
     return True
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder for what may be made again: GIFT_JAX_CACHE or ~/.cache."""
-    named = os.environ.get("GIFT_JAX_CACHE") or "~/.cache/gift_jax"
-    return pathlib.Path(named).expanduser()
+    """Returns the folder of the caches: GIFT_JAX_CACHE, or ~/.cache/gift_jax."""
+    path = os.environ.get("GIFT_JAX_CACHE") or "~/.cache/gift_jax"
+    return pathlib.Path(path).expanduser()

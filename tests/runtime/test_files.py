@@ -3,8 +3,6 @@
 
 import json
 import os
-import platform
-import re
 import resource
 import signal
 import subprocess
@@ -79,13 +77,13 @@ else:  # between the two renames
 """
 
 
-def kill(path, what):
-    command = [sys.executable, "-c", KILLED, str(path), what]
+def kill(path, moment):
+    command = [sys.executable, "-c", KILLED, str(path), moment]
     assert subprocess.run(command).returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("name", ["a.json", "noending"])
-def test_what_a_killed_process_left_is_cleared_away(tmp_path, name):
+def test_file_of_a_killed_process_is_removed_by_the_next_write(tmp_path, name):
     path, other = tmp_path / name, tmp_path / f".{name}.of-somebody"
     other.write_text("kept")
     kill(path, "file")
@@ -94,7 +92,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path, name):
     assert sorted(tmp_path.iterdir()) == sorted([path, other])
 
 
-def test_folder_of_a_killed_process_is_cleared_away(tmp_path):
+def test_folder_of_a_killed_process_is_removed_by_the_next_write(tmp_path):
     out = tmp_path / "model"
     kill(out, "folder")
     assert not out.exists() and len(list(tmp_path.iterdir())) == 1
@@ -114,14 +112,17 @@ def test_folder_set_aside_comes_back_when_the_new_one_fails(tmp_path):
     assert (out / "a").read_text() == "old"
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path):
-    host = re.sub("[^A-Za-z0-9]+", "_", platform.node())
-    theirs = tmp_path / f".a.tmp-{host}-{os.getppid()}.json"
-    elsewhere = tmp_path / ".a.tmp-another_host-1.json"
-    for path in (theirs, elsewhere):
+def test_files_of_a_living_process_and_of_another_host_stay(tmp_path):
+    with files.atomic_write(tmp_path / "a.json") as aside:
+        aside.write_text("half")
+        tag = f"-{os.getpid()}"
+        living = aside.with_name(aside.name.replace(tag, f"-{os.getppid()}"))
+        elsewhere = aside.with_name(aside.name.replace(tag, "-elsewhere-1"))
+        assert len({aside, living, elsewhere}) == 3
+    for path in (living, elsewhere):
         path.write_text("half")
     files.write(tmp_path / "a.json", "{}")
-    assert theirs.exists() and elsewhere.exists()
+    assert living.exists() and elsewhere.exists()
 
 
 def limited(limit):
@@ -133,7 +134,7 @@ def limited(limit):
 
 def test_line_that_does_not_fit_leaves_nothing_of_itself(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = files.AppendOnlyFile(path)
+    lines = files.AppendOnlyFile(path, keep=bool)
     lines.add("a" * 500)
     try:
         limited(700)
@@ -154,16 +155,16 @@ LOCKS = """
 import pathlib, sys
 from gift_jax.runtime import workdir
 workdir.lock(pathlib.Path(sys.argv[1]))
-print("mine", flush=True)
+print("locked", flush=True)
 sys.stdin.read()
 """
 
 
 def test_folder_has_one_writer_until_that_ends_however_it_ends(tmp_path):
     command = [sys.executable, "-c", LOCKS, str(tmp_path / "run")]
-    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **how) as other:
-        assert other.stdout.readline() == "mine\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match="run is in use by another process"):
             lock(tmp_path / "run")
         lock(tmp_path / "another")
@@ -174,4 +175,4 @@ def test_folder_has_one_writer_until_that_ends_however_it_ends(tmp_path):
     assert "in use by another process" in refused.stderr
     lock(tmp_path / "another")  # gives the first one back
     done = subprocess.run(command, capture_output=True, text=True, input="")
-    assert done.stdout == "mine\n", done.stderr
+    assert done.stdout == "locked\n", done.stderr
