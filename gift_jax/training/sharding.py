@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: one mesh, rules that say which parameter lies where, and placing.
+"""The device mesh, the rules that divide parameters over it, and placing arrays on it.
 
-The mesh has three axes. A batch is divided over `data` and `fsdp`; parameters that are
-large, their gradients and their optimiser's states over `fsdp` too, and the matrices of
-attention and of feed-forward layers over `tensor`. What no rule names, or what does not
-divide evenly, is repeated.
+The mesh has three axes. A batch is divided over `data` and `fsdp`; large parameters,
+their gradients and their optimizer states over `fsdp` too, and the matrices of
+attention and of feed-forward layers over `tensor`. Arrays that no rule matches, or that
+do not divide evenly, are replicated.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-RULES = (  # of a parameter's path: the axes of its last dimensions
+Rules = Sequence[tuple[str, tuple[str, ...]]]
+RULES: Rules = (  # the end of a parameter's path: the axes of its last dimensions
     (r"(to_[qkv]|net_0/proj|[qkv]_proj|fc1)/kernel", ("fsdp", "tensor")),
     (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
     (r"(kernel|embedding)", ("fsdp",)),
@@ -28,17 +29,17 @@ _BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_default_mesh(cpu_devices: int = 1) -> Mesh:
-    """Returns the mesh of all devices along data; see `prepare`."""
+    """Returns the mesh of all devices along data, after `init_jax`."""
     init_jax(cpu_devices)
     return make_mesh(jax.devices())
 
 
 def make_mesh(devices, shape: Mapping[str, int] | None = None) -> Mesh:
-    """Returns the mesh of some devices.
+    """Returns a mesh of devices.
 
-    Args: shape: devices along each of `AXES`; one of them may be 0: all that the others
-      leave. By default all are along data.
-    Raises: UserError if the devices cannot be laid out so.
+    Args: shape: the number along each of `AXES`; one of them may be 0: all that the
+      others leave. By default all are along data.
+    Raises: UserError if the number of devices does not fit the shape.
     """
     shape = dict(shape or {"data": 0, "fsdp": 1, "tensor": 1})
     # In their order: a process's devices are neighbours, so its rows of a batch are.
@@ -47,16 +48,16 @@ def make_mesh(devices, shape: Mapping[str, int] | None = None) -> Mesh:
 
 def _sizes(shape: dict[str, int], total: int) -> tuple[int, ...]:
     """Returns the number of devices along each axis; UserError if they do not fit."""
-    told = ", ".join(f"{axis}={shape[axis]}" for axis in AXES)
     check_mesh(shape)
-    given = math.prod(n for n in shape.values() if n)
-    if total % given or (0 not in shape.values() and given != total):
+    fixed = math.prod(n for n in shape.values() if n)
+    if total % fixed or (0 not in shape.values() and fixed != total):
+        sizes = ", ".join(f"{axis}={shape[axis]}" for axis in AXES)
         raise UserError(
-            f"config.mesh has {told}, but there are {total} devices; try "
+            f"config.mesh has {sizes}, but there are {total} devices; try "
             "--config.mesh.data=0 (all that the others leave), with fsdp and tensor "
             "whose product divides that"
         )
-    return tuple(shape[axis] or total // given for axis in AXES)
+    return tuple(shape[axis] or total // fixed for axis in AXES)
 
 
 def check_mesh(shape: Mapping[str, int]) -> None:
@@ -74,14 +75,18 @@ def check_mesh(shape: Mapping[str, int]) -> None:
 
 
 def partition_spec(
-    path: str, shape: tuple[int, ...], sizes: Mapping[str, int]
+    path: str,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    rules: Rules = RULES,
 ) -> PartitionSpec:
-    """Returns how a parameter is divided, by the first of `RULES` that fits.
+    """Returns how a parameter is divided, by the first rule that matches.
 
     Args: path: "down_blocks_0/attentions_0/.../to_q/kernel". sizes: of the mesh's axes;
-      one that is left out, or 1, divides nothing.
+      one that is left out, or 1, divides nothing. rules: (regular expression of the end
+      of a path, axes of the last dimensions).
     """
-    for pattern, axes in RULES:
+    for pattern, axes in rules:
         if re.search(rf"(^|/){pattern}$", path) and len(axes) <= len(shape):
             dims = zip(shape[-len(axes) :], axes, strict=True)
             last = [
@@ -92,25 +97,26 @@ def partition_spec(
     return PartitionSpec()
 
 
-def shardings(mesh: Mesh, tree, *, repeat: tuple[str, ...] = ()):
+def shardings(mesh: Mesh, tree, *, rules: Rules = RULES, repeat: Sequence[str] = ()):
     """Returns the `NamedSharding` of every leaf of a tree of parameters or states.
 
-    A leaf's path is that of its dict keys, joined; optimiser states hold dicts of the
-    parameters' paths, and so lie as these do.
+    A leaf's path is that of its dict keys, joined; optimizer states contain dicts with
+    the parameters' paths, and so are divided as the parameters are.
 
-    Args: repeat: axes over which nothing is to be divided.
+    Args: rules: see `partition_spec`. repeat: axes over which nothing is divided.
     """
     sizes = {axis: n for axis, n in mesh.shape.items() if axis not in repeat}
 
-    def place_of(keys, leaf):
+    def sharding_of(keys, leaf):
         path = "/".join(str(k.key) for k in keys if hasattr(k, "key"))
-        return NamedSharding(mesh, partition_spec(path, np.shape(leaf), sizes))
+        spec = partition_spec(path, np.shape(leaf), sizes, rules)
+        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place_of, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what lies whole on every device."""
+    """Returns the sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -120,7 +126,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put(tree, shardings):
-    """Places a tree of arrays that every process has whole; returns global arrays.
+    """Returns a tree, whole on every process, as global arrays on the devices.
 
     Args: shardings: of every leaf, or one for all.
     """
@@ -131,13 +137,13 @@ def put(tree, shardings):
     return jax.tree.map(_put_part, tree, shardings)
 
 
-def _put_part(a, where: NamedSharding) -> jax.Array:
-    """Returns a global array of which this process places what its devices hold."""
+def _put_part(a, sharding: NamedSharding) -> jax.Array:
+    """Returns a global array of which this process places the shards of its devices."""
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-        data = _put_part(jax.random.key_data(a), where)
+        data = _put_part(jax.random.key_data(a), sharding)
         return jax.jit(jax.random.wrap_key_data)(data)
-    local = np.asarray(a)
-    return jax.make_array_from_callback(local.shape, where, lambda at: local[at])
+    whole = np.asarray(a)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda at: whole[at])
 
 
 def replicate(mesh: Mesh, tree):
@@ -148,21 +154,21 @@ def replicate(mesh: Mesh, tree):
 def process_slice(mesh: Mesh) -> tuple[int, int]:
     """Returns (which part of each batch this process reads, of how many parts)."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    where = batch_sharding(mesh).addressable_devices_indices_map((parts,))
-    mine = sorted({rows.indices(parts)[0] for (rows,) in where.values()})
-    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+    indices = batch_sharding(mesh).addressable_devices_indices_map((parts,))
+    rows = sorted({index.indices(parts)[0] for (index,) in indices.values()})
+    if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise UserError(
             "config.mesh divides a batch so that a process's rows are no neighbours; "
             "try --config.mesh.tensor=1"
         )
-    return mine[0] // len(mine), parts // len(mine)
+    return rows[0] // len(rows), parts // len(rows)
 
 
 def put_batch(mesh: Mesh, batch):
-    """Places a batch, of which this process has its `share`, over the devices."""
-    where = batch_sharding(mesh)
+    """Places a batch on the devices; this process has its `process_slice` of it."""
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(where, a), batch
+        lambda a: jax.make_array_from_process_local_data(sharding, a), batch
     )
 
 

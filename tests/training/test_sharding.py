@@ -21,7 +21,7 @@ BLOCK = "down_blocks_0/attentions_0/transformer_blocks_0"
 
 
 @pytest.mark.parametrize(
-    "path, shape, wanted",
+    "path, shape, axes",
     [
         (f"{BLOCK}/attn2/to_k/kernel", (768, 320), ("fsdp", "tensor")),
         (f"{BLOCK}/attn2/to_out_0/kernel", (320, 320), ("tensor", "fsdp")),
@@ -35,22 +35,35 @@ BLOCK = "down_blocks_0/attentions_0/transformer_blocks_0"
         ("count", (), ()),
     ],
 )
-def test_rule_says_where_a_parameter_lies(path, shape, wanted):
-    assert sharding.partition_spec(path, shape, SIZES) == PartitionSpec(*wanted)
+def test_rules_divide_a_parameter(path, shape, axes):
+    assert sharding.partition_spec(path, shape, SIZES) == PartitionSpec(*axes)
     whole = sharding.partition_spec(path, shape, {"data": 8, "fsdp": 1, "tensor": 1})
     assert not any(whole)
 
 
-def test_optimiser_states_lie_as_their_parameters(tiny):
+def test_rules_may_be_given():
+    rules = ((r"to_k/kernel", ("tensor",)),)
+    path, shape = f"{BLOCK}/attn2/to_k/kernel", (768, 320)
+    spec = sharding.partition_spec(path, shape, SIZES, rules)
+    assert spec == PartitionSpec(None, "tensor")
+    assert not any(sharding.partition_spec("conv/kernel", shape, SIZES, rules))
+    mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 1, "tensor": 2})
+    tree = {path: np.zeros(shape)}
+    assert sharding.shardings(mesh, tree, rules=rules)[path].spec == spec
+    assert sharding.shardings(mesh, tree)[path].spec != spec
+
+
+def test_optimizer_states_are_divided_as_their_parameters(tiny):
     import optax
 
     mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 2, "tensor": 1})
     params = flatten_dict(tiny.params["unet"], sep="/")
     tree = {"params": params, "opt": optax.adam(1e-3).init(params)}
-    found = sharding.shardings(mesh, tree)
-    assert found["opt"][0].mu == found["params"] == found["opt"][0].nu
-    assert found["opt"][0].count.spec == PartitionSpec()
-    divided = [path for path, where in found["params"].items() if any(where.spec)]
+    shardings = sharding.shardings(mesh, tree)
+    adam = shardings["opt"][0]
+    assert adam.mu == shardings["params"] == adam.nu
+    assert adam.count.spec == PartitionSpec()
+    divided = [path for path, s in shardings["params"].items() if any(s.spec)]
     assert sum(params[p].size for p in divided) > 0.9 * sum(
         a.size for a in params.values()
     )
@@ -96,40 +109,39 @@ def test_batch_that_does_not_divide_is_refused():
 COMPILED = """
 import jax, jax.numpy as jnp
 from gift_jax.runtime import devices
-found = [0, 0]
+counts = [0, 0]
 def count(event, *_, **__):
-    found[0] += event == "/jax/core/compile/backend_compile_duration"
-    found[1] += event == "/jax/compilation_cache/cache_hits"
+    counts[0] += event == "/jax/core/compile/backend_compile_duration"
+    counts[1] += event == "/jax/compilation_cache/cache_hits"
 jax.monitoring.register_event_duration_secs_listener(count)
 jax.monitoring.register_event_listener(count)
 devices.init_jax()
 jax.jit(lambda x: x + 1)(jnp.arange(3))
-print(*found)
+print(*counts)
 """
 
 
 def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
     def run():
         """Returns (programs asked for, found in the cache, warnings)."""
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", COMPILED],
             capture_output=True,
             check=True,
             text=True,
             env=os.environ | {"GIFT_JAX_CACHE": str(tmp_path)},
         )
-        return *map(int, told.stdout.split()), told.stderr
+        return *map(int, done.stdout.split()), done.stderr
 
-    asked, found, _ = run()
-    assert asked and not found
-    assert run() == (asked, asked, "")
+    programs, hits, _ = run()
+    assert programs and not hits
+    assert run() == (programs, programs, "")
     program = max(tmp_path.glob("xla/*-cache"), key=lambda file: file.stat().st_size)
     whole = program.read_bytes()
     program.write_bytes(whole[: len(whole) // 2])  # a process was killed as it wrote
     program.with_name(program.name[:-5] + "atime").unlink()
-    assert run() == (asked, asked - 1, "")
+    assert run() == (programs, programs - 1, "")
     assert len(program.read_bytes()) > len(whole) // 2  # older JAX varies some bytes
-    assert run() == (asked, asked, "")
 
 
 LEVELS = """
@@ -157,12 +169,12 @@ for f in (halves, neighbours):
 def test_all_devices_share_in_every_update_of_a_level():
     product = "= f32[4,64]{1,0} dot("  # of a device's rows of an update
     command = [sys.executable, "-c", LEVELS.replace("HALF", repr(product))]
-    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    assert [int(line) for line in told.split()] == [1, 0]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert [int(line) for line in done.stdout.split()] == [1, 0]
 
 
 @pytest.mark.parametrize(
-    "parts, shape, wanted",
+    "parts, shape, count",
     [
         ([12, 24], (0, 1, 1), 4),
         ([4], (0, 1, 1), 4),
@@ -170,28 +182,28 @@ def test_all_devices_share_in_every_update_of_a_level():
         ([25, 4], (0, 1, 1), 1),
         ([1], (0, 1, 1), 1),
         ([2], (0, 1, 2), 4),
-        ([3], (0, 2, 1), 2),  # does not fit: what is said is said by check_batch
+        ([3], (0, 2, 1), 2),  # does not fit: check_batch raises
         ([8], (1, 3, 1), 3),
         ([2], (2, 1, 0), 4),
     ],
 )
 def test_cores_become_devices_as_far_as_batches_divide(
-    monkeypatch, parts, shape, wanted
+    monkeypatch, parts, shape, count
 ):
     monkeypatch.setattr(devices, "num_cores", lambda: 4)
     shape = dict(zip(sharding.AXES, shape, strict=True))
-    assert cpu_devices_for(parts, shape) == wanted
+    assert cpu_devices_for(parts, shape) == count
 
 
 def test_flags_of_the_tpu_compiler_are_set_unless_they_are_given():
     code = "from gift_jax.runtime import devices; devices.init_jax()\n"
     code += "import os; print(os.environ['LIBTPU_INIT_ARGS'])"
-    told = []
-    for given in ({}, {"LIBTPU_INIT_ARGS": "--mine"}):
+    outputs = []
+    for variable in ({}, {"LIBTPU_INIT_ARGS": "--other"}):
         environ = {k: v for k, v in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
         command = [sys.executable, "-c", code]
         done = subprocess.run(
-            command, capture_output=True, check=True, text=True, env=environ | given
+            command, capture_output=True, check=True, text=True, env=environ | variable
         )
-        told.append(done.stdout.strip())
-    assert told == [" ".join(TPU_FLAGS), "--mine"]
+        outputs.append(done.stdout.strip())
+    assert outputs == [" ".join(TPU_FLAGS), "--other"]
