@@ -16,10 +16,10 @@ class Bar:
 
     def __init__(self, name: str, total: int, start: int):
         self._name, self._total = name, total
-        self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None  # its time is mostly compilation
+        self._logged_at = time.monotonic()
+        self._first: tuple[int, float] | None = None  # item and time, once compiled
         self._live = None
-        quiet = logging.get_verbosity() < logging.INFO  # of several, not the first
+        quiet = logging.get_verbosity() < logging.INFO  # not the main process
         if sys.stderr.isatty() and not quiet:
             self._live = _rich_bar()
             self._live.start()
@@ -28,7 +28,7 @@ class Bar:
             )
 
     def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Shows `done` of total; values: numbers to show beside it."""
+        """Shows that `done` of the total are done; of `values` the losses beside it."""
         text = _losses(values or {})
         if self._live:
             self._live.update(self._task, completed=done, values=text)
@@ -36,18 +36,20 @@ class Bar:
         now = time.monotonic()
         if self._first is None:
             self._first = (done, now)
-        if now - self._last >= LINE_EVERY_S or done == self._total:
-            self._last = now
-            pace = self._pace(done, now)
-            logging.info("%s %d/%d %s%s", self._name, done, self._total, text, pace)
+        if now - self._logged_at >= LINE_EVERY_S or done == self._total:
+            self._logged_at = now
+            time_left = self._time_left(done, now)
+            logging.info(
+                "%s %d/%d %s%s", self._name, done, self._total, text, time_left
+            )
 
-    def _pace(self, done: int, now: float) -> str:
+    def _time_left(self, done: int, now: float) -> str:
         first, began = self._first
         if done == first:
             return ""
-        rate = (now - began) / (done - first)
-        left = _clock(rate * (self._total - done))
-        return f" {rate:.3g} s each, {left} left"
+        seconds = (now - began) / (done - first)
+        left = _clock(seconds * (self._total - done))
+        return f" {seconds:.3g} s each, {left} left"
 
     def close(self) -> None:
         if self._live:
@@ -56,25 +58,25 @@ class Bar:
 
 @contextlib.contextmanager
 def bar(name: str, total: int, start: int = 0) -> Iterator[Bar]:
-    """A progress display for `total` items, of which `start` are done already."""
-    shown = Bar(name, total, start)
+    """A progress display of `total` items, of which `start` are done already."""
+    display = Bar(name, total, start)
     try:
-        yield shown
+        yield display
     finally:
-        shown.close()
+        display.close()
 
 
 class Clock:
-    """Says how far a list of long parts is, each of which reports its own progress."""
+    """Estimates the time left of several long tasks."""
 
     def __init__(self, total: int):
         self._total, self._done, self._began = total, 0, time.monotonic()
 
     def tick(self) -> str:
-        """Counts one more as done; returns "3 of 10, 0:42:10 left"."""
+        """Counts one more task as done; returns "3 of 10, 0:42:10 left"."""
         self._done += 1
-        rate = (time.monotonic() - self._began) / self._done
-        left = _clock(rate * (self._total - self._done))
+        seconds = (time.monotonic() - self._began) / self._done
+        left = _clock(seconds * (self._total - self._done))
         return f"{self._done} of {self._total}, {left} left"
 
 
@@ -94,8 +96,8 @@ def _rich_bar():
 
 
 def _losses(values: Mapping[str, float]) -> str:
-    kept = [(k, v) for k, v in values.items() if k.endswith("loss")]
-    return " ".join(f"{k} {v:.4g}" for k, v in kept)
+    losses = {name: v for name, v in values.items() if name.endswith("loss")}
+    return " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
 
 
 def _clock(seconds: float) -> str:
