@@ -159,7 +159,7 @@ def evaluate() -> ConfigDict:
     """Returns the config of `python -m gift_jax.evaluate`."""
     c = _job("evaluate", seed=0)
     for field in (
-        *("steps", "log_every", "checkpoint_every", "keep", "on_nan", "nan_retries"),
+        *("steps", "log_every", "checkpoint_every", "keep"),
         *("mesh", "shard_frozen", "accumulate", "processes", "remat"),
     ):
         del c[field]
@@ -198,8 +198,6 @@ def _job(name: str, seed: int) -> ConfigDict:
     c.log_every = 20
     c.checkpoint_every = 100  # 0: only at the end
     c.keep = 2  # checkpoints
-    c.on_nan = "stop"  # or restore: the newest checkpoint, with half the learning rate
-    c.nan_retries = 3  # at most so many halvings
     c.compute_dtype = "float32"  # of the frozen part; what trains is float32
     c.cpu_devices = 0  # to make of a machine without accelerator; 0: one a core
     c.mesh = ConfigDict()  # devices along each axis; 0: all that the others leave

@@ -41,7 +41,7 @@ import time
 
 import numpy as np
 
-from gift_jax.runtime import cli, malloc
+from gift_jax.runtime import cli
 from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError, at_least
 
@@ -400,8 +400,6 @@ def serve(side: str, part: str, folder: str, dtype: str, batch: int) -> None:
     os.dup2(2, 1)  # whatever else is printed
     run = {"gift_jax": ours, "pytorch": theirs}[side](part, folder, dtype, batch)
     run()
-    if side == "gift_jax":
-        malloc.close_gaps()  # as `gift_jax.loop` does
     for _ in range(WARM_UP[part.split("-")[0]] - 1):
         run()
     print(f"ready on {_device(side)}", file=answers, flush=True)

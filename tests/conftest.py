@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
-from gift_jax.runtime import devices, malloc
+from gift_jax.runtime import devices
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -43,7 +43,6 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     devices.CACHE_MIN_COMPILE_S = 0.5  # most quick programs are needed once
     logging.set_verbosity(logging.WARNING)
-    malloc.OPTIONS = ()  # much is compiled here, and few steps are taken
 
 
 def pytest_collection_modifyitems(items):

@@ -16,9 +16,9 @@ import gift_jax
 from gift_jax import convert, train
 from gift_jax.models import safetensors_io, weights
 from gift_jax.models.sd import random_weights, stable_diffusion
-from gift_jax.runtime import processes, signals
+from gift_jax.runtime import processes
 from gift_jax.runtime.config import load_config
-from gift_jax.runtime.errors import UserError
+from gift_jax.runtime.errors import StoppedBySignal, UserError
 from gift_jax.training import checkpoint
 
 GIFT = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_gift.py"
@@ -184,7 +184,7 @@ def test_resumed_run_exports_what_a_straight_one_does(
     # Fewer steps would be another schedule, and so a program that may round otherwise.
     with monkeypatch.context() as stopped:
         stopped.setattr(processes, "preempted", lambda done: done == 1)
-        with pytest.raises(signals.StoppedBySignal):
+        with pytest.raises(StoppedBySignal):
             main(tmp_path / "b", *flags)
     step, halfway = checkpoint.read_params(tmp_path / "b" / "checkpoints")
     assert step == 1 and not (tmp_path / "b" / "export").exists()

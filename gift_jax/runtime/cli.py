@@ -14,8 +14,9 @@ from absl import flags as absl_flags
 from absl import logging
 from ml_collections import ConfigDict
 
+from gift_jax.runtime import files, malloc, signals
 from gift_jax.runtime.config import load_config, override
-from gift_jax.runtime.errors import UserError
+from gift_jax.runtime.errors import CommandExit, DiskError, StoppedBySignal, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,8 +55,8 @@ def parse_config(
 ) -> tuple[ConfigDict, argparse.Namespace]:
     """Returns (the config with its overrides, the other flags) of a command line.
 
-    Args: flags: from `parser`, with what the command has besides. program: whose
-      configs are taken: train, attack, evaluate, benchmark or pretrain.
+    Args: flags: from `parser`, with the command's other flags. program: the command
+      that the config must be for: train, attack, evaluate, benchmark or pretrain.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags.add_argument(
@@ -65,11 +66,11 @@ def parse_config(
         "Any field of the config can be set: --config.steps=200, "
         f"--config.lower.lr=1e-5. {flags.epilog or ''}"
     )
-    named = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    named += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
-    if named and {"-h", "--help"} & set(argv):
-        fields = json.dumps(load_config(named[0]).to_dict(), indent=2)
-        flags.epilog += f"\n\nFields of {named[0]} and their values:\n{fields}"
+    specs = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    specs += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
+    if specs and {"-h", "--help"} & set(argv):
+        fields = json.dumps(load_config(specs[0]).to_dict(), indent=2)
+        flags.epilog += f"\n\nFields of {specs[0]} and their values:\n{fields}"
     overrides = [a for a in argv if a.startswith("--config.")]
     args = flags.parse_args([a for a in argv if a not in overrides])
     cfg = load_config(args.config, program)
@@ -79,41 +80,35 @@ def parse_config(
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Runs a command line's main and exits: 0 done, 2 a mistake, 128+n a signal."""
-    from gift_jax.runtime import files, malloc, signals
-    from gift_jax.runtime.errors import DiskError, NonFiniteError  # they import jax
-
+    """Runs a command's main and exits with its code, or that of a `CommandExit`."""
     malloc.retain_freed_memory()  # before there are threads
     _log_to_stderr()
-    signals.watch()
+    signals.flag.install()
     try:
         code = main()
     except DiskError as error:
-        _end_at_once(str(error))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except signals.StoppedBySignal as event:
+        _exit_at_once(error)
+    except StoppedBySignal as event:
         print(f"{event}; run the same command to go on", file=sys.stderr)
         code = event.exit_code
-    except NonFiniteError as error:
+    except CommandExit as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 3
+        code = error.exit_code
     except OSError as error:
-        said = files.describe_disk_error(error)
-        if said is None:
+        message = files.describe_disk_error(error)
+        if message is None:
             raise
-        _end_at_once(said)
+        _exit_at_once(DiskError(message))
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
 
 
-def _end_at_once(error: str) -> NoReturn:
-    """Exits without the goodbyes of other threads, which would want the disk too."""
+def _exit_at_once(error: DiskError) -> NoReturn:
+    """Exits without waiting for other threads, which would write to the disk too."""
     print(f"error: {error}", file=sys.stderr)
     sys.stderr.flush()
-    os._exit(2)
+    os._exit(error.exit_code)
 
 
 def _log_to_stderr() -> None:
@@ -127,7 +122,7 @@ def _log_to_stderr() -> None:
 
 
 def _print_unraisable(event) -> None:
-    # TensorStore says this of a write that failed, besides raising what failed.
+    # TensorStore reports this of a failed write, besides raising the error itself.
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 
@@ -136,7 +131,7 @@ def _ours_or_serious(record: std_logging.LogRecord) -> bool:
     # Orbax logs twenty lines a checkpoint through the same logger.
     if "gift_jax" in pathlib.Path(record.pathname).parts:
         return True
-    harmless = "Skipping merge of OCDBT" in str(record.msg)  # none was asked for
-    # What threads of Orbax's log with a traceback is raised where one waits for it.
+    harmless = "Skipping merge of OCDBT" in str(record.msg)  # nobody asks for a merge
+    # An error that a thread of Orbax logs with a traceback is raised in the main one.
     harmless |= bool(record.exc_info)
     return record.levelno >= std_logging.WARNING and not harmless

@@ -12,22 +12,45 @@ LARGEST = 2**31 - 1  # of a config's whole numbers: JAX counts in 32 bits
 MAX_SHOWN = 120  # characters of a wrong value in its message
 
 
-class UserError(ValueError):
-    """A mistake in the config, flags or input: one line on stderr, exit code 2.
+class CommandExit(BaseException):  # noqa: N818 - signals are no errors
+    """Ends a command with one line on stderr and an exit code of its own."""
 
-    What would break or garble the line, such as in a file's name, is escaped.
+    exit_code = 1
+
+
+class UserError(ValueError, CommandExit):
+    """A mistake in the config, the flags or the input.
+
+    Characters that would break or garble the line, as in a file's name, are escaped.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str):
         super().__init__(escaped(message))
 
 
-class NonFiniteError(RuntimeError):
-    """A loss, a gradient's norm or a parameter became NaN or infinite."""
-
-
 class DiskError(UserError):
     """The disk is full, or cannot be written."""
+
+
+class NonFiniteError(RuntimeError, CommandExit):
+    """A loss, the norm of a gradient or a parameter is NaN or infinite."""
+
+    exit_code = 3
+
+
+class StoppedBySignal(CommandExit):
+    """A signal ended the run, after a checkpoint if there was progress to save.
+
+    Like KeyboardInterrupt it is no Exception, so that a library's `except Exception`
+    does not swallow it.
+    """
+
+    def __init__(self, signum: int, saved: bool = True):
+        after = " after a checkpoint" if saved else ""
+        super().__init__(f"stopped by signal {int(signum)}{after}")
+        self.exit_code = 128 + int(signum)
 
 
 def choice(field: str, value: str, choices: Sequence[str]) -> str:

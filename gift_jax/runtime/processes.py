@@ -1,50 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes of one run: how they find one another, and which one speaks.
+"""Several processes of one run: joining them, exchanging arrays, and a peer's death.
 
 On TPU pods, under Slurm, Open MPI and on GKE each process learns from its environment
 who the others are; elsewhere config.processes says it. Every process takes every step;
-the first one alone writes logs, pictures and exports. The workdir is one folder that
-all of them see.
+process 0 alone writes logs, images and exports. All of them see the workdir.
 """
 
+import ctypes
 import inspect
 import os
 import pathlib
 import signal
-import subprocess
-import sys
-import threading
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from gift_jax.runtime import signals
 from gift_jax.runtime.errors import UserError
 
 LOST_AFTER_S = 20  # without a sign of life, a process counts as dead
 _WAIT_S = 300  # for the others to start
-_SEVERAL = {  # variable: how many processes it tells of
+_CLUSTER_VARIABLES = {  # of the environment: how many processes one names
     "SLURM_NTASKS": int,
     "OMPI_COMM_WORLD_SIZE": int,
     "TPU_WORKER_HOSTNAMES": lambda names: len(names.split(",")),
 }
-_WATCHED = "GIFT_JAX_WATCHED"  # a pipe's end, in a process that another one watches
-EXIT_PEER_DIED = 75  # exit code of a process that has lost the others
+EXIT_PEER_DIED = 75  # exit code of a process that has lost another one
+_PEER_DIED = """error: another process of this run has died, or cannot be reached; its \
+log says why. Start all of them again with the same command: they go on from the \
+newest checkpoint
+"""
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # of a TPU VM: JAX asks its metadata
 
 
 def check(processes: Any) -> None:
-    """Raises UserError if `config.processes` names its run half."""
-    given = bool(processes.coordinator), processes.count > 0, processes.index >= 0
-    if any(given) and not all(given):
+    """Raises UserError if `config.processes` is set in part, or contradicts itself."""
+    fields = bool(processes.coordinator), processes.count > 0, processes.index >= 0
+    if any(fields) and not all(fields):
         raise UserError(
             "config.processes needs all of coordinator, count and index, or none; try "
             "--config.processes.coordinator=HOST:1234 --config.processes.count=2 "
             "--config.processes.index=0"
         )
-    if all(given) and processes.index >= processes.count:
+    if all(fields) and processes.index >= processes.count:
         raise UserError(
             f"config.processes.index={processes.index} must be below "
             f"count={processes.count}"
@@ -54,81 +53,59 @@ def check(processes: Any) -> None:
 def connect(processes: Any) -> None:
     """Joins the run's other processes, if there are any; before JAX's first use.
 
+    Where another one dies later, JAX aborts this one within `LOST_AFTER_S` and some
+    seconds, and it ends with the exit code `EXIT_PEER_DIED`.
+
     Args: processes: the group `config.processes`: coordinator, "HOST:PORT" of process
       0; count; index of this one. Empty: what the environment says.
-    This process then becomes the watcher of a child that does the work: it does not
-    return, but exits as the child did, or with `LOST` where another process died.
-
     Raises: UserError if the others do not answer.
     """
     check(processes)
-    initialize, known = jax.distributed.initialize, {}
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER_S}
     if processes.coordinator:
-        known = {
-            "coordinator_address": processes.coordinator,
-            "num_processes": processes.count,
-            "process_id": processes.index,
-        }
+        options["coordinator_address"] = processes.coordinator
+        options["num_processes"] = processes.count
+        options["process_id"] = processes.index
     elif not _launched_by_cluster():
         return
-    if _WATCHED not in os.environ:
-        sys.exit(_watch())
-    threading.Thread(target=_end_with_watcher, daemon=True).start()
-    if "heartbeat_timeout_seconds" in inspect.signature(initialize).parameters:
-        known["heartbeat_timeout_seconds"] = LOST_AFTER_S
+    initialize = jax.distributed.initialize
+    if "heartbeat_timeout_seconds" not in inspect.signature(initialize).parameters:
+        del options["heartbeat_timeout_seconds"]  # older JAX
     try:
-        initialize(**known, initialization_timeout=_WAIT_S)
+        initialize(**options, initialization_timeout=_WAIT_S)
     except (RuntimeError, ValueError) as error:
         where = processes.coordinator or "the coordinator that the environment names"
-        what = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"the run's other processes do not answer through {where} ({what:.200}); "
+            f"the run's other processes do not answer through {where} ({reason:.200}); "
             "start all of them, with one coordinator, count and an index each"
         ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    if jax.process_count() > 1:
+        ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _explain_abort)
     if not is_main_process():
         logging.set_verbosity(logging.WARNING)
 
 
-def _watch() -> int:
-    """Runs this command in a child and says in a line what ended it; its exit code.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _explain_abort(signum):
+    """Ends this process, which JAX aborts because it has lost another one.
 
-    Where another process dies, JAX aborts this one from a thread of its own, without
-    an exception, some seconds later.
+    JAX does so from a thread of its own, without an exception and with a message that
+    names its coordination service. A handler in C runs in that thread, where one of
+    Python's would wait for the main thread.
     """
-    end, _kept = os.pipe()  # closed, so to speak, when this process is gone
-    child = subprocess.Popen(
-        [sys.executable, *sys.orig_argv[1:]],
-        env=os.environ | {_WATCHED: str(end)},
-        pass_fds=(end,),
-    )
-    signals.be_patient(True)  # the child decides when to end
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: child.send_signal(signum))
-    code = child.wait()
-    if code == -signal.SIGABRT:
-        print(
-            "error: another process of this run has died, or cannot be reached; its "
-            "log says why. Start all of them again with the same command: they go on "
-            "from the newest checkpoint",
-            file=sys.stderr,
-        )
-        return EXIT_PEER_DIED
-    return code if code >= 0 else 128 - code
-
-
-def _end_with_watcher() -> None:
-    if not os.read(int(os.environ[_WATCHED]), 1):
-        os._exit(128 + signal.SIGKILL)  # as the watcher was, most likely
+    os.write(2, _PEER_DIED.encode())
+    os._exit(EXIT_PEER_DIED)
 
 
 def are_several(processes: Any) -> bool:
-    """Whether this process is one of several, as `connect` would find."""
+    """Whether this process is one of several, decided as `connect` does."""
     return bool(processes.coordinator) or _launched_by_cluster()
 
 
 def _launched_by_cluster() -> bool:
-    for name, count in _SEVERAL.items():
+    for name, count in _CLUSTER_VARIABLES.items():
         if name in os.environ and count(os.environ[name]) > 1:
             return True
     on_tpu = any(pathlib.Path(device).exists() for device in _TPU_DEVICES)
@@ -136,7 +113,7 @@ def _launched_by_cluster() -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes; of a single process, it is."""
+    """Whether this process is the one that writes; a single process is."""
     return jax.process_index() == 0
 
 
@@ -161,20 +138,24 @@ def all_sum(numbers: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     halves = np.stack([numbers >> 32, numbers & 0xFFFFFFFF]).astype(np.uint32)  # no x64
-    every = np.asarray(multihost_utils.process_allgather(halves)).astype(np.uint64)
-    return ((every[:, 0] << 32) + every[:, 1]).sum(axis=0, dtype=np.uint64)
+    all_halves = np.asarray(multihost_utils.process_allgather(halves))
+    high, low = np.moveaxis(all_halves.astype(np.uint64), 1, 0)
+    return ((high << 32) + low).sum(axis=0, dtype=np.uint64)
 
 
-def wait_for_all(why: str) -> None:
-    """Returns when every process has come here."""
+def wait_for_all(reason: str) -> None:
+    """Returns when every process has called it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(why)
+        multihost_utils.sync_global_devices(reason)
 
 
 def preempted(step: int) -> bool:
-    """Whether some process got SIGTERM, and all are to stop after this same step."""
+    """Whether some process got SIGTERM and all are to stop after this step.
+
+    Args: step: the number of steps done; every process calls it after every step.
+    """
     if jax.process_count() == 1:
         return False
     from jax.experimental import multihost_utils

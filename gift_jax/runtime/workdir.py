@@ -10,26 +10,37 @@ import filelock
 from absl import logging
 from ml_collections import ConfigDict
 
+from gift_jax.runtime import files
 from gift_jax.runtime.config import flatten
 from gift_jax.runtime.errors import UserError
+
+# Fields, and groups of fields, that a resumed run may change without becoming another
+# run: its length, the pace of its logs and checkpoints, and the hardware.
+RESUMABLE_FIELDS = (
+    *("steps", "post_finetune.steps", "name"),
+    *("log_every", "checkpoint_every", "keep", "checkpoints"),
+    *("hardware", "cpu_devices", "mesh", "shard_frozen", "processes"),
+    *("accumulate", "grad_accum_steps", "attention", "remat"),
+)
 
 _LOCK = ".lock"
 _held: dict[pathlib.Path, filelock.BaseFileLock] = {}
 
 
 def lock(folder: pathlib.Path) -> None:
-    """Makes this process the only one that works in a folder, until it does in another.
+    """Locks a folder for this process, and releases the one it had locked before.
 
     The system drops the lock of a process that ends, however it ends.
 
-    Raises: UserError if another process has it; OSError if it cannot be written.
+    Raises: UserError if another process has the lock; OSError if the folder cannot be
+      written.
     """
     for old in list(_held):
         _held.pop(old).release()
     folder.mkdir(parents=True, exist_ok=True)
-    mine = filelock.FileLock(folder / _LOCK, timeout=0)
+    folder_lock = filelock.FileLock(folder / _LOCK, timeout=0)
     try:
-        mine.acquire()
+        folder_lock.acquire()
     except filelock.Timeout:
         raise UserError(
             f"--workdir={folder} is in use by another process; wait for it, stop it, "
@@ -38,7 +49,7 @@ def lock(folder: pathlib.Path) -> None:
     except NotImplementedError:
         logging.warning("%s: this file system has no locks; run one process", folder)
         return
-    _held[folder] = mine
+    _held[folder] = folder_lock
 
 
 def prepare_workdir(
@@ -49,36 +60,24 @@ def prepare_workdir(
     Of several processes the first one writes.
 
     Args: base: content hash of the model that the run starts from; recorded, and
-      compared when the run is resumed, for then it may lie in another folder.
-    Raises: UserError if the folder belongs to a run of another config (the number of
-      steps and the pace of logging may change) or cannot be written.
+      compared when the run is resumed, since the model may have moved to another
+      folder.
+    Raises: UserError if the folder belongs to a run of another config (all but
+      `RESUMABLE_FIELDS` must be equal) or cannot be written.
     """
-    from gift_jax.runtime import (
-        files,
-        processes,  # imports jax, which --help need not wait for
-    )
+    from gift_jax.runtime import processes  # imports jax: --help need not wait for it
 
     if processes.is_main_process():
         with _writing(workdir):
             lock(workdir)
     path = workdir / "config.json"
     new = json.loads(json.dumps(cfg.to_dict()))
-    new.pop("processes", None)  # each has its own
+    new.pop("processes", None)  # differs between the processes of one run
+    new.get("hardware", {}).pop("processes", None)
     if base:
         new["base_sha256"] = base
     if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); delete it") from error
-        if base and old.get("base_sha256") == base and "model" in new:
-            old["model"] = new["model"]  # the same, wherever it lies
-        changed = config_diff(old, new)
-        if changed:
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config ({changed}); "
-                "use another folder, or delete this one"
-            )
+        _check_same_run(path, new)
     if not processes.is_main_process():
         return workdir
     with _writing(workdir):
@@ -86,6 +85,23 @@ def prepare_workdir(
     log_to_file(workdir)
     logging.info("config %s", json.dumps(new, sort_keys=True))
     return workdir
+
+
+def _check_same_run(path: pathlib.Path, new: dict) -> None:
+    """Raises UserError if a folder's config.json is that of another run."""
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it") from error
+    base = new.get("base_sha256")
+    if base and old.get("base_sha256") == base and "model" in new:
+        old["model"] = new["model"]  # the same content in another folder
+    changed = config_diff(old, new)
+    if changed:
+        raise UserError(
+            f"--workdir={path.parent} holds a run of another config ({changed}); "
+            "use another folder, or delete this one"
+        )
 
 
 @contextlib.contextmanager
@@ -108,39 +124,22 @@ def log_to_file(workdir: pathlib.Path) -> None:
     logger.addHandler(handler)
 
 
-# Fields that a resumed run may change without becoming another run.
-_PACE = ("steps", "log_every", "checkpoint_every", "keep", "name")
-_PACE += ("on_nan", "nan_retries")
-_MACHINE = ("cpu_devices", "mesh", "shard_frozen", "accumulate", "processes")
-_MACHINE += ("attention", "remat")
-# Fields that configs of earlier versions lack: what they meant; None: nothing.
-_ADDED = {"identifier_prompts": 0.0, "identifier_template": None}
-_ADDED |= {"gift.preserve": "data", "gift.safe_limit": 0.0}
-
-
-def _is_pace(name: str, finished: bool) -> bool:
-    *parents, last = name.split(".")
-    if {*parents, last} & set(_MACHINE):
-        return True
-    if last == "steps" and (finished or name.startswith("samples.")):
-        return False
-    return last in _PACE
-
-
 def config_diff(old: dict, new: dict, *, finished: bool = False) -> str:
     """Returns the first fields in which two configs' dicts differ, in words, or "".
 
-    What sets a run's pace may differ, and the number of steps unless it is `finished`.
-    A field that `old` is too old to have is what it meant then.
+    `RESUMABLE_FIELDS` may differ, the number of steps only of an unfinished run.
     """
     old, new = flatten(old), flatten(new)
-    for name in new.keys() - old.keys():
-        for field, meant in _ADDED.items():
-            if f".{name}".endswith(f".{field}"):
-                old[name] = new[name] if meant is None else meant
     changed = [
-        f"{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not _is_pace(name, finished)
+        f"{path} was {old.get(path)}, is {new.get(path)}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and not _is_resumable(path, finished)
     ]
     return "; ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+
+
+def _is_resumable(path: str, finished: bool) -> bool:
+    names = path.split(".")
+    if names[-1] == "steps":  # not those of samples or of a noise schedule
+        return path in RESUMABLE_FIELDS and not finished
+    return not set(names).isdisjoint(RESUMABLE_FIELDS)

@@ -205,7 +205,7 @@ def run_loop(
         ),
         workdir=workdir,
         place=lambda batch: sharding.put_batch(mesh, batch),
-        calls=callbacks,
+        callbacks=callbacks,
     )
 
 

@@ -12,9 +12,15 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import gift_jax
-from gift_jax.runtime import cli, signals
+from gift_jax.runtime import cli
 from gift_jax.runtime.config import load_config
-from gift_jax.runtime.errors import UserError, at_least, choice
+from gift_jax.runtime.errors import (
+    NonFiniteError,
+    StoppedBySignal,
+    UserError,
+    at_least,
+    choice,
+)
 from gift_jax.runtime.workdir import config_diff, prepare_workdir
 
 ROOT = pathlib.Path(gift_jax.__file__).parents[1]
@@ -302,8 +308,9 @@ def test_two_runs_in_one_process_keep_their_logs_apart(tmp_path):
     "event, code",
     [
         (UserError("config.x=3 is wrong"), 2),
-        (signals.StoppedBySignal(15), 143),
-        (signals.StoppedBySignal(2), 130),
+        (StoppedBySignal(15), 143),
+        (StoppedBySignal(2), 130),
+        (NonFiniteError("step 3: loss is nan"), 3),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -356,16 +363,15 @@ def test_mistake_ends_a_process_with_one_line_and_exit_code_2(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_config_too_old_for_a_field_meant_what_was_then():
-    old = {"harmful": {"names": ["bomb"]}, "gift": {"beta": 0.1}}
-    new = {"harmful": {"names": ["bomb"], "identifier_prompts": 0.0}}
-    new["harmful"]["identifier_template"] = "a photo of {identifier}"
-    new["gift"] = {"beta": 0.1, "preserve": "data", "safe_limit": 0.0}
+def test_a_resumed_run_may_change_its_length_its_pace_and_the_hardware():
+    old = {"steps": 10, "keep": 2, "hardware": {"mesh": {"data": 0}}, "lr": 1e-3}
+    old["generation"] = {"steps": 25}
+    new = json.loads(json.dumps(old))
+    new.update(steps=20, keep=3)
+    new["hardware"]["mesh"]["data"] = 2
     assert not config_diff(old, new)
-    new["harmful"]["identifier_prompts"], new["gift"]["preserve"] = 0.5, "model"
+    assert config_diff(old, new, finished=True) == "steps was 10, is 20"
+    new["lr"], new["generation"]["steps"] = 2e-3, 50
     assert config_diff(old, new) == (
-        "gift.preserve was data, is model; harmful.identifier_prompts was 0.0, is 0.5"
+        "generation.steps was 25, is 50; lr was 0.001, is 0.002"
     )
-    new["gift"]["safe_limit"] = 0.1
-    assert "gift.safe_limit was 0.0, is 0.1" in config_diff(old, new)
-    assert "other was None, is 1" in config_diff(old, old | {"other": 1})

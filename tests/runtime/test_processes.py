@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real processes of two devices each, over gloo; and what they are told."""
+"""Two real processes of two devices each, over gloo; and their configuration."""
 
 import json
 import os
@@ -25,17 +25,54 @@ ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 TOGETHER_S = 240  # for two processes to start and compile on a busy machine
 
 
+# The loop's small quadratic, on the devices of all processes.
+LOOP = """
+import pathlib, sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
+from ml_collections import ConfigDict
+from gift_jax.runtime import cli, processes
+
+def main():
+    coordinator, index = sys.argv[1], int(sys.argv[2])
+    group = dict(coordinator=coordinator, count=2, index=index)
+    processes.connect(ConfigDict(group))
+    import test_loop  # uses JAX
+
+    test_loop.run(pathlib.Path(sys.argv[3]), 100_000, devices=2, log_every=100)
+    return 0
+
+cli.run_main(main)
+"""
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), 8, 3)
 
 
 @pytest.fixture
-def start(tiny_folder, pictures, pytestconfig):
-    """(workdir, steps, processes, flags) -> the started processes."""
+def popen():
+    """(command, environment) -> a started process, killed in the end."""
     started = []
 
-    def start(workdir, steps, count, *flags):
+    def popen(command, **env):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1"} | env
+        pipe = {"stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipe)
+        started.append(process)
+        return process
+
+    yield popen
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def train(popen, tiny_folder, pictures, pytestconfig):
+    """(workdir, steps, processes) -> the started processes of a training run."""
+
+    def train(workdir, steps, count):
         argv = [sys.executable, "-m", "gift_jax.train", f"--workdir={workdir}"]
         argv += ["--config=configs/emoji_gift.py:smoke", f"--config.steps={steps}"]
         argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
@@ -43,62 +80,58 @@ def start(tiny_folder, pictures, pytestconfig):
             argv += [f"--config.{group}.names=()", f"--config.{group}.prompt=a {group}"]
             argv += [f"--config.{group}.folder={pictures}"]
         argv += ["--config.checkpoint_every=2", f"--config.cpu_devices={4 // count}"]
-        for level in ("lower", "upper"):  # a rate that does not hang on the steps
+        for level in ("lower", "upper"):  # a rate that does not depend on the steps
             argv += [f"--config.{level}.warmup_frac=0"]
             argv += [f"--config.{level}.schedule=constant"]
-        argv += flags
-        cache = pytestconfig.cache.mkdir("hosts")
-        env = os.environ | {"GIFT_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
-        env |= {"XLA_FLAGS": quick_compile.flags(), "PYTHONFAULTHANDLER": "1"}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mine = []
-        for index in range(count):
-            group = {"coordinator": f"127.0.0.1:{port}", "count": count, "index": index}
-            told = [f"--config.processes.{name}={group[name]}" for name in group]
-            mine.append(
-                subprocess.Popen(
-                    argv + (told if count > 1 else []),
-                    cwd=ROOT,
-                    env=env,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        started.extend(mine)
-        return mine
+        cache = str(pytestconfig.cache.mkdir("hosts"))
+        env = {"GIFT_JAX_CACHE": cache, "XLA_FLAGS": quick_compile.flags()}
+        group = {"coordinator": free_address(), "count": count}
+        if count == 1:
+            return [popen(argv, **env)]
+        argv += [f"--config.processes.{name}={group[name]}" for name in group]
+        indices = (f"--config.processes.index={index}" for index in range(count))
+        return [popen([*argv, index], **env) for index in indices]
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return train
+
+
+@pytest.fixture
+def loops(popen, tmp_path):
+    """Two processes that take the same steps, the second checkpoint written."""
+    script = LOOP.format(tests=str(ROOT / "tests"))
+    address, run = free_address(), tmp_path / "run"
+    both = [
+        popen([sys.executable, "-c", script, address, str(index), run], XLA_FLAGS="")
+        for index in range(2)
+    ]
+    wait_for(run / "checkpoints" / "2", both)
+    return both
+
+
+def free_address():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def ended(processes, within=TOGETHER_S):
-    """Returns (exit codes, what each wrote to stderr); of a hang, where they stand."""
+    """Returns (exit codes, what each wrote to stderr); of a hang, the tracebacks."""
     try:
-        said = [process.communicate(timeout=within)[1] for process in processes]
+        errors = [process.communicate(timeout=within)[1] for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
-            for child in _children(process):
-                os.kill(child, signal.SIGABRT)  # which PYTHONFAULTHANDLER answers
-        said = [process.communicate(timeout=60)[1] for process in processes]
-        pytest.fail(f"not ended in {within} s\n" + "\n--- next\n".join(said))
-    return [process.returncode for process in processes], said
-
-
-def _children(process):
-    """Returns a process's children's ids; of Linux, elsewhere none."""
-    told = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in told.read_text().split()] if told.exists() else []
+            process.send_signal(signal.SIGSEGV)  # PYTHONFAULTHANDLER writes tracebacks
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        pytest.fail(f"not ended in {within} s\n" + "\n--- next\n".join(errors))
+    return [process.returncode for process in processes], errors
 
 
 def wait_for(path, processes):
     for _ in range(10 * TOGETHER_S):
         if path.exists():
             return
-        assert all(process.poll() is None for process in processes)
+        if any(process.poll() is not None for process in processes):
+            pytest.fail(f"ended early: {ended(processes)}")
         time.sleep(0.1)
     pytest.fail(f"{path} did not come")
 
@@ -113,21 +146,21 @@ def logged(run):
     return [json.loads(line) for line in lines]
 
 
-def test_two_processes_stop_together_and_one_goes_on(start, tmp_path, tiny_folder):
-    both = start(tmp_path / "run", 4000, 2)
+def test_two_processes_stop_together_and_one_goes_on(train, tmp_path, tiny_folder):
+    both = train(tmp_path / "run", 4000, 2)
     wait_for(tmp_path / "run" / "checkpoints" / "2", both)
     both[1].send_signal(signal.SIGTERM)
-    codes, said = ended(both)
-    assert codes == [143, 143], said
-    assert "immunize: first step" in said[0] and "first step" not in said[1]
+    codes, errors = ended(both)
+    assert codes == [143, 143], errors
+    assert "first step took" in errors[0] and "first step took" not in errors[1]
     stopped = max(
         int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")
     )
     assert 2 <= stopped < 4000 and not (tmp_path / "run" / "export").exists()
     steps = stopped + 2
     for run in ("run", "straight"):
-        codes, said = ended(start(tmp_path / run, steps, 1))
-        assert codes == [0], said
+        codes, errors = ended(train(tmp_path / run, steps, 1))
+        assert codes == [0], errors
     assert [line["step"] for line in logged(tmp_path / "run")] == [
         line["step"] for line in logged(tmp_path / "straight")
     ]
@@ -135,24 +168,26 @@ def test_two_processes_stop_together_and_one_goes_on(start, tmp_path, tiny_folde
         tiny_folder / "unet" / "diffusion_pytorch_model.safetensors"
     )
     one, two = tensors(tmp_path / "straight"), tensors(tmp_path / "run")
-    moved = [name for name in base if (base[name] != one[name]).any()]
-    assert moved
+    assert any((base[name] != one[name]).any() for name in base)
     for name in base:
         change = np.abs(one[name] - base[name]).max()
         assert np.abs(two[name] - one[name]).max() <= 1e-2 * change, name
 
 
-@pytest.mark.parametrize("dies", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_dead_process_is_told_of_within_a_minute(start, tmp_path, dies):
-    both = start(tmp_path / "run", 4000, 2)
-    wait_for(tmp_path / "run" / "checkpoints" / "2", both)
-    both[dies].kill()
-    began = time.monotonic()
-    (code,), (said,) = ended([both[1 - dies]], within=60)
-    assert time.monotonic() - began < 60
-    assert code == processes.EXIT_PEER_DIED
-    last = said.strip().splitlines()[-1]
+@pytest.mark.parametrize("victim", [0, 1])
+def test_process_ends_within_a_minute_of_a_peers_death(loops, victim):
+    loops[victim].kill()
+    (code,), (error,) = ended([loops[1 - victim]], within=60)
+    assert code == processes.EXIT_PEER_DIED, error
+    last = error.strip().splitlines()[-1]
     assert last.startswith("error: another process of this run has died")
+
+
+def test_sigint_to_one_process_stops_both_after_the_same_step(loops):
+    loops[1].send_signal(signal.SIGINT)
+    codes, errors = ended(loops)
+    assert codes == [143, 130], errors
+    assert all("after a checkpoint" in error for error in errors)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +198,10 @@ def test_a_dead_process_is_told_of_within_a_minute(start, tmp_path, dies):
         (("h:1", 2, 2), "config.processes.index=2 must be below count=2"),
     ],
 )
-def test_half_named_processes_are_refused(group, message):
-    named = dict(zip(("coordinator", "count", "index"), group, strict=True))
+def test_processes_set_in_part_are_refused(group, message):
+    fields = dict(zip(("coordinator", "count", "index"), group, strict=True))
     with pytest.raises(UserError, match=message):
-        processes.check(ConfigDict(named))
+        processes.check(ConfigDict(fields))
 
 
 @pytest.mark.parametrize(
@@ -180,9 +215,11 @@ def test_half_named_processes_are_refused(group, message):
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
     ],
 )
-def test_environment_tells_of_others(monkeypatch, variables, several):
-    for name in processes._SEVERAL:
+def test_environment_names_several_processes(monkeypatch, variables, several):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes._launched_by_cluster() == several
+    unset = ConfigDict({"coordinator": "", "count": 0, "index": -1})
+    assert processes.are_several(unset) == several

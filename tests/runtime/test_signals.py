@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT end a process soon, wherever it is."""
+"""SIGTERM and SIGINT end a process, or are noted while a loop takes steps."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -10,46 +9,41 @@ import time
 
 import pytest
 
-import gift_jax
-
-ROOT = pathlib.Path(gift_jax.__file__).parents[1]
-BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', {n})"  # in C, without a look at signals
-SCRIPT = """
-import hashlib, time
-from gift_jax.runtime import cli
 from gift_jax.runtime import signals
-signals.GRACE_S = 0.5
+from gift_jax.runtime.errors import StoppedBySignal
+
+SCRIPT = """
+import time
+from gift_jax.runtime import cli, signals
+
+class Callback:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(1)
 
 def main():
-    signals.be_patient({patient})
-    print("ready", flush=True)
-    {work}
-    time.sleep(0.1)
+{work}
     return 0
 
 cli.run_main(main)
 """
+SLEEP = """
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+SWALLOWED = """
+    with signals.flag.in_loop() as flag:
+        Callback()  # its exceptions are printed and ignored
+        flag.deferred = True
+        while flag.signum is None:  # what the loop asks after each step
+            time.sleep(0.01)
+"""
 
 
-IN_A_LOOP = """with stopping.collected() as received:
-        stopping.be_patient({patient})
-        time.sleep({seconds})
-        print("received", received)
-    return 0"""
-
-SWALLOWED = """class Callback:
-        def __del__(self):
-            time.sleep(1)
-    Callback()
-    stopping.be_patient({patient})
-    time.sleep(60)"""
-
-
-def end(signum, work, patient=False):
-    """Returns (exit code, seconds until then, stderr) of one that gets a signal."""
+def end(signum, work):
+    """Returns (exit code, seconds until then, output) of a process after a signal."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(work=work, patient=patient)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", SCRIPT.format(work=work)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,44 +57,49 @@ def end(signum, work, patient=False):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_python_code_is_stopped_at_once(signum, code):
-    found, seconds, error = end(signum, "time.sleep(60)")
-    assert found == code and seconds < 30 and "Traceback" not in error
-    if signum == signal.SIGTERM:
-        assert error == "stopped by signal 15; run the same command to go on\n"
+def test_signal_outside_the_loop_ends_the_process(signum, code):
+    exit_code, seconds, output = end(signum, SLEEP)
+    assert exit_code == code and seconds < 30
+    message = f"stopped by signal {signum:d}; run the same command to go on\n"
+    assert output == message
 
 
-def test_what_does_not_look_at_signals_is_ended_after_a_while():
-    found, seconds, error = end(signal.SIGTERM, BUSY.format(n=2_000_000_000))
-    assert found == 143 and 0.5 <= seconds < 30
-    assert error == "stopped by signal 15; run the same command to go on\n"
+def test_signal_that_a_callback_swallows_is_noticed_after_the_step():
+    code, seconds, output = end(signal.SIGTERM, SWALLOWED)
+    assert "Exception ignored in" in output  # or nothing was swallowed
+    assert code == 143 and seconds < 30
+    assert "stopped by signal 15 after a checkpoint" in output
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("patient", [False, True])  # as if steps began after it
-def test_what_swallows_the_exception_is_ended_after_a_while(signum, code, patient):
-    found, seconds, error = end(signum, SWALLOWED.format(patient=patient))
-    assert "Exception ignored in" in error  # or nothing was swallowed
-    assert found == code and seconds < 30
-    assert error.endswith(
-        f"stopped by signal {signum:d}; run the same command to go on\n"
-    )
+def test_first_signal_is_deferred_and_the_second_raises():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedBySignal, match="signal 15$") as stopped:
+        with signals.flag.in_loop() as flag:
+            flag.deferred = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert flag.signum == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert stopped.value.exit_code == 143
+    assert signals.flag.signum is None
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_step_is_waited_for():
-    found, seconds, error = end(signal.SIGTERM, BUSY.format(n=8_000_000), patient=True)
-    assert seconds > 1
-    assert found == 143 and "stopped by signal 15" in error
+def test_signal_before_the_first_step_raises():
+    with pytest.raises(StoppedBySignal, match="signal 2$"), signals.flag.in_loop():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
-def test_before_the_first_step_there_is_nothing_to_wait_for():
-    found, seconds, said = end(
-        signal.SIGTERM, IN_A_LOOP.format(patient=False, seconds=60)
-    )
-    assert found == 143 and seconds < 30
-    assert said == "stopped by signal 15; run the same command to go on\n"
-
-
-def test_while_steps_are_taken_a_signal_is_collected():
-    found, _, said = end(signal.SIGTERM, IN_A_LOOP.format(patient=True, seconds=1))
-    assert found == 0 and f"received [{int(signal.SIGTERM)}]" in said
+def test_sigint_to_one_of_several_processes_becomes_sigterm():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(signal.SIGTERM))
+    try:
+        with pytest.raises(StoppedBySignal, match="signal 2 after a checkpoint"):
+            with signals.flag.in_loop(several=True) as flag:
+                flag.deferred = True
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

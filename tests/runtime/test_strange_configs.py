@@ -298,7 +298,6 @@ CHOSEN = {
         "lower.schedule": ("cosine", "constant"),
         "safe.crop": ("center", "random"),
         "compute_dtype": ("float32", "bfloat16"),
-        "on_nan": ("restore",),
     },
     "attack": {
         "attack": ("dreambooth", "lora"),
