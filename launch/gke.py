@@ -3,13 +3,14 @@
 
     python launch/gke.py --name gift --image IMAGE --accelerator tpu-v5-lite-podslice \\
         --topology 4x4 --claim runs \\
-        python -m gift_jax.train --config configs/sd15_gift.py --workdir /runs/gift
+        python -m gift_jax.train --config configs/sd15_object.py --workdir /runs/gift
 
-The image has gift_jax[tpu] installed and its folder as working directory; the volume
-claim, which every host mounts at /runs, holds the workdir. JAX finds the other hosts
-through what GKE sets. A preempted or evicted host sends SIGTERM: the run saves a
-checkpoint, the JobSet starts all hosts again, and the same command goes on. Needs
-kubectl, the JobSet controller in the cluster, and Python alone here.
+Not yet tried on a cluster; the tests check the manifest that --dry-run prints against
+Kubernetes' schema. The image has gift_jax[tpu] installed and its folder as working
+directory; the volume claim, which every host mounts at /runs, holds the workdir. JAX
+finds the other hosts through what GKE sets. A preempted or evicted host sends SIGTERM:
+the run saves a checkpoint, the JobSet starts all hosts again, and the same command goes
+on. Needs kubectl, the JobSet controller in the cluster, and Python alone here.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import re
 import subprocess
 import sys
 
-CHIPS = 4  # of a host, in slices of more than one host
-GRACE_S = 60  # from SIGTERM to SIGKILL: a checkpoint takes less
+CHIPS = 4  # of each host, in slices of more than one host
+GRACE_S = 60  # from SIGTERM to SIGKILL; a checkpoint takes less
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 TOPOLOGY = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 
@@ -28,13 +29,13 @@ TOPOLOGY = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 def manifest(args: argparse.Namespace) -> dict:
     """Returns the JobSet, of the API jobset.x-k8s.io/v1alpha2."""
     chips = math.prod(int(n) for n in args.topology.split("x"))
-    hosts, each = max(1, chips // CHIPS), min(chips, CHIPS)
+    hosts, chips_per_host = max(1, chips // CHIPS), min(chips, CHIPS)
     container = {
         "name": "gift",
         "image": args.image,
         "command": args.command,
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
-        "resources": {"limits": {"google.com/tpu": each}},
+        "resources": {"limits": {"google.com/tpu": chips_per_host}},
         "volumeMounts": [{"name": "runs", "mountPath": "/runs"}],
     }
     pod = {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Starts several processes of one run on this machine and ends as they do.
+# Starts several processes of one run on this machine and exits with their code.
 #
 #   launch/local.sh [--dry-run] [--gpus-each N] COUNT COMMAND...
 #   launch/local.sh 2 python -m gift_jax.train --config configs/emoji_gift.py --workdir runs/gift
@@ -35,8 +35,8 @@ for ((i = 0; i < count; i++)); do
   command=("$@" "--config.processes.coordinator=127.0.0.1:$port")
   command+=("--config.processes.count=$count" "--config.processes.index=$i")
   if ((gpus)); then
-    mine=$(seq -s, $((i * gpus)) $((i * gpus + gpus - 1)))
-    command=(env "CUDA_VISIBLE_DEVICES=$mine" "${command[@]}")
+    devices=$(seq -s, $((i * gpus)) $((i * gpus + gpus - 1)))
+    command=(env "CUDA_VISIBLE_DEVICES=$devices" "${command[@]}")
   fi
   if $dry_run; then
     printf '%q ' "${command[@]}"
@@ -51,9 +51,9 @@ $dry_run && exit 0
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 code=0
 for pid in "${pids[@]}"; do
-  mine=0
-  # A signal that is trapped ends wait early: wait on until the process is gone.
-  while wait "$pid" || mine=$?; kill -0 "$pid" 2>/dev/null; do :; done
-  ((code)) || code=$mine
+  status=0
+  # A trapped signal ends `wait` early: repeat it until the process is gone.
+  while wait "$pid" || status=$?; kill -0 "$pid" 2>/dev/null; do :; done
+  ((code)) || code=$status
 done
 exit "$code"

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Submits a run to Slurm: one process a GPU node's task, requeued when it is preempted.
+# Submits a run to Slurm: one process for each task, requeued when it is preempted.
+# Not yet tried on a cluster; the tests check the job script that --dry-run prints.
 #
 #   launch/slurm.sh [--dry-run] --nodes N [--tasks-per-node M] [--gpus-per-task G]
 #       [--time HH:MM:SS] [--partition P] COMMAND...
-#   launch/slurm.sh --nodes 4 python -m gift_jax.train --config configs/sd15_gift.py --workdir runs/gift
+#   launch/slurm.sh --nodes 4 python -m gift_jax.train --config configs/sd15_object.py --workdir runs/gift
 #
 # --dry-run  print the job script and the command that submits it, submit nothing
 # The workdir must lie where every node sees it. SIGTERM comes two minutes before the
 # end: the run saves a checkpoint, exits with 143, and the job is queued again.
 set -euo pipefail
 
-usage() { sed -n '3,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '3,13s/^# \{0,1\}//p' "$0"; }
 fail() { echo "error: $1; see $0 --help" >&2; exit 2; }
 
 dry_run=false nodes='' tasks=1 gpus=1 limit=24:00:00 partition=''

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# A run on a Cloud TPU VM pod slice: created, filled, started, followed, taken up again.
+# Runs a command on a Cloud TPU VM pod slice: creates it, starts, follows and resumes.
+# Not yet tried on a slice; the tests check the commands that --dry-run prints.
 #
 #   launch/tpu_pod.sh [--dry-run] create NAME --zone Z --type v5litepod-16 [--spot]
 #   launch/tpu_pod.sh [--dry-run] copy   NAME --zone Z
@@ -17,7 +18,7 @@
 # The workdir must lie where every worker sees it. Needs gcloud, and a project set in it.
 set -euo pipefail
 
-usage() { sed -n '3,19s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '3,20s/^# \{0,1\}//p' "$0"; }
 fail() { echo "error: $1; see $0 --help" >&2; exit 2; }
 
 dry_run=false spot=false zone='' type=''

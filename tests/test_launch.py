@@ -13,19 +13,20 @@ import time
 
 import pytest
 
-LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
 TPU = "gcloud compute tpus tpu-vm"
 # Writes its index and count into a folder, then waits for a signal or ends.
 WORKER = """
 import pathlib, signal, sys, time
-told = dict(a.removeprefix("--config.processes.").split("=") for a in sys.argv[4:])
+flags = dict(a.removeprefix("--config.processes.").split("=") for a in sys.argv[4:])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 out, mode, code = sys.argv[1:4]
-path = pathlib.Path(out, told["index"])
-path.write_text(told["count"] + " " + told["coordinator"])
+path = pathlib.Path(out, flags["index"])
+path.write_text(flags["count"] + " " + flags["coordinator"])
 while mode == "wait":
     time.sleep(0.05)
-sys.exit(int(code) if told["index"] == "1" else 0)
+sys.exit(int(code) if flags["index"] == "1" else 0)
 """
 
 
@@ -45,6 +46,12 @@ def test_script_parses_and_explains_itself(script):
         assert checked.returncode == 0, checked.stdout.decode()
     code, out, err = run(script, "--help")
     assert code == 0 and f"launch/{script}" in out and "--dry-run" in out and not err
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
+def test_config_of_an_example_exists(script):
+    for config in re.findall(r"configs/\w+\.py", (LAUNCH / script).read_text()):
+        assert (ROOT / config).is_file(), config
 
 
 @pytest.mark.parametrize(
@@ -94,11 +101,11 @@ def test_local_dry_run_names_every_process():
 def test_local_ends_as_its_processes_do(tmp_path, code):
     worker = [sys.executable, "-c", WORKER, str(tmp_path), "end", str(code)]
     assert run("local.sh", "2", *worker)[0] == code
-    told = [(tmp_path / str(i)).read_text().split() for i in range(2)]
-    assert told[0] == told[1] and told[0][0] == "2"
+    flags = [(tmp_path / str(i)).read_text().split() for i in range(2)]
+    assert flags[0] == flags[1] and flags[0][0] == "2"
 
 
-def test_local_hands_sigterm_on_and_waits(tmp_path):
+def test_local_passes_sigterm_on_and_waits(tmp_path):
     worker = [sys.executable, "-c", WORKER, str(tmp_path), "wait", "0"]
     launched = subprocess.Popen([LAUNCH / "local.sh", "2", *worker])
     for _ in range(600):
@@ -125,25 +132,25 @@ def test_slurm_script_is_a_script_and_queues_again():
     assert 'scontrol requeue "$SLURM_JOB_ID"' in script
 
 
-def test_slurm_leaves_out_what_is_not_asked_for():
+def test_slurm_names_no_partition_by_default():
     _, out, _ = run("slurm.sh", "--dry-run", "--nodes", "1", "true")
     assert "partition" not in out
 
 
 def test_tpu_dry_run_prints_the_exact_commands():
-    where = ["pod", "--zone", "z"]
-    _, created, _ = run("tpu_pod.sh", "--dry-run", "create", *where, "--type", "v4-32")
+    pod = ["pod", "--zone", "z"]
+    _, created, _ = run("tpu_pod.sh", "--dry-run", "create", *pod, "--type", "v4-32")
     assert created.split() == shlex.split(
         f"{TPU} create pod --accelerator-type v4-32 --version tpu-ubuntu2204-base "
         "--zone z"
     )
-    _, started, _ = run("tpu_pod.sh", "--dry-run", "start", *where, "python", "--a=b c")
+    _, started, _ = run("tpu_pod.sh", "--dry-run", "start", *pod, "python", "--a=b c")
     words = shlex.split(started)
     assert words[:8] == [*TPU.split(), "ssh", "pod", "--worker=all", "--command"]
     assert "nohup setsid python --a=b\\ c" in words[8]
     assert subprocess.run(["bash", "-n"], input=words[8], text=True).returncode == 0
     argv = ["--type", "v4-32", "--spot", "python"]
-    _, resumed, _ = run("tpu_pod.sh", "--dry-run", "resume", *where, *argv)
+    _, resumed, _ = run("tpu_pod.sh", "--dry-run", "resume", *pod, *argv)
     verbs = [re.match(rf"{TPU} (\S+)|(git)", line) for line in resumed.splitlines()]
     done = [verb[1] or verb[2] for verb in verbs]
     assert done == ["delete", "create", "git", "scp", "ssh", "ssh"]
