@@ -42,15 +42,15 @@ def test_rules_divide_a_parameter(path, shape, axes):
 
 
 def test_rules_may_be_given():
-    rules = ((r"to_k/kernel", ("tensor",)),)
+    rules = ((r"to_k/kernel", ("fsdp",)),)
     path, shape = f"{BLOCK}/attn2/to_k/kernel", (768, 320)
     spec = sharding.partition_spec(path, shape, SIZES, rules)
-    assert spec == PartitionSpec(None, "tensor")
+    assert spec == PartitionSpec(None, "fsdp")
     assert not any(sharding.partition_spec("conv/kernel", shape, SIZES, rules))
-    mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 1, "tensor": 2})
+    mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 2, "tensor": 1})
     tree = {path: np.zeros(shape)}
     assert sharding.shardings(mesh, tree, rules=rules)[path].spec == spec
-    assert sharding.shardings(mesh, tree)[path].spec != spec
+    assert sharding.shardings(mesh, tree)[path].spec == PartitionSpec("fsdp", None)
 
 
 def test_optimizer_states_are_divided_as_their_parameters(tiny):
