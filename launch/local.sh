@@ -32,8 +32,8 @@ shift
 port=${GIFT_JAX_PORT:-$((20000 + RANDOM % 20000))}
 pids=()
 for ((i = 0; i < count; i++)); do
-  command=("$@" "--config.processes.coordinator=127.0.0.1:$port")
-  command+=("--config.processes.count=$count" "--config.processes.index=$i")
+  command=("$@" "--config.hardware.processes.coordinator=127.0.0.1:$port")
+  command+=("--config.hardware.processes.count=$count" "--config.hardware.processes.index=$i")
   if ((gpus)); then
     devices=$(seq -s, $((i * gpus)) $((i * gpus + gpus - 1)))
     command=(env "CUDA_VISIBLE_DEVICES=$devices" "${command[@]}")

@@ -40,7 +40,7 @@ from gift_jax.runtime import cli
 from gift_jax.runtime.errors import UserError, at_least
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-QUICK = ("--config.checkpoint_every=3", "--config.log_every=1", "--config.keep=2")
+QUICK = ("--config.checkpoints.every=3", "--config.log_every=1")
 FLAGS = {
     "train": (
         "--config=configs/emoji_gift.py:smoke",

@@ -19,7 +19,8 @@ TPU = "gcloud compute tpus tpu-vm"
 # Writes its index and count into a folder, then waits for a signal or ends.
 WORKER = """
 import pathlib, signal, sys, time
-flags = dict(a.removeprefix("--config.processes.").split("=") for a in sys.argv[4:])
+prefix = "--config.hardware.processes."
+flags = dict(a.removeprefix(prefix).split("=") for a in sys.argv[4:])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 out, mode, code = sys.argv[1:4]
 path = pathlib.Path(out, flags["index"])
@@ -90,11 +91,13 @@ def test_local_dry_run_names_every_process():
         gpus = f"CUDA_VISIBLE_DEVICES={2 * i},{2 * i + 1}"
         assert line[:6] == ["env", gpus, "python", "-m", "x", "--a=b c"]
         assert line[7:] == [
-            "--config.processes.count=2",
-            f"--config.processes.index={i}",
+            "--config.hardware.processes.count=2",
+            f"--config.hardware.processes.index={i}",
         ]
     assert lines[0][6] == lines[1][6]
-    assert re.fullmatch(r"--config.processes.coordinator=127.0.0.1:\d+", lines[0][6])
+    assert re.fullmatch(
+        r"--config.hardware.processes.coordinator=127.0.0.1:\d+", lines[0][6]
+    )
 
 
 @pytest.mark.parametrize("code", [0, 3])

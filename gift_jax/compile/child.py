@@ -96,7 +96,7 @@ def run_child(cfg, args, into: pathlib.Path) -> int:
         else:
             found = attempt(args.batch_per_chip)
     except tpu.DoesNotFit as error:
-        hint = "more chips with --config.mesh.fsdp and shard_frozen"
+        hint = "more chips with --config.hardware.mesh.fsdp and shard_frozen"
         hint = "a smaller --batch-per-chip, " * bool(args.batch_per_chip != 1) + hint
         raise UserError(
             f"--topology={args.topology}: the step {error}; try --config.remat=block, "

@@ -34,7 +34,7 @@ def init_jax(cpu_devices: int = 1) -> None:
       see `cpu_devices_for`.
     """
     if cpu_devices < 1:
-        raise UserError(f"config.cpu_devices={cpu_devices} must be at least 1; try 1")
+        raise UserError(f"cpu_devices={cpu_devices} must be at least 1; try 1")
     if cpu_devices > 1:
         # XLA's threads: each device would otherwise have one for every core
         os.environ.setdefault("NPROC", str(max(1, num_cores() // cpu_devices)))

@@ -2,8 +2,8 @@
 """Several processes of one run: joining them, exchanging arrays, and a peer's death.
 
 On TPU pods, under Slurm, Open MPI and on GKE each process learns from its environment
-who the others are; elsewhere config.processes says it. Every process takes every step;
-process 0 alone writes logs, images and exports. All of them see the workdir.
+who the others are; elsewhere config.hardware.processes says it. Every process takes
+every step; process 0 alone writes logs, images and exports. All see the workdir.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from absl import logging
 from gift_jax.runtime.errors import UserError
 
 LOST_AFTER_S = 20  # without a sign of life, a process counts as dead
+_FIELD = "config.hardware.processes"
 _WAIT_S = 300  # for the others to start
 _CLUSTER_VARIABLES = {  # of the environment: how many processes one names
     "SLURM_NTASKS": int,
@@ -35,18 +36,16 @@ _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # of a TPU VM: JAX asks its metad
 
 
 def check(processes: Any) -> None:
-    """Raises UserError if `config.processes` is set in part, or contradicts itself."""
+    """Raises UserError if `config.hardware.processes` is set only in part."""
     fields = bool(processes.coordinator), processes.count > 0, processes.index >= 0
     if any(fields) and not all(fields):
         raise UserError(
-            "config.processes needs all of coordinator, count and index, or none; try "
-            "--config.processes.coordinator=HOST:1234 --config.processes.count=2 "
-            "--config.processes.index=0"
+            f"{_FIELD} needs all of coordinator, count and index, or none; try "
+            f"--{_FIELD}.coordinator=HOST:1234 --{_FIELD}.count=2 --{_FIELD}.index=0"
         )
     if all(fields) and processes.index >= processes.count:
         raise UserError(
-            f"config.processes.index={processes.index} must be below "
-            f"count={processes.count}"
+            f"{_FIELD}.index={processes.index} must be below count={processes.count}"
         )
 
 
@@ -56,8 +55,8 @@ def connect(processes: Any) -> None:
     Where another one dies later, JAX aborts this one within `LOST_AFTER_S` and some
     seconds, and it ends with the exit code `EXIT_PEER_DIED`.
 
-    Args: processes: the group `config.processes`: coordinator, "HOST:PORT" of process
-      0; count; index of this one. Empty: what the environment says.
+    Args: processes: the group `config.hardware.processes`: coordinator, "HOST:PORT" of
+      process 0; count; index of this one. Empty: what the environment says.
     Raises: UserError if the others do not answer.
     """
     check(processes)

@@ -16,12 +16,8 @@ from gift_jax.runtime.errors import UserError
 
 # Fields, and groups of fields, that a resumed run may change without becoming another
 # run: its length, the pace of its logs and checkpoints, and the hardware.
-RESUMABLE_FIELDS = (
-    *("steps", "post_finetune.steps", "name"),
-    *("log_every", "checkpoint_every", "keep", "checkpoints"),
-    *("hardware", "cpu_devices", "mesh", "shard_frozen", "processes"),
-    *("accumulate", "grad_accum_steps", "attention", "remat"),
-)
+RESUMABLE_FIELDS = ("steps", "log_every", "checkpoints", "hardware")
+RESUMABLE_FIELDS += ("checkpoint_every", "cpu_devices")  # of configs without groups
 
 _LOCK = ".lock"
 _held: dict[pathlib.Path, filelock.BaseFileLock] = {}
@@ -72,8 +68,7 @@ def prepare_workdir(
             lock(workdir)
     path = workdir / "config.json"
     new = json.loads(json.dumps(cfg.to_dict()))
-    new.pop("processes", None)  # differs between the processes of one run
-    new.get("hardware", {}).pop("processes", None)
+    new.get("hardware", {}).pop("processes", None)  # differs between those of a run
     if base:
         new["base_sha256"] = base
     if path.exists():
@@ -140,6 +135,6 @@ def config_diff(old: dict, new: dict, *, finished: bool = False) -> str:
 
 def _is_resumable(path: str, finished: bool) -> bool:
     names = path.split(".")
-    if names[-1] == "steps":  # not those of samples or of a noise schedule
-        return path in RESUMABLE_FIELDS and not finished
+    if names[-1] == "steps":
+        return len(names) == 1 and not finished  # the run's; not a sampler's
     return not set(names).isdisjoint(RESUMABLE_FIELDS)

@@ -25,6 +25,7 @@ RULES: Rules = (  # the end of a parameter's path: the axes of its last dimensio
     (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
     (r"(kernel|embedding)", ("fsdp",)),
 )
+_FIELD = "config.hardware.mesh"
 _BATCH = PartitionSpec(("data", "fsdp"))
 
 
@@ -53,8 +54,8 @@ def _sizes(shape: dict[str, int], total: int) -> tuple[int, ...]:
     if total % fixed or (0 not in shape.values() and fixed != total):
         sizes = ", ".join(f"{axis}={shape[axis]}" for axis in AXES)
         raise UserError(
-            f"config.mesh has {sizes}, but there are {total} devices; try "
-            "--config.mesh.data=0 (all that the others leave), with fsdp and tensor "
+            f"{_FIELD} has {sizes}, but there are {total} devices; try "
+            f"--{_FIELD}.data=0 (all that the others leave), with fsdp and tensor "
             "whose product divides that"
         )
     return tuple(shape[axis] or total // fixed for axis in AXES)
@@ -64,13 +65,11 @@ def check_mesh(shape: Mapping[str, int]) -> None:
     """Raises UserError for a mesh of negative sizes, or with two left open."""
     for axis in AXES:
         if shape[axis] < 0:
-            raise UserError(
-                f"config.mesh.{axis}={shape[axis]} must be at least 0; try 1"
-            )
+            raise UserError(f"{_FIELD}.{axis}={shape[axis]} must be at least 0; try 1")
     if sum(shape[axis] == 0 for axis in AXES) > 1:
         raise UserError(
-            "config.mesh has more than one axis of 0, all that the others leave; try "
-            "--config.mesh.fsdp=1 --config.mesh.tensor=1"
+            f"{_FIELD} has more than one axis of 0, all that the others leave; try "
+            f"--{_FIELD}.fsdp=1 --{_FIELD}.tensor=1"
         )
 
 
@@ -158,8 +157,8 @@ def process_slice(mesh: Mesh) -> tuple[int, int]:
     rows = sorted({index.indices(parts)[0] for (index,) in indices.values()})
     if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise UserError(
-            "config.mesh divides a batch so that a process's rows are no neighbours; "
-            "try --config.mesh.tensor=1"
+            f"{_FIELD} divides a batch so that a process's rows are no neighbors; try "
+            f"--{_FIELD}.tensor=1"
         )
     return rows[0] // len(rows), parts // len(rows)
 

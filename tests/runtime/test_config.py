@@ -261,7 +261,7 @@ def test_workdir_goes_on_with_the_same_model_in_another_place(tmp_path):
 def test_workdir_may_go_on_for_more_steps(tmp_path):
     prepare_workdir(make_config(), tmp_path)
     cfg = make_config()
-    cfg.steps, cfg.keep = 20, 3
+    cfg.steps = 20
     prepare_workdir(cfg, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 20
 
@@ -364,10 +364,15 @@ def test_mistake_ends_a_process_with_one_line_and_exit_code_2(tmp_path):
 
 
 def test_a_resumed_run_may_change_its_length_its_pace_and_the_hardware():
-    old = {"steps": 10, "keep": 2, "hardware": {"mesh": {"data": 0}}, "lr": 1e-3}
+    old = {
+        "steps": 10,
+        "checkpoints": {"keep": 2},
+        "hardware": {"mesh": {"data": 0}},
+        "lr": 1e-3,
+    }
     old["generation"] = {"steps": 25}
     new = json.loads(json.dumps(old))
-    new.update(steps=20, keep=3)
+    new["steps"], new["checkpoints"]["keep"] = 20, 3
     new["hardware"]["mesh"]["data"] = 2
     assert not config_diff(old, new)
     assert config_diff(old, new, finished=True) == "steps was 10, is 20"

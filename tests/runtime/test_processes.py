@@ -79,7 +79,8 @@ def train(popen, tiny_folder, pictures, pytestconfig):
         for group in ("harmful", "safe"):
             argv += [f"--config.{group}.names=()", f"--config.{group}.prompt=a {group}"]
             argv += [f"--config.{group}.folder={pictures}"]
-        argv += ["--config.checkpoint_every=2", f"--config.cpu_devices={4 // count}"]
+        argv += ["--config.checkpoints.every=2"]
+        argv += [f"--config.hardware.cpu_devices={4 // count}"]
         for level in ("lower", "upper"):  # a rate that does not depend on the steps
             argv += [f"--config.{level}.warmup_frac=0"]
             argv += [f"--config.{level}.schedule=constant"]
@@ -88,8 +89,10 @@ def train(popen, tiny_folder, pictures, pytestconfig):
         group = {"coordinator": free_address(), "count": count}
         if count == 1:
             return [popen(argv, **env)]
-        argv += [f"--config.processes.{name}={group[name]}" for name in group]
-        indices = (f"--config.processes.index={index}" for index in range(count))
+        argv += [f"--config.hardware.processes.{name}={group[name]}" for name in group]
+        indices = (
+            f"--config.hardware.processes.index={index}" for index in range(count)
+        )
         return [popen([*argv, index], **env) for index in indices]
 
     return train
@@ -195,7 +198,7 @@ def test_sigint_to_one_process_stops_both_after_the_same_step(loops):
     [
         (("h:1", 2, -1), "needs all of coordinator, count and index"),
         (("", 2, 0), "needs all of coordinator, count and index"),
-        (("h:1", 2, 2), "config.processes.index=2 must be below count=2"),
+        (("h:1", 2, 2), "config.hardware.processes.index=2 must be below count=2"),
     ],
 )
 def test_processes_set_in_part_are_refused(group, message):

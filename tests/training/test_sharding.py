@@ -88,7 +88,7 @@ def test_rows_of_a_batch_are_read_once():
         ((3, 1, 1), "data=3, fsdp=1, tensor=1, but there are 2 devices"),
         ((0, 4, 1), "fsdp=4, tensor=1, but there are 2 devices"),
         ((0, 0, 1), "more than one axis of 0"),
-        ((1, -1, 1), "config.mesh.fsdp=-1 must be at least 0"),
+        ((1, -1, 1), "config.hardware.mesh.fsdp=-1 must be at least 0"),
     ],
 )
 def test_mesh_that_does_not_fit_is_refused(shape, message):
