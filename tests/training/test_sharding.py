@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from gift_jax.runtime import devices
 from gift_jax.runtime.devices import TPU_FLAGS, cpu_devices_for
 from gift_jax.runtime.errors import UserError
+from gift_jax.state import repeat_update
 from gift_jax.training import sharding
 
 SIZES = {"data": 1, "fsdp": 2, "tensor": 4}
@@ -144,33 +145,30 @@ def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
     assert len(program.read_bytes()) > len(whole) // 2  # older JAX varies some bytes
 
 
-LEVELS = """
-import jax, jax.numpy as jnp
-from gift_jax.defenses import gift
-from gift_jax.training import sharding
-
-
-def update(w, opt, frozen, batch, key):
-    return w + (batch @ w).mean(), opt, {"lower/loss": w.sum()}
-
-mesh, both = sharding.make_default_mesh(2), gift.make_levels(update, 2)
-rows = sharding.batch_sharding(mesh)
-batch = jax.ShapeDtypeStruct((16, 64), "float32", sharding=rows)
-def halves(w, batch):
-    return both(w, (), None, batch, jax.random.key(0))[0]
-def neighbours(w, batch):
-    batch = batch.reshape(2, 8, 64)  # a half on each device
-    return jax.lax.scan(lambda w, half: (w + (half @ w).mean(), ()), w, batch)[0]
-for f in (halves, neighbours):
-    print(jax.jit(f).lower(jnp.ones((64, 64)), batch).compile().as_text().count(HALF))
-"""
-
-
 def test_all_devices_share_in_every_update_of_a_level():
+    def update(w, opt, frozen, batch, key):
+        return w + (batch @ w).mean(), opt, {"lower/loss": w.sum()}
+
+    twice = repeat_update(update, 2)
+
+    def interleaved(w, batch):
+        return twice(w, (), None, batch, jax.random.key(0))[0]
+
+    def contiguous(w, batch):
+        halves = batch.reshape(2, 8, 64)  # the first on one device
+        return jax.lax.scan(lambda w, half: (w + (half @ w).mean(), ()), w, halves)[0]
+
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    batch = jax.ShapeDtypeStruct(
+        (16, 64), "float32", sharding=sharding.batch_sharding(mesh)
+    )
     product = "= f32[4,64]{1,0} dot("  # of a device's rows of an update
-    command = [sys.executable, "-c", LEVELS.replace("HALF", repr(product))]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    assert [int(line) for line in done.stdout.split()] == [1, 0]
+    w = jax.numpy.ones((64, 64))
+    texts = [
+        jax.jit(f).lower(w, batch).compile().as_text()
+        for f in (interleaved, contiguous)
+    ]
+    assert [text.count(product) for text in texts] == [1, 0]
 
 
 @pytest.mark.parametrize(
