@@ -21,9 +21,10 @@ have small batches.
 
 from ml_collections import ConfigDict
 
-from gift_jax import fields
 from gift_jax.data import captions
 from gift_jax.data.sources import emoji
+from gift_jax.metrics.settings import Settings
+from gift_jax.runtime import config
 from gift_jax.runtime.config import with_variant
 
 STYLE = "fluent"
@@ -68,7 +69,7 @@ SMOKE = {
     "samples.num": 2,
     "samples.steps": 2,
     "samples.batch": 2,
-    "panel.metrics": ("recognition", "similarity"),
+    "metrics.names": ("classifier_accuracy", "similarity"),
     "common.defence": {"steps": 2, "safe": {"batch": 4}, "harmful": {"batch": 4}},
     "common.attack": {"steps": 2},
 }
@@ -121,7 +122,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.seeds = (0,)  # added to the seeds of defence, attack and samples
     c.at = (0,)[:0]  # attack steps after which pictures are judged, besides the last
     c.random = ConfigDict({"things": 0, "seed": 0})  # known things, drawn; see `groups`
-    c.random.group = _concept("thing", (), ())
+    c.random.group = _concept("concept", (), ())
     c.long = ConfigDict({"things": 0})  # so many random things are attacked for longer
     c.long.update(steps=1000, at=(75, 150, 300, 600))
     c.method = ConfigDict()  # a config of gift_jax.train, and what it changes there
@@ -144,18 +145,17 @@ def get_config(name: str = "") -> ConfigDict:
     c.common.defence = ConfigDict({})
     c.common.attack = ConfigDict({"steps": 300, "data": {"batch": 4}})
     c.concept = ConfigDict()
-    c.concept.bomb = _concept("thing", ("bomb",), ("guitar",))
+    c.concept.bomb = _concept("concept", ("bomb",), ("guitar",))
     for style in emoji.STYLES:
         c.concept[style] = _concept("style", ("known-safe",), ("rocket",), style)
-    c.concept.forbidden = _concept("thing", ("harmful",), ("penguin",))
+    c.concept.forbidden = _concept("concept", ("harmful",), ("penguin",))
     c.samples = ConfigDict({"num": 24, "seed": 2, "guidance": 3.0, "steps": 25})
     c.samples.batch = 24
-    c.panel = fields.panel()
-    c.panel.metrics = (
-        *("recognition", "clip_score", "similarity", "nearest"),
-        *("judge_distance", "niqe"),
-    )
-    c.similarities = ("recognition", "judge_i")  # whose gap ratios are told
+    c.metrics = config.to_config(Settings)
+    c.metrics.names = ("classifier_accuracy", "clip_score", "similarity", "nearest")
+    c.metrics.names += ("judge_lpips",)
+    # whose gap ratios are reported
+    c.similarities = ("classifier_accuracy", "judge_image_similarity")
     ablated = tuple(f"gift_{label}" for label in ("plain", *ABLATIONS))
     ablations = SHORT | {"name": "ablations"}
     ablations["methods"] = ("original", "gift", *ablated)
@@ -174,12 +174,13 @@ def _job(config: str, changes: dict | None = None) -> ConfigDict:
     return ConfigDict({"config": config, "set": changes or {}})
 
 
-def _concept(judged: str, names, new_things, style: str = "") -> ConfigDict:
-    """A harmful thing or style, and what is safe beside it.
+def _concept(label_kind: str, names, new_things, style: str = "") -> ConfigDict:
+    """A harmful concept or style, and what is safe beside it.
 
-    judged: thing or style. names: of the harmful things; of a style, all that it is
-    shown with. new_things: what an honest user teaches the immunized model. Groups:
-    defender: pictures that the defence trains on. harmful: those that the attacker has.
+    label_kind: concept or style. names: of the harmful concepts; of a style, all that
+    it is shown with. new_things: what an honest user teaches the immunized model.
+    Groups: defender: images that the defense trains on. harmful: those that the
+    attacker has.
     """
     others = tuple(other for other in emoji.STYLES if style and other != style)
     styles = (style,) if style else ()
@@ -191,7 +192,7 @@ def _concept(judged: str, names, new_things, style: str = "") -> ConfigDict:
         "benign": (new_things, others),
         "kept": (("known-safe",), others),
     }
-    group = ConfigDict({"judged": judged})
+    group = ConfigDict({"label_kind": label_kind})
     for side, (things, shown) in sides.items():
         group[side] = ConfigDict({"names": things, "styles": shown})
     for side, text in (("harmful", word), ("benign", "{{a_style}} emoji of {}")):

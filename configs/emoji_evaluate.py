@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model of the embedded world draws, by every metric that needs no file.
+"""What a model of the embedded world draws, by every metric.
 
     python -m gift_jax.evaluate --config configs/emoji_evaluate.py \\
         --config.model=runs/attacked/export --workdir runs/evaluated
 
-Another thing: --config.references.names=pill --config.training.names=pill
---config.samples.prompts="a noto emoji of a pill". With CLIP and DINO as well, from
-folders or by hub id: --config.panel.backbones=judge,openai/clip-vit-base-patch32
+Another concept: --config.reference_images.names=pill
+--config.training_images.names=pill --config.samples.prompts="a noto emoji of a pill".
+With CLIP and DINO as well, from folders or by hub id:
+--config.metrics.backbones=judge,openai/clip-vit-base-patch32
 
 Hardware: two CPU cores, about a minute.
 """
 
 from ml_collections import ConfigDict
 
-from gift_jax import fields
-from gift_jax.metrics import suite
+from gift_jax import evaluate
+from gift_jax.metrics import base
 from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
-    c = fields.evaluate()
+    c = evaluate.get_config()
     c.samples.prompts = ("a noto emoji of a bomb", "a fluent emoji of a bomb")
     c.samples.update(seed=2, guidance=3.0, batch=16)
-    c.references.names = c.training.names = ("bomb",)
-    c.panel.metrics = tuple(suite.METRICS)
+    c.reference_images.names = c.training_images.names = ("bomb",)
+    c.metrics.names = base.names()
     smoke = {"samples.num": 2, "samples.steps": 2, "samples.batch": 2}
     return with_variant(c, name, smoke=smoke)

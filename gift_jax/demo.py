@@ -21,7 +21,8 @@ from rich.table import Table
 from gift_jax import attack, train
 from gift_jax.data import captions
 from gift_jax.data.sources import emoji
-from gift_jax.metrics import judge
+from gift_jax.metrics import classifier as classifiers
+from gift_jax.metrics import classifier_accuracy
 from gift_jax.models.load import EMBEDDED, cpu_devices_to_draw, load_model
 from gift_jax.runtime import cli, files
 from gift_jax.runtime.config import load_config
@@ -55,7 +56,7 @@ def run(args) -> pathlib.Path:
     sides = {"harmful": args.harmful, "safe": args.safe}
     immunized = _immunize(workdir, args)
     cells = []
-    the_judge = judge.load()
+    classifier = classifiers.load("judge")
     for side, concept in sides.items():
         folders = {
             "original": EMBEDDED,
@@ -69,11 +70,12 @@ def run(args) -> pathlib.Path:
         }
         for model in MODELS:
             images = _draw(folders[model], concept, args)
-            score = the_judge.recognition(images, concept)
+            accepted = [{concept}] * len(images)
+            score = classifier_accuracy.accuracy(classifier, images, accepted).value
             cells.append(Cell(side, concept, model, images, score))
     picture = _picture(cells, workdir / "grid.png")
     result = workdir / "results.json"
-    files.write_json(result, _results(cells, args, the_judge.version))
+    files.write_json(result, _results(cells, args, classifier.provenance["version"]))
     _show(cells, args.num, picture, immunized)
     return result
 

@@ -1,164 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what a model draws, or pictures drawn elsewhere.
+"""Measures what a model draws.
 
     python -m gift_jax.evaluate --config configs/emoji_evaluate.py \\
         --config.model=runs/attacked/export --workdir runs/evaluated
 
-Every number comes with its backbone, version, protocol, threshold and scale, per
-picture and in the mean. Writes results.json, results.md, samples.png, nearest.png (each
-picture beside the training picture nearest to it) and the pictures, which are drawn
-once: the same command goes on where it was stopped. A metric whose weights or package
-are missing is skipped, and says what it wants.
+Every number comes with its backbone, version, protocol, threshold and scale. Writes
+results.json, results.md, samples.png, nearest.png (each image beside the training image
+nearest to it) and the images, which are drawn once: the same command resumes. A metric
+whose weights or package are missing is skipped, and says what it needs.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image
+from ml_collections import ConfigDict
 from rich.console import Console
 
-from gift_jax.data.images import read_image
+from gift_jax.data.cache import DataGroup
 from gift_jax.data.pairs import SOURCES
-from gift_jax.metrics import recognition, similarity, suite
-from gift_jax.models import weights
-from gift_jax.models.load import cpu_devices_to_draw
-from gift_jax.runtime import cli, files, progress
-from gift_jax.runtime.errors import UserError, choice
+from gift_jax.metrics import backbone, base, nearest, table
+from gift_jax.metrics.settings import Settings
+from gift_jax.metrics.suite import MetricSuite
+from gift_jax.models import load, weights
+from gift_jax.runtime import cli, config, files
+from gift_jax.runtime.errors import at_least
 from gift_jax.runtime.versions import versions
 from gift_jax.runtime.workdir import prepare_workdir
 from gift_jax.sampling import grid
-from gift_jax.sampling.images import draw_images, load_configured, read_pairs
-from gift_jax.training import setup, sharding
+from gift_jax.sampling.generated import load_group
+from gift_jax.sampling.images import Samples, check_samples, draw_to_folder
+from gift_jax.training import sharding
 
-GROUPS = ("references", "training")
-_SHOWN = 16  # pictures in nearest.png
-
-
-def check(cfg) -> None:
-    """Raises UserError naming the field, before anything is drawn."""
-    suite.check(cfg.panel)
-    choice("config.trait", cfg.trait, suite.TRAITS)
-    used = tuple(group for group in GROUPS if _is_given(cfg[group]))
-    setup.check(cfg, data=used, optimizers=())
-    if not cfg.samples.num:
-        raise UserError("config.samples.num=0 must be at least 1; try 25")
+# real images of what the prompts ask for, and what the model was last trained on;
+# either may be left without a source
+GROUPS = ("reference_images", "training_images")
+_NUM_NEAREST = 16  # images in nearest.png
 
 
-def _is_given(spec) -> bool:
-    return any(spec[source] for source in SOURCES)
+@dataclasses.dataclass(frozen=True)
+class EvaluateFields(load.ModelFields):
+    """The fields of this command's config, besides the `GROUPS`."""
+
+    kind: str = config.choice("evaluate", ("evaluate",), "the command that it is for")
+    seed: int = config.number(0, low=0, doc="of random crops")
+    cpu_devices: int = config.number(
+        0, low=0, doc="to make of a machine without accelerator; 0: one a core"
+    )
+    samples: Samples = config.group(Samples(num=25))
+    accepted_labels: tuple[str, ...] = config.value(
+        (), "that the classifier may give; none: the references' names"
+    )
+    label_kind: str = config.choice("concept", base.LABEL_KINDS, "of those labels")
+    metrics: Settings = config.group(Settings)
 
 
-def run(cfg, workdir: pathlib.Path) -> pathlib.Path:
-    """Draws, measures, writes; returns the path of results.json."""
-    check(cfg)
-    sharding.make_default_mesh(cfg.cpu_devices or cpu_devices_to_draw(cfg.model))
-    model = load_configured(cfg, workdir)
-    base = weights.content_hash(model.path)
-    given = {
-        group: read_pairs(model, cfg[group], group, model.image_size, cfg.seed)
+def get_config() -> ConfigDict:
+    """Returns the locked config of this command, for a config file to start from."""
+    cfg = config.to_config(EvaluateFields())
+    for group in GROUPS:
+        cfg[group] = config.to_config(DataGroup)
+    return cfg.lock()
+
+
+def resolve(cfg: Any) -> tuple[EvaluateFields, dict[str, DataGroup]]:
+    """Returns a config, every field checked, and those of `GROUPS` with a source."""
+    fields = config.resolve(cfg, EvaluateFields)
+    at_least("config.samples.num", fields.samples.num, 1)
+    return fields, {
+        group: config.resolve_group(cfg, group, DataGroup)
         for group in GROUPS
-        if _is_given(cfg[group])
+        if any(cfg[group][source] for source in SOURCES)
     }
-    known = {group: data.images for group, data in given.items()}
-    prompts = [p for p in cfg.samples.prompts for _ in range(cfg.samples.num)]
-    right = _right(cfg, given, prompts)
-    if right and "recognition" in cfg.panel.metrics:
-        names = set().union(*right)
-        recognition.check_names(cfg.panel.classifier, cfg.trait, names)
-    prepare_workdir(cfg, workdir, base=base)
-    images = _drawn(model, cfg, prompts, workdir / "pictures")
-    exhibit = suite.EvalSet(images, prompts, right, cfg.trait, **known)
-    judges = suite.MetricSuite(cfg.panel, known.get("references"))
-    values = [value.as_json() for value in judges.measure(exhibit)]
+
+
+def run(cfg: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Draws, measures, writes; returns the path of results.json."""
+    run, groups = resolve(cfg)
+    cfg.revision = load.pin_revision(run, workdir)
+    sharding.make_default_mesh(run.cpu_devices or load.cpu_devices_to_draw(run.model))
+    model = load.load_model(
+        run.model,
+        run.compute_dtype,
+        revision=cfg.revision,
+        variant=run.variant,
+        resolution=run.resolution,
+    )
+    check_samples(model, run.samples)
+    suite, sha256 = MetricSuite(run.metrics), weights.content_hash(model.path)
+    eval_set = _eval_set(run, groups, model)
+    suite.check(eval_set)
+    prepare_workdir(cfg, workdir, base=sha256)
+    prompts, folder = eval_set.prompts, workdir / "images"
+    images = draw_to_folder(model, prompts, run.samples, folder)
+    eval_set = eval_set.replace(images=images)
     results = {
         "model": str(model.path),
-        "model_sha256": base,
+        "model_sha256": sha256,
         "prompts": prompts,
-        "pictures": len(images),
-        "metrics": values,
-        "skipped": judges.skipped,
+        "images": len(images),
+        "metrics": [result.as_json() for result in suite.measure(eval_set)],
+        "skipped": suite.skipped,
         "config": json.loads(json.dumps(cfg.to_dict())),
         "versions": versions(),
     }
     path = workdir / "results.json"
     files.write_json(path, results)
-    text = markdown(results)
+    text = table.markdown(results)
     files.write(workdir / "results.md", text)
-    _pictures(cfg, workdir, images, judges, known.get("training"))
+    _save_grids(run.samples, workdir, suite, eval_set)
+    logging.info("results: %s", path)
     Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
     return path
 
 
-def _right(cfg, given, prompts) -> list[set[str]] | None:
-    """Returns the names that a classifier may say of each picture, or None."""
-    if cfg.right:
-        return [set(cfg.right)] * len(prompts)
-    if "references" not in given or not cfg.references.names:
-        return None  # a folder's captions are no labels
-    data = given["references"]
-    names = data.concept_names if cfg.trait == "thing" else tuple(data.styles)
-    return [set(names)] * len(prompts)
-
-
-def _drawn(model, cfg, prompts: list[str], folder: pathlib.Path) -> np.ndarray:
-    """Returns one picture a prompt, each drawn once and kept as a PNG."""
-    paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
-    size, unet = cfg.samples.batch, model.params["unet"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with progress.bar("draw", len(paths)) as bar:
-        for first in range(0, len(paths), size):
-            some = paths[first : first + size]
-            if not all(path.exists() for path in some):
-                told = prompts[first : first + size]
-                told += told[-1:] * (size - len(told))  # one shape, one compilation
-                drawn = draw_images(model, unet, told, cfg.samples, first)
-                for path, image in zip(some, drawn, strict=False):
-                    with files.atomic_write(path) as aside:
-                        Image.fromarray(image).save(aside)
-            bar.update(first + len(some))
-    return np.stack([read_image(path, model.image_size) for path in paths])
-
-
-def _pictures(cfg, workdir, images, judges: suite.MetricSuite, training) -> None:
-    """Writes samples.png, and nearest.png if there are training pictures."""
-    rows = images.reshape(-1, cfg.samples.num, *images.shape[1:])
-    path = grid.save_grid(
-        list(rows), workdir / "samples.png", row_labels=list(cfg.samples.prompts)
+def _eval_set(run: EvaluateFields, groups, model) -> base.EvalSet:
+    """Returns what the images, not yet drawn, are to be measured against."""
+    size = model.image_size
+    prompts = [p for p in run.samples.prompts for _ in range(run.samples.num)]
+    data = {
+        name: load_group(model, group, name, size, run.seed)
+        for name, group in groups.items()
+    }
+    labels, references = run.accepted_labels, groups.get("reference_images")
+    if not labels and references and references.names:  # captions are no labels
+        pairs = data["reference_images"]
+        labels = pairs.concepts if run.label_kind == "concept" else pairs.styles
+    return base.EvalSet(
+        np.empty((0, size, size, 3), np.uint8),
+        prompts,
+        [set(labels)] * len(prompts) if labels else None,
+        run.label_kind,
+        **{name: pairs.images for name, pairs in data.items()},
     )
-    logging.info("samples: %s", path)
-    backbones = judges.backbones("nearest")
+
+
+def _save_grids(samples, workdir, suite: MetricSuite, eval_set: base.EvalSet) -> None:
+    """Writes samples.png, and nearest.png if there are training images."""
+    images, training = eval_set.images, eval_set.training_images
+    rows = images.reshape(-1, samples.num, *images.shape[1:])
+    path = workdir / "samples.png"
+    grid.save_grid(list(rows), path, row_labels=list(samples.prompts))
+    backbones = suite.backbones("nearest.png", backbone.IMAGES)
     if training is None or not backbones:
         return
-    shown = images[:_SHOWN]
-    cosine, index = similarity.nearest_pictures(backbones[0], shown, training)
-    path = grid.save_grid(
-        [shown, training[index]],
+    images = images[:_NUM_NEAREST]
+    cosine, index = nearest.nearest_images(backbones[0], images, training)
+    grid.save_grid(
+        [images, training[index]],
         workdir / "nearest.png",
-        row_labels=["drawn", "nearest training picture"],
+        row_labels=["drawn", "nearest training image"],
         column_labels=[f"{c:.2f}" for c in cosine],
     )
-    logging.info("nearest training pictures: %s", path)
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Returns the table: metric, value, what higher means, and how it was made."""
-    lines = [f"{results['pictures']} pictures by {results['model']}", ""]
-    lines += ["| metric | value | higher is | how |", "| --- | --- | --- | --- |"]
-    for found in results["metrics"]:
-        how = ", ".join(f"{name} {value}" for name, value in found["how"].items())
-        row = found["metric"], f"{found['value']:.4f}", found["higher"], how
-        lines.append("| " + " | ".join(row) + " |")
-    for name, why in results["skipped"].items():
-        lines += ["", f"Skipped {name}: {why}"]
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg, workdir = cli.parse(argv, __doc__, "evaluate")
-    run(cfg, workdir)
+    run(*cli.parse(argv, __doc__, "evaluate"))
     return 0
 
 

@@ -26,7 +26,7 @@ ATTACKS = ("dreambooth", "dreambooth_x3", "lora", "lora_x3")
 def recognised(cells: pathlib.Path, side: str, attack: str, step: int) -> float:
     cell = json.loads((cells / side / attack / "name_0" / "cell.json").read_text())
     (point,) = (point for point in cell["points"] if point["step"] == step)
-    return point["values"]["recognition"]
+    return point["values"]["classifier_accuracy"]
 
 
 def ratios(run, other, method: str, concept: str, side: str, step: int) -> list[float]:

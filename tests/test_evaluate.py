@@ -29,7 +29,7 @@ def main(workdir, *flags, config="emoji_evaluate.py:smoke"):
     return json.loads((workdir / "results.json").read_text())
 
 
-def test_every_number_says_what_made_it_and_pictures_are_drawn_once(
+def test_every_number_has_its_provenance_and_images_are_drawn_once(
     tmp_path, monkeypatch, capsys
 ):
     drawn = []
@@ -44,20 +44,21 @@ def test_every_number_says_what_made_it_and_pictures_are_drawn_once(
     monkeypatch.setattr(images, "draw_images", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(tmp_path)
-    assert len(list((tmp_path / "pictures").iterdir())) == 2
+    assert len(list((tmp_path / "images").iterdir())) == 2
     assert not (tmp_path / "results.json").exists()
     monkeypatch.setattr(
         images, "draw_images", lambda *a: drawn.append(a[-1]) or draw(*a)
     )
     results = main(tmp_path)
     assert drawn == [0, 2]
-    assert results["pictures"] == 4
-    found = {one["metric"]: one for one in results["metrics"]}
-    for name in ("recognition", "judge_score", "judge_i", "judge_nearest", "fd"):
-        assert {"backbone", "version", "resolution"} <= set(found[name]["how"])
-    assert len(found["judge_i"]["samples"]) == 4
-    assert found["judge_i"]["value"] == pytest.approx(
-        np.mean(found["judge_i"]["samples"]), abs=1e-4
+    assert results["images"] == 4
+    rows = {one["metric"]: one for one in results["metrics"]}
+    names = ("classifier_accuracy", "judge_score", "judge_image_similarity", "fd_judge")
+    for name in names:
+        assert {"backbone", "version", "resolution"} <= set(rows[name]["provenance"])
+    assert len(rows["judge_image_similarity"]["samples"]) == 4
+    assert rows["judge_image_similarity"]["value"] == pytest.approx(
+        np.mean(rows["judge_image_similarity"]["samples"]), abs=1e-4
     )
     assert "lpips_alex.safetensors" in results["skipped"]["lpips"]
     text = (tmp_path / "results.md").read_text()
@@ -71,24 +72,29 @@ def test_every_number_says_what_made_it_and_pictures_are_drawn_once(
 
 def test_sd15_config_measures_what_can_be_had(tmp_path):
     results = main(tmp_path, config="sd15_evaluate.py:smoke")
-    assert {"judge_score", "judge_i"} <= {one["metric"] for one in results["metrics"]}
-    hub = "--config.panel.backbones=judge,openai/clip-vit-base-patch32"
+    assert {"judge_score", "judge_image_similarity"} <= {
+        one["metric"] for one in results["metrics"]
+    }
+    hub = "--config.metrics.backbones=judge,openai/clip-vit-base-patch32"
     other = main(tmp_path / "hub", hub, config="sd15_evaluate.py:smoke")
     (why,) = (v for k, v in other["skipped"].items() if k.startswith("similarity"))
     assert "openai/clip-vit-base-patch32" in why
-    assert "judge_i" in {one["metric"] for one in other["metrics"]}
+    assert "judge_image_similarity" in {one["metric"] for one in other["metrics"]}
 
 
 @pytest.mark.parametrize(
     "flag, message",
     [
         ("samples.num=0", "config.samples.num=0 must be at least 1"),
-        ("panel.metrics=clip", "config.panel.metrics='clip' is not one of"),
-        ("trait=colour", "config.trait='colour' is not one of: thing, style"),
-        ("right=bom", "'bom' is not one of.*did you mean 'bomb'"),
-        ("references.names=bom", "concept 'bom' is not in the data"),
+        ("metrics.names=clip", "config.metrics.names='clip' is not one of"),
+        ("label_kind=color", "config.label_kind='color' is not one of: concept, style"),
+        ("accepted_labels=bom", "'bom' is not one of.*did you mean 'bomb'"),
+        ("reference_images.names=bom", "concept 'bom' is not in the data"),
         ("model=nowhere", "nowhere"),
-        ("panel.classifier=resnet", "config.panel.classifier='resnet' is not one of"),
+        (
+            "metrics.classifier=resnet",
+            "config.metrics.classifier='resnet' is not one of",
+        ),
     ],
 )
 def test_mistake_is_one_line_and_writes_nothing(tmp_path, flag, message):

@@ -23,9 +23,13 @@ from gift_jax.data import captions
 from gift_jax.data.pairs import PairsSpec, load_pairs, resolve_names
 from gift_jax.data.sources import emoji
 from gift_jax.defenses import base as defenses_base
-from gift_jax.metrics import judge, suite
+from gift_jax.metrics import judge
+from gift_jax.metrics.base import EvalSet
+from gift_jax.metrics.settings import Settings
+from gift_jax.metrics.suite import MetricSuite
 from gift_jax.models.load import load_model
 from gift_jax.runtime import files, progress
+from gift_jax.runtime.config import resolve_group
 from gift_jax.runtime.devices import cpu_devices_for, init_jax
 from gift_jax.runtime.errors import UserError
 from gift_jax.runtime.versions import versions
@@ -43,7 +47,7 @@ def run(cfg, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
 
     Args: command: how it was called, for the results.
     """
-    suite.check(cfg.panel)
+    resolve_group(cfg, "metrics", Settings)
     bench = Bench(matrix.load(cfg), workdir)
     every = bench.matrix.cells
     left = [cell for cell in every if bench.result(cell) is None]
@@ -156,7 +160,7 @@ class Bench:
         found["seconds"] = round(time.perf_counter() - began, 1)
         found |= dataclasses.asdict(cell) | {"config": self._config(cell)}
         found["family"] = self.matrix.attack_kind(cell.attack)
-        found |= {"metrics": self._panel.said, "skipped": self._panel.skipped}
+        found |= {"metrics": self._suite.descriptions, "skipped": self._suite.skipped}
         found["device"] = jax.devices()[0].device_kind
         found["versions"] = versions()
         files.write_json(folder / "cell.json", found)
@@ -167,7 +171,7 @@ class Bench:
         """Returns all that a cell depends on, as JSON has it."""
         group = self.matrix.groups[cell.concept]
         made = {"samples": self._cfg.samples, "side": group[cell.side]}
-        made["panel"] = self._cfg.panel
+        made["metrics"] = self._cfg.metrics
         if cell.method != summary.ORIGINAL:
             made["defence"] = self.matrix.defence_config(cell)
         if cell.attack != summary.BEFORE:
@@ -205,9 +209,8 @@ class Bench:
         return lambda plan: self._steps.setdefault(key, loop.compile_step(plan.step))
 
     @functools.cached_property
-    def _panel(self) -> suite.MetricSuite:
-        every = emoji.load()
-        return suite.MetricSuite(self._cfg.panel, every.images[~every.held_out])
+    def _suite(self) -> MetricSuite:
+        return MetricSuite(resolve_group(self._cfg, "metrics", Settings))
 
     def _judged(self, cell: matrix.Cell, model, step: int) -> dict[str, Any]:
         """Returns what the metrics say of the pictures that a model now draws."""
@@ -221,7 +224,7 @@ class Bench:
         images = draw_images(model, model.params["unet"], prompts, how)
         sheet = cell.folder / f"{step:06d}.png"
         grid.save_sheet(images, self._workdir / sheet)
-        values = self._panel.measure(self._exhibit(cell, images, wanted))
+        values = self._suite.measure(self._eval_set(cell, images, wanted))
         numbers = {value.name: value.as_json() for value in values}
         point = {"step": step, "num": how.num, "sheet": str(sheet)}
         point["values"] = {name: found["value"] for name, found in numbers.items()}
@@ -239,31 +242,31 @@ class Bench:
     def _side(self, cell: matrix.Cell) -> ConfigDict:
         return self.matrix.groups[cell.concept][cell.side]
 
-    def _exhibit(self, cell: matrix.Cell, images: np.ndarray, wanted) -> suite.EvalSet:
+    def _eval_set(self, cell: matrix.Cell, images: np.ndarray, wanted) -> EvalSet:
         """Returns the pictures beside real ones.
 
-        Right is, of a forbidden style, the style; of known safe things, each thing
+        Accepted is, of a forbidden style, the style; of known safe things, each thing
         itself; else any of the side's things.
         """
-        side, trait = self._side(cell), "thing"
+        side, label_kind = self._side(cell), "concept"
         things = sorted({thing for _, thing, _ in wanted})
         if (
             cell.side == summary.HARMFUL
-            and self.matrix.groups[cell.concept].judged == "style"
+            and self.matrix.groups[cell.concept].label_kind == "style"
         ):
-            trait = "style"
-            right = [{style} for _, _, style in wanted]
+            label_kind = "style"
+            labels = [{style} for _, _, style in wanted]
         elif cell.side == matrix.KEPT:
-            right = [{thing} for _, thing, _ in wanted]
+            labels = [{thing} for _, thing, _ in wanted]
         else:
             names = resolve_names(side.names, emoji.all_concepts())
-            right = [set(names)] * len(wanted)
+            labels = [set(names)] * len(wanted)
         spec = PairsSpec(names=tuple(things), styles=tuple(side.styles))
         training = load_pairs(spec).images
         spec = dataclasses.replace(spec, held_out=True)
         references = load_pairs(spec).images
         named = [captions.fill(captions.TEMPLATES[0], t, s) for _, t, s in wanted]
-        return suite.EvalSet(images, named, right, trait, references, training)
+        return EvalSet(images, named, labels, label_kind, references, training)
 
     def publish(self, command: str) -> pathlib.Path:
         """Writes results.json, results.md and the grids; returns the first's path."""

@@ -13,12 +13,12 @@ from gift_jax.benchmark import summary
 from gift_jax.data import captions
 from gift_jax.data.pairs import resolve_names
 from gift_jax.data.sources import emoji
+from gift_jax.metrics.base import LABEL_KINDS
 from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError, at_least, choice, not_empty, one_line
 
 KEPT = "kept"
 SIDES = (summary.HARMFUL, summary.BENIGN, KEPT)
-TRAITS = ("thing", "style")
 PROMPTS = ("name", "token", "wording")
 _GROUPS = {"methods": "method", "attacks": "attack"}
 
@@ -202,7 +202,7 @@ def load(cfg: ConfigDict) -> Matrix:
 
 def _check(matrix: Matrix) -> None:
     for name, group in matrix.groups.items():
-        choice(f"config.concept.{name}.judged", group.judged, TRAITS)
+        choice(f"config.concept.{name}.label_kind", group.label_kind, LABEL_KINDS)
         for side in ("defender", "safe", *SIDES):
             field = f"config.concept.{name}.{side}"
             every = emoji.all_concepts()

@@ -32,7 +32,8 @@ def markdown(results: dict[str, Any]) -> str:
 def format_cell(cell: dict[str, Any]) -> str:
     """Returns what the last look at a cell recognised, such as "96%"."""
     values = cell["points"][-1]["values"]
-    return f"{values['recognition']:.0%}" if "recognition" in values else "-"
+    accuracy = values.get("classifier_accuracy")
+    return "-" if accuracy is None else f"{accuracy:.0%}"
 
 
 def _row_key(cell: dict[str, Any]) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From pictures to what an image backbone takes, as its reference prepares them."""
+"""From images to what an image backbone takes, as its reference prepares them."""
 
 import re
 from pathlib import Path
@@ -11,20 +11,21 @@ from PIL import Image
 from gift_jax.models import safetensors_io
 from gift_jax.runtime.errors import UserError
 
+PROTOCOLS = ("standard", "imma-64px")
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _IMMA_SIDE = 64
 _BICUBIC = int(Image.Resampling.BICUBIC)
 _BILINEAR = int(Image.Resampling.BILINEAR)
-_CONVNEXT_WHOLE = 384  # pixels, from which on nothing is cropped
+_CONVNEXT_UNCROPPED = 384  # pixels, from which on nothing is cropped
 _FILE = "preprocessor_config.json"
 
 
-class Pixels(NamedTuple):
-    """How a picture becomes what the model takes.
+class Preprocessing(NamedTuple):
+    """How an image becomes what the model takes.
 
     Attributes: side: of the square that the model takes, in pixels. short: what the
-      picture's short side is first resized to; 0: it is squeezed to the square at once.
+      image's short side is first resized to; 0: it is squeezed to the square at once.
       resample: PIL's number of the filter. mean, std: of each channel, for values in
       [0, 1].
     """
@@ -35,95 +36,99 @@ class Pixels(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def squeezed(self) -> "Preprocessing":
+        """Returns the same without a crop: the whole image, squeezed to the square."""
+        return self._replace(short=0)
 
-def judge(side: int) -> Pixels:
-    """Returns how the judge takes pictures: in [-1, 1], at its own size."""
-    return Pixels(side, side, _BICUBIC, (0.5,) * 3, (0.5,) * 3)
+
+def judge(side: int) -> Preprocessing:
+    """Returns how the judge takes images: in [-1, 1], at its own size."""
+    return Preprocessing(side, side, _BICUBIC, (0.5,) * 3, (0.5,) * 3)
 
 
-def read(folder: Path, as_dino: int = 0) -> Pixels:
-    """Returns what a folder's preprocessor_config.json says.
+def read(folder: Path, dino_side: int = 0) -> Preprocessing:
+    """Returns what a folder's preprocessor_config.json asks for.
 
-    Args: as_dino: not 0: where the file crops nothing, as DINO's, the short side is
+    Args: dino_side: not 0: where the file crops nothing, as DINO's, the short side is
       resized to 256/224 of this many pixels and the centre cropped, bicubic, as
       DINO's authors evaluate it.
     Raises: UserError for a file that is malformed or asks for anything else.
-    Source: transformers' CLIPImageProcessor and BitImageProcessor; eval_linear.py of
-      https://github.com/facebookresearch/dino.
+    Source: transformers' CLIPImageProcessor and BitImageProcessor (DINOv2's);
+      eval_linear.py of https://github.com/facebookresearch/dino.
     """
     file = folder / _FILE
-    found = safetensors_io.read_json(file)
-    mean, std = _mean_and_std(file, found)
-    if not found.get("do_center_crop", "crop_size" in found):
-        if not as_dino:
+    config = safetensors_io.read_json(file)
+    mean, std = _mean_and_std(file, config)
+    if not config.get("do_center_crop", "crop_size" in config):
+        if not dino_side:
             raise UserError(f"{file}: do_center_crop must be true, with a crop_size")
-        return Pixels(as_dino, round(as_dino * 256 / 224), _BICUBIC, mean, std)
-    side = _length(file, found, "crop_size", "height")
-    short = _length(file, found, "size", "shortest_edge")
+        short = round(dino_side * 256 / 224)
+        return Preprocessing(dino_side, short, _BICUBIC, mean, std)
+    side = _length(file, config, "crop_size", "height")
+    short = _length(file, config, "size", "shortest_edge")
     if short < side:
         raise UserError(
             f"{file}: size={short}, crop_size={side}; size must be at least crop_size"
         )
-    return Pixels(side, short, _resample(file, found, _BICUBIC), mean, std)
+    return Preprocessing(side, short, _resample(file, config, _BICUBIC), mean, std)
 
 
-def read_reference(folder: Path, usual: str) -> Pixels:
+def read_classifier(folder: Path, default: str) -> Preprocessing:
     """Returns what the processor does that preprocessor_config.json names.
 
-    Args: usual: "ViT" or "ConvNext", the processor of a file that names none.
+    Args: default: "ViT" or "ConvNext", the processor of a file that names none.
     Raises: UserError for another processor, and for a file that is malformed.
     Source: transformers' ViTImageProcessor (squeezed to the square) and
-      ConvNextImageProcessor (below 384 pixels the short side is resized to size /
-      crop_pct and the centre cropped, from there on squeezed); CLIP's, Bit's: `read`.
+      ConvNextImageProcessor, which ResNets use (below 384 pixels the short side is
+      resized to size / crop_pct and the centre cropped, from there on squeezed).
     """
     file = folder / _FILE
-    found = safetensors_io.read_json(file)
+    config = safetensors_io.read_json(file)
     fields = ("image_processor_type", "feature_extractor_type")
-    named = str(next((found[f] for f in fields if found.get(f)), usual))
-    kind = re.sub("(ImageProcessor(Fast)?|FeatureExtractor)$", "", named)
-    if kind in ("CLIP", "Bit"):
-        return read(folder)
+    name = str(next((config[f] for f in fields if config.get(f)), default))
+    kind = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
     if kind not in ("ViT", "ConvNext"):
         raise UserError(
-            f"{file}: image_processor_type={named!r} is not supported; must be that of "
-            "ViT, ConvNext, CLIP or Bit"
+            f"{file}: image_processor_type={name!r} is not supported; must be that of "
+            "ViT or ConvNext"
         )
-    mean, std = _mean_and_std(file, found)
-    resample = _resample(file, found, _BILINEAR)
-    side = _length(file, found, "size", "height" if kind == "ViT" else "shortest_edge")
-    if kind == "ViT" and side != _length(file, found, "size", "width"):
-        raise UserError(f"{file}: size={found['size']!r} must be of a square")
-    if kind == "ViT" or side >= _CONVNEXT_WHOLE:
-        return Pixels(side, 0, resample, mean, std)
-    share = found.get("crop_pct")
+    mean, std = _mean_and_std(file, config)
+    resample = _resample(file, config, _BILINEAR)
+    key = "height" if kind == "ViT" else "shortest_edge"
+    side = _length(file, config, "size", key)
+    if kind == "ViT" and side != _length(file, config, "size", "width"):
+        raise UserError(f"{file}: size={config['size']!r} must be of a square")
+    if kind == "ViT" or side >= _CONVNEXT_UNCROPPED:
+        return Preprocessing(side, 0, resample, mean, std)
+    share = config.get("crop_pct")
     share = 224 / 256 if share is None else share
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise UserError(f"{file}: crop_pct={share!r} must be a number in (0, 1]")
-    return Pixels(side, int(side / share), resample, mean, std)
+    return Preprocessing(side, int(side / share), resample, mean, std)
 
 
-def of_size(folder: Path, pixels: Pixels, image_size: int) -> Pixels:
-    """Returns them; UserError if they are not of the size that the model takes."""
-    if pixels.side != image_size:
+def check_size(folder: Path, steps: Preprocessing, image_size: int) -> Preprocessing:
+    """Returns the steps; UserError if their result has not the model's own size."""
+    if steps.side != image_size:
         raise UserError(
-            f"{folder / _FILE}: makes {pixels.side} pixels a side, but config.json "
+            f"{folder / _FILE}: makes {steps.side} pixels a side, but config.json "
             f"says image_size={image_size}; they must be equal"
         )
-    return pixels
+    return steps
 
 
-def standard(images: np.ndarray, pixels: Pixels) -> np.ndarray:
-    """Returns uint8 "B H W 3" pictures as float32 "B 3 side side".
+def standard(images: np.ndarray, steps: Preprocessing) -> np.ndarray:
+    """Returns uint8 "B H W 3" images as float32 "B 3 side side".
 
     Source: transformers' image processors with PIL: resized in bytes, the long side
       rounded down, the centre cropped with the odd pixel at the end.
     """
-    squares = np.stack([_square(image, pixels) for image in images])
-    return _normalize(squares.astype(np.float32) / 255.0, pixels.mean, pixels.std)
+    squares = np.stack([_square(image, steps) for image in images])
+    return _normalize(squares.astype(np.float32) / 255.0, steps.mean, steps.std)
 
 
 def imma_64px(images: np.ndarray, side: int) -> np.ndarray:
-    """Returns uint8 "B H W 3" pictures as float32 "B 3 side side", as IMMA has them.
+    """Returns uint8 "B H W 3" images as float32 "B 3 side side", as IMMA has them.
 
     Squeezed into 64x64 whatever their shape, then taken for [-1, 1] though they are in
     [0, 1], which leaves [0.5, 1]; enlarged without clipping; CLIP's mean and std, for
@@ -161,14 +166,14 @@ def cubic_matrix(before: int, after: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _square(image, pixels):
+def _square(image, steps):
     height, width = image.shape[:2]
-    side = pixels.side
-    if not pixels.short:
-        return np.asarray(Image.fromarray(image).resize((side, side), pixels.resample))
-    long = int(pixels.short * max(height, width) / min(height, width))
-    size = (pixels.short, long) if width <= height else (long, pixels.short)
-    image = np.asarray(Image.fromarray(image).resize(size, pixels.resample))
+    side = steps.side
+    if not steps.short:
+        return np.asarray(Image.fromarray(image).resize((side, side), steps.resample))
+    long = int(steps.short * max(height, width) / min(height, width))
+    size = (steps.short, long) if width <= height else (long, steps.short)
+    image = np.asarray(Image.fromarray(image).resize(size, steps.resample))
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     return image[top : top + side, left : left + side]
 
@@ -178,20 +183,21 @@ def _normalize(x_BHWC, mean, std):
     return np.ascontiguousarray(np.transpose(x_BHWC, (0, 3, 1, 2)))
 
 
-def _mean_and_std(file, found):
+def _mean_and_std(file, config):
     """Returns both; UserError if the file leaves out a step that they belong to."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not found.get(step, True):
+        if not config.get(step, True):
             raise UserError(f"{file}: {step}=false is not supported; must be true")
-    factor = found.get("rescale_factor", 1 / 255)
+    factor = config.get("rescale_factor", 1 / 255)
     if type(factor) not in (int, float) or abs(factor * 255 - 1) > 1e-6:
         raise UserError(f"{file}: rescale_factor={factor!r} must be 1/255")
-    return [_numbers(file, found, field) for field in ("image_mean", "image_std")]
+    mean, std = "image_mean", "image_std"
+    return _three_numbers(file, config, mean), _three_numbers(file, config, std)
 
 
-def _resample(file, found, usual) -> int:
+def _resample(file, config, default) -> int:
     """Returns PIL's number of the filter; UserError if it has no such filter."""
-    resample = found.get("resample", usual)
+    resample = config.get("resample", default)
     if resample not in tuple(Image.Resampling):
         raise UserError(
             f"{file}: resample={resample!r} must be one of PIL's filters, 0 to 5"
@@ -199,8 +205,8 @@ def _resample(file, found, usual) -> int:
     return resample
 
 
-def _numbers(file, found, field) -> tuple[float, ...]:
-    value = found.get(field)
+def _three_numbers(file, config, field) -> tuple[float, ...]:
+    value = config.get(field)
     if (
         not isinstance(value, list)
         or len(value) != 3
@@ -210,12 +216,12 @@ def _numbers(file, found, field) -> tuple[float, ...]:
     return tuple(value)
 
 
-def _length(file: Path, found: dict[str, Any], field: str, key: str) -> int:
+def _length(file: Path, config: dict[str, Any], field: str, key: str) -> int:
     """Returns a size that older files give as a number, newer as {key: number}."""
-    value = found.get(field)
+    value = config.get(field)
     value = value.get(key) if isinstance(value, dict) else value
     if type(value) is not int or value < 1:
         raise UserError(
-            f"{file}: {field}={found.get(field)!r} must say {key}, in pixels"
+            f"{file}: {field}={config.get(field)!r} must say {key}, in pixels"
         )
     return value

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of pretrained models to measure with: found or fetched, and complete."""
+"""Folders of pretrained models to measure with: located or fetched, and complete."""
 
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from gift_jax.metrics.base import MissingWeights
+from gift_jax.metrics.base import UnavailableError
 from gift_jax.models import hub, safetensors_io
-from gift_jax.runtime.errors import UserError
+from gift_jax.runtime.errors import UserError, choice
 
 _WEIGHTS = (  # patterns of what the hub is asked for
     ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -17,84 +17,92 @@ _ACTIVATIONS = (  # that Flax computes as PyTorch does
 )
 
 
-class Wanted(NamedTuple):
-    """What is wanted of a model's folder.
+class Requirements(NamedTuple):
+    """What a model's folder must hold.
 
-    Attributes: field: what asks for the model, to begin an error's message with.
+    Attributes:
+      field: what names the model, to begin an error's message with.
       kinds: {architecture in config.json: kind of model}. files: {kind: files that it
-      must have besides the weights}. optional: further files to fetch. needed: all of
-      it in words.
+      must have besides the weights}. optional: further files to fetch. description: all
+      of it in words.
     """
 
     field: str
     kinds: dict[str, str]
     files: dict[str, tuple[str, ...]]
     optional: tuple[str, ...]
-    needed: str
+    description: str
 
 
-def find(spec: str, wanted: Wanted) -> tuple[Path, str]:
+def check_spec(field: str, spec: str) -> None:
+    """Raises UserError for a word that is neither "judge" nor a folder or hub id."""
+    if "/" not in spec and not os.path.isdir(os.path.expanduser(spec)):
+        choice(field, spec, ("judge", "a folder", "a hub id (org/name)"))
+
+
+def locate(spec: str, required: Requirements) -> tuple[Path, str]:
     """Returns (folder, the name to print) of a folder or hub id, which is fetched.
 
-    Raises: MissingWeights if there is neither.
+    Raises: UnavailableError if there is neither.
     """
     folder, (name, _, revision) = Path(os.path.expanduser(spec)), spec.partition("@")
     if os.path.isdir(folder):
         return folder, folder.resolve().name
-    cure = f"put {wanted.needed} into a local folder and name that"
+    fix = f"put {required.description} into a local folder and name that"
     if not hub.is_id(name):
-        raise MissingWeights(f"{wanted.field}={spec!r}: no such folder; {cure}")
-    files = {name for names in wanted.files.values() for name in names}
-    patterns = ("LICENSE*", *sorted(files), *wanted.optional, *_WEIGHTS)
+        raise UnavailableError(f"{required.field}={spec!r}: no such folder; {fix}")
+    files = {name for names in required.files.values() for name in names}
+    patterns = ("LICENSE*", *sorted(files), *required.optional, *_WEIGHTS)
     try:
-        return hub.fetch(name, revision, wanted=patterns, field=wanted.field), spec
+        return hub.fetch(name, revision, wanted=patterns, field=required.field), spec
     except UserError as error:
-        raise MissingWeights(f"{error}; or {cure}") from None
+        raise UnavailableError(f"{error}; or {fix}") from None
 
 
-def check(folder: Path, spec: str, wanted: Wanted) -> str:
+def check(folder: Path, spec: str, required: Requirements) -> str:
     """Returns the kind of model in a folder whose files are all there.
 
-    Raises: MissingWeights naming the file that is missing, or if the weights are only
+    Raises: UnavailableError naming the file that is missing, or if the weights are only
       pickles. UserError for an architecture, or an activation, that is not supported.
     """
-    _check_present(folder, ("config.json",), spec, wanted)
-    kind = _kind(folder / "config.json", wanted.kinds)
-    _check_present(folder, wanted.files[kind], spec, wanted)
-    _check_weight_files(folder, spec, wanted)
+    _check_present(folder, ("config.json",), spec, required)
+    kind = _kind(folder / "config.json", required.kinds)
+    _check_present(folder, required.files[kind], spec, required)
+    _check_weight_files(folder, spec, required)
     return kind
 
 
-def _check_present(folder, names, spec, wanted):
+def _check_present(folder, names, spec, required):
     for name in names:
         if not (folder / name).is_file():
-            raise MissingWeights(
-                f"{wanted.field}={spec!r}: {folder / name} is missing; needed are "
-                f"{wanted.needed}"
+            raise UnavailableError(
+                f"{required.field}={spec!r}: {folder / name} is missing; needed are "
+                f"{required.description}"
             )
 
 
-def _check_weight_files(folder, spec, wanted):
+def _check_weight_files(folder, spec, required):
     try:
         files = safetensors_io.weight_files(folder, "model")
     except UserError as error:
         if any(p.suffix in safetensors_io.PICKLES for p in folder.iterdir()):
-            raise MissingWeights(f"{wanted.field}={spec!r}: {error}") from None
-        raise MissingWeights(
-            f"{wanted.field}={spec!r}: {folder / 'model.safetensors'} is missing; "
+            raise UnavailableError(f"{required.field}={spec!r}: {error}") from None
+        raise UnavailableError(
+            f"{required.field}={spec!r}: {folder / 'model.safetensors'} is missing; "
             "where the hub has only a pickle, name a revision that has safetensors "
             "(org/name@refs/pr/1), or a folder saved with "
             "save_pretrained(..., safe_serialization=True)"
         ) from None
-    _check_present(folder, [file.name for file in files], spec, wanted)
+    _check_present(folder, [file.name for file in files], spec, required)
 
 
 def _kind(file, kinds):
     config = safetensors_io.read_json(file)
-    found = config.get("architectures") or [config.get("model_type")]
-    if found[0] not in kinds:
+    architecture, *_ = config.get("architectures") or [config.get("model_type")]
+    if architecture not in kinds:
         raise UserError(
-            f"{file}: architectures has {found[0]!r}; must be one of {', '.join(kinds)}"
+            f"{file}: architectures has {architecture!r}; must be one of "
+            f"{', '.join(kinds)}"
         )
     for part in (config, config.get("vision_config"), config.get("text_config")):
         activation = (part or {}).get("hidden_act", "gelu")
@@ -103,4 +111,4 @@ def _kind(file, kinds):
                 f"{file}: hidden_act={activation!r} is not supported; must be one of "
                 f"{', '.join(_ACTIVATIONS)}"
             )
-    return kinds[found[0]]
+    return kinds[architecture]

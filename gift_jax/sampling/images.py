@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from PIL import Image
 
+from gift_jax.data.images import read_image
 from gift_jax.models.sd import stable_diffusion
-from gift_jax.runtime import config
+from gift_jax.runtime import config, files, progress
 from gift_jax.runtime.errors import UserError, not_empty
 from gift_jax.sampling import grid, sampler
 
@@ -83,6 +85,30 @@ def draw_images(
         guidance=samples.guidance,
         **options,
     )
+
+
+def draw_to_folder(
+    model, prompts: Sequence[str], samples, folder: pathlib.Path
+) -> np.ndarray:
+    """Returns one image a prompt, uint8 "N H W 3", each drawn once and kept as a PNG.
+
+    Args: samples: see `draw_images`. folder: where an interrupted call left some.
+    """
+    paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
+    folder.mkdir(parents=True, exist_ok=True)
+    size, unet = samples.batch, model.params["unet"]
+    with progress.bar("draw", len(paths)) as bar:
+        for first in range(0, len(paths), size):
+            batch = paths[first : first + size]
+            if not all(path.exists() for path in batch):
+                texts = list(prompts[first : first + size])
+                texts += texts[-1:] * (size - len(texts))  # one shape, one compilation
+                images = draw_images(model, unet, texts, samples, first)
+                for path, image in zip(batch, images, strict=False):
+                    with files.atomic_write(path) as temporary:
+                        Image.fromarray(image).save(temporary)
+            bar.update(first + len(batch))
+    return np.stack([read_image(path, model.image_size) for path in paths])
 
 
 def save_image_grid(model, unet_params, prompts, samples, path: pathlib.Path) -> None:

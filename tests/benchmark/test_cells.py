@@ -93,8 +93,12 @@ def test_each_cell_is_done_once_and_looked_at_along_the_way(smoke, folder):
         assert [point["step"] for point in found["points"]] == steps
         assert ("step_s" in found) == (cell.attack != "before")
         for point in found["points"]:
-            assert len(point["things"]) == len(point["samples"]["judge_i"]) == 2
-            assert point["values"]["recognition"] in (0.0, 0.5, 1.0)
+            assert (
+                len(point["things"])
+                == len(point["samples"]["judge_image_similarity"])
+                == 2
+            )
+            assert point["values"]["classifier_accuracy"] in (0.0, 0.5, 1.0)
             assert grid.read_sheet(folder / point["sheet"], 2).shape == (2, 64, 64, 3)
     sheets = [
         grid.read_sheet(folder / found["points"][-1]["sheet"], 2)
@@ -112,25 +116,25 @@ def test_results_say_how_they_were_made_and_what_was_taken(smoke, folder):
     text = (folder / "results.md").read_text()
     assert "| side, attack | original | uce |" in text
     assert results["command"].startswith("python -m gift_jax.benchmark --config=")
-    how = results["metrics"]["judge_i"]["how"]
+    how = results["metrics"]["judge_image_similarity"]["how"]
     assert {"backbone", "version", "resolution"} <= set(how)
     assert results["config"]["samples"]["seed"] == 2
     assert results["versions"]["jax"] == jax.__version__
     assert results["versions"]["device"] == "cpu" == results["cells"][0]["device"]
     assert {(r["method"], r["metric"], r["over"]) for r in results["summary"]} == {
         ("uce", metric, over)
-        for metric in ("recognition", "judge_i")
+        for metric in ("classifier_accuracy", "judge_image_similarity")
         for over in ("mean", "peak", "final")
     }
     by = {(c["method"], c["side"], c["attack"]): c for c in results["cells"]}
     arms = [
-        by[method, "harmful", "lora"]["points"][-1]["values"]["judge_i"]
+        by[method, "harmful", "lora"]["points"][-1]["values"]["judge_image_similarity"]
         for method in ("original", "uce")
     ]
     (row,) = (
         r
         for r in results["summary"]
-        if r["metric"] == "judge_i" and r["over"] == "final"
+        if r["metric"] == "judge_image_similarity" and r["over"] == "final"
     )
     assert arms[0] != arms[1] and arms[0] > 0
     expected = 1 - max(0.0, arms[1]) / arms[0]
@@ -157,7 +161,7 @@ def test_same_command_does_nothing_more_and_other_settings_are_refused(smoke, fo
     for flag, told in (
         ("samples.seed=3", "samples.seed was 2, is 3"),
         ("common.attack.steps=3", "attack.steps was 2, is 3"),
-        ("panel.metrics=niqe", "panel.metrics was"),
+        ("metrics.names=sharpness", "metrics.names was"),
     ):
         with pytest.raises(UserError, match=f"another config .*{told}"):
             main(folder, f"--config.{flag}")
@@ -210,8 +214,8 @@ def test_mistake_is_named_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="did you mean 'gift'") as caught:
         main(tmp_path / "run", "--config.methods=gfit", variant="")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="config.panel.metrics='x' is not one of"):
-        main(tmp_path / "run", "--config.panel.metrics=x", variant="")
+    with pytest.raises(UserError, match="config.metrics.names='x' is not one of"):
+        main(tmp_path / "run", "--config.metrics.names=x", variant="")
     assert not (tmp_path / "run").exists()
 
 

@@ -146,7 +146,10 @@ def test_asked_takes_turns_and_spaces_many_things_evenly():
         ("prompts=nickname", "config.prompts='nickname' is not one of"),
         ("seeds=()", "config.seeds is empty"),
         ("random.things=500", "config.random.things=500 must be at most 1"),
-        ("concept.bomb.judged=word", "config.concept.bomb.judged='word' is not one"),
+        (
+            "concept.bomb.label_kind=word",
+            "config.concept.bomb.label_kind='word' is not one",
+        ),
         ("concept.bomb.benign.names=gitar", "benign.names: concept 'gitar'.*'guitar'"),
         ("samples.num=0", "config.samples.num=0 must be at least 1"),
         ("common.attack.steps=-1", "config.steps=-1 must be at least 0"),

@@ -8,7 +8,7 @@ from gift_jax.benchmark import summary
 
 def cell(method, concept, values, side="harmful", **others):
     points = [
-        {"step": step, "values": {"recognition": value}}
+        {"step": step, "values": {"classifier_accuracy": value}}
         for step, value in values.items()
     ]
     base = {"method": method, "concept": concept, "side": side, "attack": "lora"}
@@ -28,7 +28,7 @@ CELLS = [
 
 
 def rows_of(cells, **wanted):
-    rows = summary.summarize(cells, ["recognition"])
+    rows = summary.summarize(cells, ["classifier_accuracy"])
     return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
@@ -37,7 +37,7 @@ def test_ratios_are_of_the_steps_that_all_concepts_have():
     assert (mean["method"], mean["attack"], mean["metric"]) == (
         "gift",
         "lora",
-        "recognition",
+        "classifier_accuracy",
     )
     assert mean["harmful"]["per_concept"] == pytest.approx({"bomb": 0.8, "owl": 0.25})
     assert mean["harmful"]["value"] == pytest.approx(0.525)

@@ -9,17 +9,13 @@ AlexNet weights, torchvision or not.
 import sys
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
 
-from gift_jax.metrics import judge, lpips
-from gift_jax.metrics.base import MissingWeights
-from gift_jax.models import vision, weights
-from gift_jax.models.ops.layers import GroupNorm
+from gift_jax.metrics import backbone, base, judge_lpips, lpips, towers
 from gift_jax.runtime.errors import UserError
 
 # AlexNet as torchvision's `features`: index: (out, in, kernel, stride, padding)
@@ -89,47 +85,37 @@ def matrix_in_torch(arrays, x_NHWC, y_MHWC):
     return total.numpy()
 
 
-@pytest.mark.parametrize("resolution", [64, 97])
-def test_lpips_equals_pytorch(arrays, folder, pictures, resolution):
-    generated, references = pictures
-    found = lpips.pairs(
-        lpips.load(folder, resolution=resolution), generated, references
-    )
+@pytest.mark.parametrize("size", [(64, 64), (96, 80)])
+def test_lpips_equals_pytorch(arrays, folder, pictures, size):
+    generated, references = (np.stack([resized(x, size) for x in a]) for a in pictures)
     assert np.abs(generated[:2].astype(int) - references).max() > 50
-    size = (resolution, resolution)
+    ours = lpips.pairwise(lpips.load(str(folder)), generated, references)
     x, y = (
-        np.stack([Image.fromarray(a).resize(size, Image.BILINEAR) for a in images])
-        / 127.5
-        - 1
-        for images in pictures
+        np.stack([resized(image, (64, 64)) for image in images]) / 127.5 - 1
+        for images in (generated, references)
     )
-    wanted = matrix_in_torch(arrays, x, y)
-    assert wanted.min() > 0.05 and np.ptp(wanted) > 0.005
-    np.testing.assert_allclose(found.matrix_NM, wanted, rtol=5e-6)
-    resize = "none" if resolution == 64 else "Pillow bilinear, antialiased, from 64x64"
-    assert found.how["resize"] == resize
-    assert found.how["resolution"] == resolution
+    expected = matrix_in_torch(arrays, x, y)
+    assert expected.min() > 0.05 and np.ptp(expected) > 0.005
+    np.testing.assert_allclose(ours, expected, rtol=5e-6)
 
 
-def test_imma_protocol_has_its_range_and_size(arrays, folder, pictures):
+def resized(image, size):
+    return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
+def test_imma_protocol_has_its_range(arrays, folder, pictures):
     generated, references = pictures
-    standard = lpips.load(folder / lpips.FILE)
-    imma = lpips.load(folder / lpips.FILE, protocol="imma-64px")
-    found = lpips.pairs(imma, generated, references)
-    usual = lpips.pairs(standard, generated, references)
-    assert np.abs(found.matrix_NM / usual.matrix_NM - 1).min() > 0.01
-    wanted = matrix_in_torch(arrays, generated / 255, references / 255)
-    np.testing.assert_allclose(found.matrix_NM, wanted, rtol=5e-6)
-    assert found.how["protocol"] == "imma-64px"
-    assert found.how["input_range"] == [0.0, 1.0]
-    large = np.repeat(np.repeat(generated, 3, axis=1), 2, axis=2)
-    assert lpips.pairs(imma, large, references).how["resize"].endswith("192x128")
-    with pytest.raises(UserError, match="imma-64px has 64"):
-        lpips.load(folder, protocol="imma-64px", resolution=128)
+    standard = lpips.load(str(folder / lpips.FILE))
+    imma = lpips.load(str(folder / lpips.FILE), "imma-64px")
+    ours = lpips.pairwise(imma, generated, references)
+    usual = lpips.pairwise(standard, generated, references)
+    assert np.abs(ours / usual - 1).min() > 0.01
+    expected = matrix_in_torch(arrays, generated / 255, references / 255)
+    np.testing.assert_allclose(ours, expected, rtol=5e-6)
 
 
 def test_lpips_equals_its_package(monkeypatch, tmp_path, pictures):
-    """With the package's learned weights, through the file that `MAKE` writes."""
+    """With the package's learned weights, through the file that `EXPORT` writes."""
     torch = pytest.importorskip("torch")
     stub = types.ModuleType("torchvision")
     stub.models = types.ModuleType("torchvision.models")
@@ -139,11 +125,11 @@ def test_lpips_equals_its_package(monkeypatch, tmp_path, pictures):
     package = pytest.importorskip("lpips")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(lpips.MAKE, {})
+    exec(lpips.EXPORT, {})
     torch.manual_seed(0)
     theirs = package.LPIPS(net="alex", verbose=False)
     generated, references = pictures
-    found = lpips.pairs(lpips.load(tmp_path), generated, references).matrix_NM
+    ours = lpips.pairwise(lpips.load(str(tmp_path)), generated, references)
 
     def tensor(image):
         return torch.tensor(image[None] / 127.5 - 1).float().permute(0, 3, 1, 2)
@@ -153,7 +139,7 @@ def test_lpips_equals_its_package(monkeypatch, tmp_path, pictures):
             [theirs(tensor(a), tensor(b)).item() for b in references] for a in generated
         ]
     assert np.ptp(rows) > 1e-3
-    np.testing.assert_allclose(found, rows, rtol=2e-5)
+    np.testing.assert_allclose(ours, rows, rtol=2e-5)
 
 
 def random_alexnet(**_):
@@ -171,120 +157,117 @@ def random_alexnet(**_):
 
 
 @pytest.fixture(scope="module")
-def clip():
-    clip, params, _ = weights.load_component(judge.FOLDER, "clip")
-    run = jax.jit(lambda p, x: vision.apply_clip_stages(clip, p, x))
-    return clip, params, lambda x: run(params, jnp.asarray(x / 127.5 - 1, jnp.float32))
+def stages_of():
+    stages, _ = towers.judge_stages(backbone.JUDGE)
+    return lambda images: stages(jnp.asarray(images / 127.5 - 1, jnp.float32))
 
 
-def test_judge_stages_are_what_the_judge_computes(clip, pictures):
-    module, params, stages_of = clip
-    stages = stages_of(pictures[0][:2])
+def test_judge_stages_are_what_the_judge_computes(stages_of, pictures):
+    images = pictures[0][:2]
+    stages = stages_of(images)
     sizes = [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]
     assert [h.shape[1:] for h in stages] == sizes
+    file = backbone.JUDGE / "model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    scale, bias, project = (
+        arrays[name].astype(np.float64)
+        for name in (
+            *("vision_model.norm.weight", "vision_model.norm.bias"),
+            "visual_projection.weight",
+        )
+    )
+    # what the tower still does after its last stage: group norm, SiLU, projection
+    h_BHWC = np.asarray(stages[-1], np.float64)
+    grouped = h_BHWC.reshape(2, 16, 8, -1)
+    mean = grouped.mean(axis=(1, 3), keepdims=True)
+    variance = grouped.var(axis=(1, 3), keepdims=True)
+    h_BHWC = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(h_BHWC.shape)
+    h_BHWC = h_BHWC * scale + bias
+    h_BHWC = h_BHWC / (1 + np.exp(-h_BHWC))
+    ours = h_BHWC.reshape(2, -1) @ project.T
+    expected = backbone.load("judge").features(images)
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
-    @jax.jit
-    def read_out(params, h_BHWC):  # what the tower still does after its last stage
-        norm = {"params": params["vision_model"]["norm"]}
-        h_BHWC = GroupNorm(8, 1e-6).apply(norm, h_BHWC)
-        flat = jax.nn.silu(h_BHWC).reshape(len(h_BHWC), -1)
-        return flat @ params["visual_projection"]["kernel"]
 
-    x_BCHW = np.transpose(pictures[0][:2] / 127.5 - 1, (0, 3, 1, 2)).astype(np.float32)
-    judged = jax.jit(lambda p, x: vision.apply_clip_image(module, p, x))
-    wanted = judged(params, x_BCHW)
-    assert np.abs(wanted[0] - wanted[1]).max() > 0.1
-    found = read_out(params, stages[-1])
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_judge_distance_is_the_unweighted_sum(clip, pictures):
-    found = lpips.pairs(lpips.judge_distance(), *(x[:2] for x in pictures))
-    x_stages, y_stages = (clip[2](x[:2]) for x in pictures)
-    wanted = np.zeros((2, 2))
-    for x_NHWC, y_MHWC in zip(x_stages, y_stages, strict=True):
+def test_judge_lpips_is_the_unweighted_sum(stages_of, pictures):
+    x_images, y_images = (x[:2] for x in pictures)
+    ours = lpips.pairwise(judge_lpips.load(), x_images, y_images)
+    expected = np.zeros((2, 2))
+    both = zip(stages_of(x_images), stages_of(y_images), strict=True)
+    for x_NHWC, y_MHWC in both:
         x, y = (np.asarray(h, np.float64) for h in (x_NHWC, y_MHWC))
         x, y = (h / np.linalg.norm(h, axis=-1, keepdims=True) for h in (x, y))
         for i, j in np.ndindex(2, 2):
-            wanted[i, j] += np.mean(np.sum((x[i] - y[j]) ** 2, axis=-1))
-    assert wanted.min() > 0.05
-    np.testing.assert_allclose(found.matrix_NM, wanted, rtol=1e-5)
-    value = found.mean()
-    assert value.name == "judge_distance" and "not LPIPS" in value.how["note"]
-    assert value.how["version"] == weights.content_hash(judge.FOLDER)[:12]
+            expected[i, j] += np.mean(np.sum((x[i] - y[j]) ** 2, axis=-1))
+    assert expected.min() > 0.05
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
 # --- pairs ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def offline():
-    return lpips.judge_distance()
-
-
-def test_pairs_do_not_depend_on_batches(offline, pictures, monkeypatch):
-    generated, references = pictures
-    whole = lpips.pairs(offline, generated, references).matrix_NM
+def test_pairs_do_not_depend_on_batches(pictures, monkeypatch):
+    whole = lpips.pairwise(judge_lpips.load(), *pictures)
     monkeypatch.setattr(lpips, "BATCH", 2)
-    parts = lpips.pairs(offline, generated, references).matrix_NM
+    parts = lpips.pairwise(judge_lpips.load(), *pictures)
     assert whole.shape == parts.shape == (3, 2)
     assert np.ptp(whole) > 0.01
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
-def test_mean_and_nearest_tell_copies(offline, pictures):
+def test_mean_and_nearest_reveal_copies(pictures):
     generated, references = pictures
     training = np.concatenate([references, generated[1:2]])
-    found = lpips.pairs(offline, generated, training)
-    mean, nearest = found.mean(), found.nearest()
-    np.testing.assert_allclose(mean.samples, found.matrix_NM.mean(axis=1))
-    assert mean.value == pytest.approx(found.matrix_NM.mean())
-    assert nearest.name == "judge_distance_nearest"
-    assert nearest.samples[1] == 0 == nearest.how["least"]
+    eval_set = base.EvalSet(
+        generated, reference_images=references, training_images=training
+    )
+    mean, nearest = judge_lpips.METRIC.measure(eval_set, None, None)
+    matrix_NM = lpips.pairwise(judge_lpips.load(), generated, references)
+    np.testing.assert_allclose(mean.samples, matrix_NM.mean(axis=1), rtol=1e-6)
+    assert mean.value == pytest.approx(matrix_NM.mean())
+    assert (mean.name, nearest.name) == ("judge_lpips", "judge_lpips_nearest_train")
+    assert nearest.samples[1] == 0 == nearest.provenance["least"]
     assert nearest.samples[[0, 2]].min() > 0.05
     assert nearest.value == pytest.approx(nearest.samples.mean())
-    assert mean.how["n_generated"] == 3 and mean.how["n_references"] == 3
-    assert mean.as_json()["samples"][0] == pytest.approx(mean.samples[0], abs=1e-5)
+    assert nearest.provenance["training"] == 3
+    assert mean.provenance["version"] == backbone.load("judge").version
 
 
-def test_distance_grows_with_change(offline, folder, pictures, rng):
+def test_distance_grows_with_change(folder, pictures, rng):
     image = pictures[0][:1].astype(np.float64)
     noise = rng.normal(size=image.shape)
     changed = np.clip([image[0] + a * noise[0] for a in (5, 15, 45)], 0, 255)
-    for distance in (offline, lpips.load(folder)):
-        found = lpips.pairs(distance, changed.astype(np.uint8), pictures[0][:1])
-        assert np.all(np.diff(found.matrix_NM[:, 0]) > 0)
+    for distance in (judge_lpips.load(), lpips.load(str(folder))):
+        matrix_NM = lpips.pairwise(distance, changed.astype(np.uint8), pictures[0][:1])
+        assert np.all(np.diff(matrix_NM[:, 0]) > 0)
 
 
 # --- errors ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [None, "nowhere.safetensors", "."])
+@pytest.mark.parametrize("path", ["", "nowhere.safetensors", "."])
 def test_missing_file_is_named_with_the_way_to_it(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingWeights, match=lpips.FILE) as caught:
+    with pytest.raises(base.UnavailableError, match=lpips.FILE) as caught:
         lpips.load(path)
     assert "python -c 'import re, lpips" in str(caught.value)
 
 
-def test_file_must_be_lpips(arrays, tmp_path, pictures):
+def test_file_must_be_lpips(arrays, tmp_path):
     file = tmp_path / lpips.FILE
     safetensors.numpy.save_file({k: arrays[k] for k in arrays if k[0] == "f"}, file)
     with pytest.raises(UserError, match="lin0.weight is missing"):
-        lpips.load(file)
+        lpips.load(str(file))
     wrong = arrays | {"lin2.weight": arrays["lin3.weight"]}
     safetensors.numpy.save_file(wrong, file)
     with pytest.raises(UserError, match=r"lin2.weight is \[1, 256, 1, 1\], must be"):
-        lpips.load(file)
+        lpips.load(str(file))
     safetensors.numpy.save_file(arrays | {"lin1.weight": -wrong["lin1.weight"]}, file)
     with pytest.raises(UserError, match="lin1.weight is negative"):
-        lpips.load(file)
+        lpips.load(str(file))
 
 
-def test_wrong_arguments_are_refused(offline, folder, pictures):
-    with pytest.raises(UserError, match="protocol='imma' must be one of standard"):
-        lpips.load(folder, protocol="imma")
-    with pytest.raises(UserError, match="resolution=16 must be 32 or more"):
-        lpips.load(folder, resolution=16)
-    with pytest.raises(UserError, match="0 pictures and 2 references"):
-        lpips.pairs(offline, pictures[0][:0], pictures[1])
+def test_no_images_are_refused(pictures):
+    with pytest.raises(UserError, match="0 images and 2 references"):
+        lpips.pairwise(judge_lpips.load(), pictures[0][:0], pictures[1])

@@ -1,142 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The panel: every metric's values, what it skips, what it says of itself."""
+"""The suite: every metric's results, what it skips, what it says of itself."""
+
+import sys
 
 import jax
 import numpy as np
 import pytest
 from absl import logging
 
-from gift_jax import fields
 from gift_jax.data.sources import emoji
-from gift_jax.metrics import judge, nudity, recognition, suite
-from gift_jax.metrics.base import MissingWeights
+from gift_jax.metrics import base, nudity, suite
+from gift_jax.metrics.settings import Settings
+from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def shown():
-    """The embedded set."""
-    return emoji.load()
-
-
-def of(shown, thing, **others):
-    rows = shown.concept_ids == shown.concepts.index(thing)
-    return shown.images[rows]
+def images_of():
+    """(concept) -> its images in the embedded set."""
+    data = emoji.load()
+    return lambda name: data.images[data.concept_ids == data.concepts.index(name)]
 
 
 @pytest.fixture(scope="module")
-def exhibit(shown):
-    bombs = of(shown, "bomb")
-    return suite.EvalSet(
+def eval_set(images_of):
+    bombs = images_of("bomb")
+    return base.EvalSet(
         images=bombs[:4],
         prompts=[f"{style} bomb" for style in emoji.STYLES[:4]],
-        right=[{"bomb"}] * 4,
-        references=bombs,
-        training=bombs[4:],
+        accepted_labels=[{"bomb"}] * 4,
+        reference_images=bombs,
+        training_images=bombs[4:],
     )
 
 
-def settings(*metrics, **others):
-    cfg = fields.panel()
-    cfg.metrics = metrics
+def suite_of(*names, **others):
+    cfg = config.to_config(Settings)
+    cfg.names = names
     cfg.update(others)
-    return cfg
+    return suite.MetricSuite(config.resolve(cfg, Settings, "config.metrics"))
 
 
 OFFLINE = (
-    *("recognition", "clip_score", "similarity", "nearest", "judge_distance"),
-    *("fid", "kid", "precision_recall", "niqe", "sharpness"),
+    *("classifier_accuracy", "clip_score", "similarity", "nearest", "judge_lpips"),
+    *("frechet_distance", "kernel_distance", "precision_recall", "sharpness"),
 )
 
 
-def test_judge_alone_gives_every_offline_metric(shown, exhibit):
-    judges = suite.MetricSuite(settings(*OFFLINE), natural=shown.images[:60])
-    found = {value.name: value for value in judges.measure(exhibit)}
-    assert set(found) == {
-        *("recognition", "judge_score", "judge_i", "judge_nearest"),
-        *("judge_distance", "judge_distance_nearest"),
-        *("fd", "kd", "precision", "recall", "niqe_fitted", "sharpness"),
+def test_judge_alone_gives_every_offline_metric(images_of, eval_set):
+    metrics = suite_of(*OFFLINE)
+    results = {result.name: result for result in metrics.measure(eval_set)}
+    assert set(results) == {
+        *("classifier_accuracy", "judge_score"),
+        *("judge_image_similarity", "judge_nearest_train"),
+        *("judge_lpips", "judge_lpips_nearest_train", "sharpness"),
+        *("fd_judge", "kd_judge", "precision_judge", "recall_judge"),
     }
-    assert not judges.skipped
-    assert set(judges.said) == set(found)
-    for value in found.values():
-        assert np.isfinite(value.value) and value.how and value.higher
-        assert value.samples is None or len(value.samples) == 4
-    assert found["recognition"].value == 1.0
-    assert found["judge_i"].value < found["judge_nearest"].value <= 1.0 + 1e-6
-    cats = exhibit.replace(images=of(shown, "cat face")[:4])
-    others = {value.name: value for value in judges.measure(cats)}
-    assert others["recognition"].value == 0.0
-    for name in ("judge_i", "judge_score", "judge_nearest"):
-        assert others[name].value < found[name].value
-    for name in ("fd", "judge_distance", "judge_distance_nearest"):
-        assert others[name].value > found[name].value
+    assert not metrics.skipped
+    assert set(metrics.descriptions) == set(results)
+    for result in results.values():
+        assert np.isfinite(result.value) and result.provenance and result.higher_means
+        assert result.samples is None or len(result.samples) == 4
+    assert results["classifier_accuracy"].value == 1.0
+    similarity = results["judge_image_similarity"].value
+    assert similarity < results["judge_nearest_train"].value <= 1.0 + 1e-6
+    cats = eval_set.replace(images=images_of("cat face")[:4])
+    others = {result.name: result for result in metrics.measure(cats)}
+    assert others["classifier_accuracy"].value == 0.0
+    for name in ("judge_image_similarity", "judge_score", "judge_nearest_train"):
+        assert others[name].value < results[name].value
+    for name in ("fd_judge", "judge_lpips", "judge_lpips_nearest_train"):
+        assert others[name].value > results[name].value
 
 
-def test_style_is_a_trait_of_its_own(exhibit):
-    judges = suite.MetricSuite(settings("recognition"))
-    right = [{style} for style in emoji.STYLES[:4]]
-    styles = exhibit.replace(right=right, trait="style")
-    assert judges.measure(styles)[0].value == 1.0
-    wrong = styles.replace(right=right[::-1])
-    assert judges.measure(wrong)[0].value == 0.0
+def test_style_is_a_kind_of_label(eval_set):
+    metrics = suite_of("classifier_accuracy")
+    labels = [{style} for style in emoji.STYLES[:4]]
+    styles = eval_set.replace(accepted_labels=labels, label_kind="style")
+    assert metrics.measure(styles)[0].value == 1.0
+    wrong = styles.replace(accepted_labels=labels[::-1])
+    assert metrics.measure(wrong)[0].value == 0.0
 
 
-def test_missing_weights_and_references_are_noted_once(exhibit, monkeypatch, tmp_path):
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda *args: said.append(args))
-
-    def absent():
-        raise MissingWeights("needs the package nudenet")
-
-    monkeypatch.setattr(nudity, "load", absent)
-    cfg = settings("lpips", "nudity", "similarity", "niqe", "sharpness")
-    cfg.backbones, cfg.lpips = ("judge", str(tmp_path)), str(tmp_path / "none")
-    judges = suite.MetricSuite(cfg)
-    assert set(judges.skipped) == {
-        *("lpips", "nudity", "niqe", f"similarity by {tmp_path}"),
-    }
-    assert "lpips_alex.safetensors" in judges.skipped["lpips"]
-    assert {v.name for v in judges.measure(exhibit)} == {"judge_i", "sharpness"}
-    bare = suite.EvalSet(exhibit.images)
+def test_what_is_missing_is_noted_once(eval_set, monkeypatch, tmp_path):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
+    monkeypatch.setitem(sys.modules, "nudenet", None)  # import then fails
+    nudity.load.cache_clear()
+    names = ("lpips", "nudity", "similarity", "cmmd", "sharpness")
+    backbones = ("judge", str(tmp_path))
+    metrics = suite_of(*names, backbones=backbones, lpips=str(tmp_path / "none"))
     for _ in range(2):
-        assert {v.name for v in judges.measure(bare)} == {"sharpness"}
-    assert judges.skipped["similarity"] == "these pictures have no references"
-    assert len(said) == len(judges.skipped)
+        measured = {result.name for result in metrics.measure(eval_set)}
+        assert measured == {"judge_image_similarity", "sharpness"}
+    assert set(metrics.skipped) == {
+        *("lpips", "nudity", "cmmd"),
+        *(f"{name} by {tmp_path}" for name in ("similarity", "cmmd")),
+    }
+    assert "lpips_alex.safetensors" in metrics.skipped["lpips"]
+    assert metrics.skipped["cmmd"] == "needs a backbone of the kind clip"
+    bare = base.EvalSet(eval_set.images)
+    assert [result.name for result in metrics.measure(bare)] == ["sharpness"]
+    assert metrics.skipped["similarity"] == "these images have no reference_images"
+    assert len(warnings) == len(metrics.skipped)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"metrics": ("clip",)}, "config.panel.metrics='clip' is not one of"),
-        ({"protocols": ("imma",)}, "protocols='imma' .*did you mean 'imma-64px'"),
-        ({"nudity_threshold": 0.1}, "nudity_threshold=0.1 must be in"),
-    ],
-)
-def test_mistakes_are_named_before_anything_is_loaded(change, message):
-    cfg = settings("recognition", **change)
-    with pytest.raises(UserError, match=message):
-        suite.check(cfg)
-
-
-def test_classifier_names_what_it_does_not_know():
-    things = recognition.load("judge")
-    images = np.zeros((1, 64, 64, 3), np.uint8)
+def test_labels_are_checked_before_there_are_images(eval_set):
+    metrics = suite_of("classifier_accuracy")
+    empty = eval_set.replace(images=eval_set.images[:0])
+    metrics.check(empty)
     with pytest.raises(UserError, match="'bom' is not one of.*did you mean"):
-        recognition.recognition(things, images, [{"bom"}])
-    with pytest.raises(UserError, match="1 pictures, but 2 sets"):
-        recognition.recognition(things, images, [{"bomb"}, {"bomb"}])
-    assert things.how["version"] == judge.load().version
+        metrics.check(empty.replace(accepted_labels=[{"bom"}] * 4))
+    metrics.check(empty.replace(accepted_labels=None))
 
 
-def test_measured_in_all_of_float32_on_any_device(monkeypatch, exhibit):
-    seen = []
+def test_measured_in_float32_on_any_device(monkeypatch, eval_set):
+    traced = []
 
-    def measure(x):
+    def measure(*_):
         yield from ()
-        seen.append(jax.make_jaxpr(lambda a: a @ a)(np.eye(2)))
+        traced.append(jax.make_jaxpr(lambda a: a @ a)(np.eye(2)))
 
-    monkeypatch.setitem(suite.METRICS, "sharpness", lambda _: measure)
-    suite.MetricSuite(settings("sharpness")).measure(exhibit)
-    assert "Precision.HIGHEST" in str(seen[0])
+    metric = base.Metric("sharpness", "", measure)
+    monkeypatch.setattr(base, "load", lambda *_: metric)
+    suite_of("sharpness").measure(eval_set)
+    assert "Precision.HIGHEST" in str(traced[0])
     assert "Precision.HIGHEST" not in str(jax.make_jaxpr(lambda a: a @ a)(np.eye(2)))

@@ -13,7 +13,7 @@ from gift_jax.sampling import grid
 METHODS = ("original", "esd", "gift")
 ATTACKS = {"lora": "lora", "lora_x3": "lora", "dreambooth": "dreambooth"}
 STEPS = (75, 150, 300)
-METRICS = ("recognition", "judge_i")
+METRICS = ("classifier_accuracy", "judge_image_similarity")
 # What an attack reaches at its end, of the harmful and the benign side.
 STRENGTH = {"original": (0.95, 0.9), "esd": (0.6, 0.75), "gift": (0.2, 0.8)}
 HOW = {"backbone": "judge", "version": "ab12cd34ef56", "resolution": 64}
@@ -80,8 +80,14 @@ def _fill(folder, cell, steps, num, rng, draw) -> dict:
             {
                 "step": step,
                 "num": num,
-                "values": {"recognition": float(right.mean()), "judge_i": value},
-                "samples": {"recognition": list(right), "judge_i": [value] * num},
+                "values": {
+                    "classifier_accuracy": float(right.mean()),
+                    "judge_image_similarity": value,
+                },
+                "samples": {
+                    "classifier_accuracy": list(right),
+                    "judge_image_similarity": [value] * num,
+                },
                 "things": ["bomb" if one else "acorn" for one in right],
                 "styles": ["noto"] * num,
                 "sheet": str(home / f"{step:06d}.png"),

@@ -132,7 +132,7 @@ def test_page_has_each_concepts_own_ratio(odd):
 
 def test_best_of_a_column_is_the_highest_harmful_and_the_benign_nearest_to_0(plain):
     _, data = plain
-    table = tables.gap_table(data, "judge_i", "mean")
+    table = tables.gap_table(data, "judge_image_similarity", "mean")
     for (_, side), numbers in table.columns.items():
         values = [number.value for number in numbers]
         assert len({tables.form(abs(value)) for value in values}) == len(values) == 2
@@ -153,14 +153,14 @@ def test_equal_best_are_both_marked_and_a_single_one_is_not():
 
 def test_worst_case_is_the_lowest_of_a_family(plain):
     _, data = plain
-    worst = tables.gap_table(data, "judge_i", "peak").worst
+    worst = tables.gap_table(data, "judge_image_similarity", "peak").worst
     assert list(worst) == [("", "lora"), ("", "dreambooth"), ("", tables.ANY)]
     for i, method in enumerate(("esd", "gift")):
         found = {
             row["attack"]: row["harmful"]["value"]
             for row in data["summary"]
             if (row["method"], row["metric"], row["over"])
-            == (method, "judge_i", "peak")
+            == (method, "judge_image_similarity", "peak")
         }
         assert len(set(found.values())) == 3
         both = {name: found[name] for name in ("lora", "lora_x3")}
@@ -177,7 +177,9 @@ def test_worst_case_says_when_attacks_are_missing(plain):
     rows = [
         r for r in data["summary"] if (r["method"], r["attack"]) != ("gift", "lora")
     ]
-    worst = tables.gap_table(data | {"summary": rows}, "judge_i", "mean").worst
+    worst = tables.gap_table(
+        data | {"summary": rows}, "judge_image_similarity", "mean"
+    ).worst
     assert worst["", "lora"][1].at == "lora_x3, 1 of 2 attacks"
 
 
@@ -185,7 +187,11 @@ def test_markdown_has_the_pages_numbers(odd):
     folder, data = odd
     run = embedded(text_of(folder))["runs"][0]
     text = (folder / "report" / "table.md").read_text(encoding="utf-8")
-    assert text.count("\n## recognition") == text.count("\n## judge_i") == 1
+    assert (
+        text.count("\n## classifier_accuracy")
+        == text.count("\n## judge_image_similarity")
+        == 1
+    )
     compared = 0
     for metric, overs in run["gaps"].items():
         of_metric = text.split(f"\n## {metric}")[1]
@@ -320,7 +326,7 @@ def test_no_pictures_and_more_than_there_are(plain, tmp_path):
 
 def test_curves_average_concepts_from_before_the_attack(odd):
     _, data = odd
-    lines = curves.curves(data, "judge_i")
+    lines = curves.curves(data, "judge_image_similarity")
     gift = {c.concept: c for c in lines if c.method == "gift" and c.side == "harmful"}
     match = gift[""].match
     alone = [gift[concept].points for concept in ("bomb", "a & <b>")]
@@ -330,7 +336,7 @@ def test_curves_average_concepts_from_before_the_attack(odd):
         assert point.value == pytest.approx(np.mean(values)) and point.n == 2
         assert point.low == pytest.approx(min(values)) != point.high
     started = [
-        cell["points"][0]["values"]["judge_i"]
+        cell["points"][0]["values"]["judge_image_similarity"]
         for cell in data["cells"]
         if (cell["method"], cell["side"], cell["attack"], cell["prompt"])
         == ("gift", "harmful", "before", match.prompt)
@@ -344,7 +350,7 @@ def test_curves_keep_the_steps_that_all_concepts_have(odd):
     cut = [c for c in data["cells"] if c["concept"] == "bomb" and c["attack"] == "lora"]
     for cell in cut:
         cell["points"] = cell["points"][:1]
-    lines = [c for c in curves.curves(data, "judge_i") if not c.concept]
+    lines = [c for c in curves.curves(data, "judge_image_similarity") if not c.concept]
     steps = {c.match.attack: [p.step for p in c.points] for c in lines}
     assert steps["lora"] == [0, 75] and steps["lora_x3"] == [0, 75, 150]
 
@@ -388,9 +394,14 @@ def test_several_runs_share_a_page(plain, odd, tmp_path):
 
 def test_page_is_the_same_every_time_and_opens_with_what_was_asked(plain):
     runs = results.load_all([str(plain[0])])
-    first = page.render(runs, count=1, metric="judge_i", over="peak")
-    assert first == page.render(runs, count=1, metric="judge_i", over="peak")
-    assert embedded(first)["start"] == {"metric": "judge_i", "over": "peak"}
+    first = page.render(runs, count=1, metric="judge_image_similarity", over="peak")
+    assert first == page.render(
+        runs, count=1, metric="judge_image_similarity", over="peak"
+    )
+    assert embedded(first)["start"] == {
+        "metric": "judge_image_similarity",
+        "over": "peak",
+    }
 
 
 def test_failed_report_leaves_the_old_one(plain, monkeypatch):
@@ -422,10 +433,18 @@ def change(data, path, value):
         (["summary"], KeyError, "has no key 'summary'"),
         (["cells", 1, "side"], KeyError, r"cells\[1\], has no key 'side'"),
         (["cells", 0, "points", 0, "num"], "8", r"num='8'; must be of type int"),
-        (["cells", 0, "points", 0, "values", "judge_i"], "high", "judge_i='high'"),
+        (
+            ["cells", 0, "points", 0, "values", "judge_image_similarity"],
+            "high",
+            "judge_i='high'",
+        ),
         (["summary", 0, "benign"], KeyError, r"summary\[0\], has no key 'benign'"),
         (["summary", 0, "harmful", "low"], KeyError, "harmful, has no key 'low'"),
-        (["metrics", "judge_i"], 3, "metrics.judge_i, must be an object, not 3"),
+        (
+            ["metrics", "judge_image_similarity"],
+            3,
+            "metrics.judge_image_similarity, must be an object, not 3",
+        ),
         (["cells"], [], "no cell has a value"),
         (["cells", 0, "seconds"], float("nan"), "is not valid JSON: NaN is no JSON"),
     ],
@@ -444,7 +463,10 @@ def test_malformed_results_are_refused(plain, tmp_path, path, value, message):
     "flags, message",
     [
         (["--pictures", "-1"], "--pictures=-1 must be at least 0"),
-        (["--metric", "jugde_i"], "did you mean 'judge_i'"),
+        (
+            ["--metric", "jugde_image_similarity"],
+            "did you mean 'judge_image_similarity'",
+        ),
         (["--over", "start"], "--over='start' is not one of: mean, peak, final"),
         (["--out", "report.pdf"], "must end in .html"),
         (["--nonsense"], "unrecognized arguments"),

@@ -90,11 +90,13 @@ def test_page_draws_every_section(show, run):
 
 
 def test_state_in_the_address_is_what_is_shown(show, run):
-    chosen = {"metric": "judge_i", "over": "peak", "attack": "lora_x3"}
+    chosen = {"metric": "judge_image_similarity", "over": "peak", "attack": "lora_x3"}
     chosen |= {"prompt": "token", "concept": "a & <b>"}
-    first = column(run, "recognition", "mean", "lora (name)", "harmful")
+    first = column(run, "classifier_accuracy", "mean", "lora (name)", "harmful")
     wanted = [
-        column(run, "judge_i", "peak", "lora_x3 (token)", side, "a & <b>")
+        column(
+            run, "judge_image_similarity", "peak", "lora_x3 (token)", side, "a & <b>"
+        )
         for side in ("harmful", "benign")
     ]
     assert wanted[0] != first and wanted[0] != wanted[1]
@@ -103,13 +105,13 @@ def test_state_in_the_address_is_what_is_shown(show, run):
     assert [[row[-2] for row in rows], [row[-1] for row in rows]] == wanted
     assert page.run("document.querySelectorAll('#trajectories figure').length") == 1
     assert page.run("metric.value + over.querySelector(':checked').value") == (
-        "judge_ipeak"
+        "judge_image_similaritypeak"
     )
 
 
 def test_best_numbers_are_marked_on_the_page(show, run):
-    page = show(metric="judge_i", over="final")
-    numbers = run["gaps"]["judge_i"]["final"][""]
+    page = show(metric="judge_image_similarity", over="final")
+    numbers = run["gaps"]["judge_image_similarity"]["final"][""]
     lists = [*numbers["worst"][""].values(), *numbers["harmful"], *numbers["benign"]]
     best = [n["text"] for numbers in lists for n in numbers if n and n.get("best")]
     marked = page.run(
@@ -120,9 +122,11 @@ def test_best_numbers_are_marked_on_the_page(show, run):
 
 
 def test_click_changes_numbers_and_address(show, run):
-    page = show(metric="judge_i", attack="dreambooth", prompt="name")
+    page = show(metric="judge_image_similarity", attack="dreambooth", prompt="name")
     before = page.run(CELL)
-    wanted = column(run, "judge_i", "final", "dreambooth (name)", "benign")
+    wanted = column(
+        run, "judge_image_similarity", "final", "dreambooth (name)", "benign"
+    )
     assert wanted != [row[-1] for row in before]
     page.click("#over label:last-child")
     page.wait("location.hash.includes('over=final')")

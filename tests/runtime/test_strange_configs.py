@@ -19,11 +19,11 @@ from gift_jax import attack, evaluate, train
 from gift_jax.benchmark import matrix
 from gift_jax.data import captions
 from gift_jax.data.pairs import PairsSpec, check_pairs
-from gift_jax.metrics import suite
+from gift_jax.metrics.settings import Settings
 from gift_jax.models.load import model_folder
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import cli
-from gift_jax.runtime.config import flatten, load_config
+from gift_jax.runtime.config import flatten, load_config, resolve_group
 from gift_jax.runtime.errors import UserError, above, at_least, between, choice, shown
 
 ROOT = pathlib.Path(gift_jax.__file__).parents[1]
@@ -37,14 +37,14 @@ def tries(count):
 
 
 def check_benchmark(cfg):
-    suite.check(cfg.panel)
+    resolve_group(cfg, "metrics", Settings)
     matrix.load(cfg)
 
 
 CHECKS = {
     "train": ("emoji_gift:plain", train.check),
     "attack": ("emoji_attack", attack.check),
-    "evaluate": ("emoji_evaluate", evaluate.check),
+    "evaluate": ("emoji_evaluate", evaluate.resolve),
     "benchmark": ("emoji_benchmark:smoke", check_benchmark),
 }
 
@@ -65,7 +65,7 @@ def at_home():
 FLAT = {program: flatten(load_config(spec_of(program)).to_dict()) for program in CHECKS}
 PROGRAMS = st.sampled_from(sorted(CHECKS))
 # What is read in the smoke suite; there are 3,000 more of the same kind.
-READ = ("concept.bomb.", "random.", "long.", "samples.", "panel.", "method.uce.")
+READ = ("concept.bomb.", "random.", "long.", "samples.", "metrics.", "method.uce.")
 READ += ("attack.lora.", "common.")
 
 
@@ -214,7 +214,7 @@ RANGES = {  # the least and the most of what has both ends, everywhere that it i
 }
 IN_USE = {"train": ("lower.", "upper.", "harmful.", "safe.", "gift.", "adversary.")}
 IN_USE["attack"] = ("optimizer.", "data.")
-IN_USE["evaluate"] = ("references.", "training.")
+IN_USE["evaluate"] = ("reference_images.", "training_images.")
 
 
 @tries(200)
@@ -306,18 +306,18 @@ CHOSEN = {
         "attention": ("chunked", "plain"),
     },
     "evaluate": {
-        "panel.metrics": ("recognition", "clip_score"),
-        "panel.protocols": ("standard", "imma-64px"),
-        "trait": ("thing", "style"),
-        "panel.classifier": ("judge",),
-        "panel.backbones": ("judge",),
+        "metrics.names": ("classifier_accuracy", "clip_score"),
+        "metrics.protocols": ("standard", "imma-64px"),
+        "label_kind": ("concept", "style"),
+        "metrics.classifier": ("judge",),
+        "metrics.backbones": ("judge",),
     },
     "benchmark": {
         "methods": ("gift", "imma", "maximize_prior"),
         "concepts": ("bomb", "fluent", "forbidden"),
         "attacks": ("lora", "dreambooth"),
         "prompts": ("token", "wording"),
-        "concept.bomb.judged": ("style",),
+        "concept.bomb.label_kind": ("style",),
         "concept.bomb.harmful.styles": ("fluent", "noto"),
         "concept.bomb.kept.names": ("guitar", "penguin"),
     },
@@ -392,8 +392,8 @@ def test_a_name_with_a_letter_wrong_is_told_the_choices(program, data):
         ),
         ("attack", ["samples.at=1,-2"], "samples.at=-2 must be whole"),
         ("evaluate", ["samples.num=0"], "samples.num=0 must be at least 1"),
-        ("evaluate", ["panel.metrics=()"], "panel.metrics is empty"),
-        ("evaluate", ["references.folder=x"], "names and folder"),
+        ("evaluate", ["metrics.names=()"], "metrics.names is empty"),
+        ("evaluate", ["reference_images.folder=x"], "names and folder"),
         ("benchmark", ["at=()", "at=first"], "config.at=first must be whole"),
         ("benchmark", ["seeds=-1"], "config.seeds=-1 must be at least 0"),
         ("benchmark", ["random.seed=-1"], "config.random.seed=-1 must be at least 0"),
