@@ -244,9 +244,8 @@ def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> No
     text_folder = folder / "text_encoder"
     weights.save_model_folder(text_folder, text_config, text_params, dtype=STORED)
     weights.save_model_folder(folder / "vae", vae_config, vae_params, dtype=STORED)
-    weights.save_model_folder(workdir / "judge", clip_config, clip_params, dtype=STORED)
-    for file in (folder / "tokenizer").iterdir():
-        (workdir / "judge" / file.name).write_bytes(file.read_bytes())
+    own = {k: v for k, v in clip_params.items() if k != "text_model"}  # it shares that
+    weights.save_model_folder(workdir / "judge", clip_config, own, dtype=STORED)
     _write_json(folder / "scheduler" / "scheduler_config.json", unet_stage.SCHEDULER)
     index = architectures.model_index("DDIMScheduler")
     _write_json(folder / "model_index.json", index)
