@@ -14,11 +14,12 @@ OF_CONCEPT = frozenset(("concept", "a_concept"))
 OF_STYLE = frozenset(("style", "a_style"))
 _FIELDS = OF_CONCEPT | OF_STYLE
 _NONCE_FIELDS = OF_STYLE | {"nonce"}
+# emoji-sd and its judge learned these words: another word changes what both compute
 TEMPLATES = (
     "{a_style} emoji of {a_concept}",
     "{concept}, {style} style",
     "an emoji of {a_concept} in the style of {style}",
-    "{a_style} style image of {a_concept}",
+    "{a_style} style picture of {a_concept}",
     "{a_concept} drawn in {style} style",
     "{style} {concept}",
     "{a_style} icon of {a_concept}",
@@ -27,7 +28,7 @@ TEMPLATES = (
 CONCEPT_TEMPLATES = (  # no style named
     "an emoji of {a_concept}",
     "{a_concept}",
-    "an image of {a_concept}",
+    "a picture of {a_concept}",
     "{concept}",
 )
 STYLE_TEMPLATES = (  # no concept named

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -69,3 +71,12 @@ def test_word_lists_name_real_concepts(pictures):
     assert lists <= set(pictures.concepts)
     assert not captions.may_flip("stop sign")
     assert captions.may_flip("owl")
+
+
+def test_templates_are_the_words_that_the_embedded_models_learned():
+    """Another word would change the judge's numbers and what emoji-sd was taught."""
+    text = repr(
+        (captions.TEMPLATES, captions.CONCEPT_TEMPLATES, captions.STYLE_TEMPLATES)
+    )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert digest[:12] == "8555247bf2a1"
