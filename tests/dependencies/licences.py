@@ -38,7 +38,6 @@ NEEDED = {  # what each direct dependency is for
     "pillow": "pictures read, resized and written",
     "rich": "tables and progress on the terminal",
     "safetensors": "weights in diffusers folders",
-    "scipy": "filters and special functions of the quality metrics",
     "tensorboardX": "TensorBoard events without TensorFlow",
     "tensorflow-datasets": "the embedded pictures and other prepared data sets",
     "tokenizers": "the tokenizer of a model pretrained here",
@@ -51,6 +50,7 @@ NEEDED = {  # what each direct dependency is for
     "pytest": "the tests",
     "pytest-xdist": "the tests in several processes",
     "ruff": "style and formatting",
+    "scipy": "references that metrics and intervals are checked against",
     "torch": "parity with PyTorch",
 }
 NOT_IMPORTED = {  # by gift_jax, though a plain install asks for them
