@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What do the fast versions of a model's layers save, on this CPU, with this jaxlib?
+"""What do the fast versions of a model's layers save, here, with this jaxlib?
 
     python perf/layers.py --parts attention --parts step --cores 1
+    python perf/layers.py --parts kernels --batch 4 --platform cuda
 
 Parts: conv and norm, by XLA and as matrix products; attention, all scores at once and
 in chunks, and as PyTorch has it where that is installed; step, forward and backward of
 emoji-sd's UNet for its cross-attention, as chosen here and with each operation's
 reference instead. Layers have shapes of emoji-sd, 32 examples, and of Stable Diffusion
-1.5, one. What `gift_jax.models.ops` chooses on CPUs is made of this. Prints one JSON
-object, milliseconds: the medians of --repeats turns.
+1.5, one. What `gift_jax.models.ops` chooses on CPUs is made of this. kernels: for
+accelerators, Stable Diffusion 1.5's attention at 64x64 latents by type: what `auto`
+takes here, `plain` and, on GPUs, `cudnn`; also how far their values and gradients are
+from `plain` in float32, norms of differences over norms. Prints one JSON object,
+milliseconds: the medians of --repeats turns.
 """
 
 import argparse
@@ -21,7 +25,7 @@ import sys
 import time
 
 import numpy as np
-import vs_pytorch
+import workloads
 
 from gift_jax.runtime import cli
 from gift_jax.runtime.errors import at_least
@@ -36,6 +40,14 @@ CONVS = (  # the image, the channels of the result
 )
 NORMS = ((32, 64, 64), (32, 64, 192), (1, 4096, 320), (1, 256, 1280))
 ATTENTIONS = ((1, 4096, 8, 40), (1, 1024, 8, 80), (1, 256, 8, 160))
+KERNEL_SHAPES = {  # queries, keys, a head's size
+    "self 64x64": (4096, 4096, 40),
+    "self 32x32": (1024, 1024, 80),
+    "self 16x16": (256, 256, 160),
+    "cross 64x64": (4096, 77, 40),
+    "cross 32x32": (1024, 77, 80),
+}
+HEADS = 8
 STEP_EXAMPLES = 4
 SPIN_S = 0.05  # seconds; for 0.01 after its work PyTorch's threads keep the cores
 
@@ -106,6 +118,57 @@ def torch_attention(arrays) -> dict:
     return {"pytorch": forward, "pytorch, with gradients": both}
 
 
+def measure_kernels(args) -> dict:
+    """Returns distances and milliseconds of attention by type, shape and choice."""
+    import jax.numpy as jnp
+
+    rng, results = np.random.default_rng(0), {}
+    for dtype in ("bfloat16", "float32"):
+        for name, (queries, keys, size) in KERNEL_SHAPES.items():
+            rows = queries, keys, keys, queries  # q, k, v and the output's gradient
+            arrays = [rng.normal(size=(args.batch, n, HEADS, size)) for n in rows]
+            arrays = [jnp.asarray(a, dtype) for a in arrays]
+            label = f"{dtype}, {name}"
+            results[label] = _measure_attention(arrays, args.repeats)
+            print(json.dumps({label: results[label]}), file=sys.stderr, flush=True)
+    return results
+
+
+def _measure_attention(arrays, repeats: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+    import parity
+
+    from gift_jax.models.ops.kernels import Kernels
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def attend(kernels, q, k, v, g):
+        out, back = jax.vjp(kernels.attend, q, k, v)
+        return out, back(g)
+
+    wide = [a.astype(jnp.float32) for a in arrays]
+    with jax.default_matmul_precision("highest"):
+        values, gradients = attend(Kernels("plain"), *wide)
+    choices, results = ["auto", "plain"], {}
+    if jax.default_backend() == "gpu" and arrays[0].dtype.itemsize == 2:
+        choices.append("cudnn")
+    for choice in choices:
+        kernels = Kernels(choice)
+        out, grads = attend(kernels, *arrays)
+
+        def run(kernels=kernels):
+            jax.block_until_ready(attend(kernels, *arrays))
+
+        chosen = kernels.attention_for(*arrays[:2])
+        milliseconds = 1e3 * workloads.median_seconds(run, repeats)
+        results[choice if chosen == choice else f"{choice}: {chosen}"] = {
+            "values": parity.distance(out, values),
+            "gradients": parity.distance(grads, gradients),
+            "ms": float(f"{milliseconds:.3g}"),
+        }
+    return results
+
+
 def steps():
     """Yields the same of emoji-sd's UNet, each operation replaced by its reference."""
     import jax
@@ -114,7 +177,8 @@ def steps():
     from gift_jax.models import sd
     from gift_jax.models.load import load_model
     from gift_jax.models.ops.kernels import Kernels
-    from gift_jax.models.trainable import merge_params, select_trainable
+    from gift_jax.models.trainable import select_trainable
+    from gift_jax.state import merge_params
 
     model = load_model("emoji-sd")
     trained, frozen = select_trainable(model.params["unet"], "cross_attention")
@@ -125,10 +189,8 @@ def steps():
 
     def gradient(kernels, trained, frozen, z, c):
         def loss(trained):
-            unet, params = (
-                model.unet.clone(kernels=kernels),
-                merge_params(trained, frozen),
-            )
+            unet = model.unet.clone(kernels=kernels)
+            params = merge_params(trained, frozen)
             return jnp.mean(sd.apply_unet(unet, params, z, t, c)[0] ** 2)
 
         return jax.grad(loss)(trained)
@@ -195,23 +257,32 @@ def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--parts", action="append", choices=PARTS, help="default: all")
+    parts = (*PARTS, "kernels")
+    flags.add_argument(
+        "--parts", action="append", choices=parts, help="default: all but kernels"
+    )
     flags.add_argument("--cores", type=int, default=1, help="XLA's threads")
+    flags.add_argument("--platform", default="cpu", help="of JAX: cpu, cuda, tpu")
+    flags.add_argument("--batch", type=int, default=4, help="of kernels")
     flags.add_argument("--repeats", type=int, default=9)
     args = flags.parse_args()
     at_least("--cores", args.cores, 1)
+    at_least("--batch", args.batch, 1)
     at_least("--repeats", args.repeats, 1)
     os.environ["NPROC"] = str(args.cores)  # before JAX starts
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = args.platform
 
     import jaxlib
 
     from gift_jax.runtime.devices import init_jax
 
     init_jax()
-    results = {"jaxlib": jaxlib.__version__, "processor": vs_pytorch.processor()}
+    results = {"jaxlib": jaxlib.__version__, "processor": workloads.processor()}
     results["cores"] = args.cores
     for part in args.parts or PARTS:
+        if part == "kernels":
+            results["kernels"] = measure_kernels(args)
+            continue
         for name, functions, arrays in PARTS[part]():
             results[name] = measure(functions, tuple(arrays), args.repeats)
             line = json.dumps({name: results[name]})

@@ -4,10 +4,10 @@
     python -m gift_jax.compile --config configs/sd15_object.py --topology v5e:4x4 \
         --batch-per-chip 4 --config.compute_dtype=bfloat16
 
-Says how much of a chip's memory the step takes, what it computes and moves, how long it
-takes at least (roofline), and what the chips send each other. Needs the TPU compiler:
-pip install 'gift_jax[tpu]', or TPU_LIBRARY_PATH=.../libtpu.so. A full-size model
-takes minutes to compile, and several GB of memory.
+Reports how much of a chip's memory the step takes, what it computes and moves, how long
+it takes at least (roofline), and what the chips send each other. Needs the TPU
+compiler: pip install 'gift_jax[tpu]', or TPU_LIBRARY_PATH=.../libtpu.so. A full-size
+model takes minutes to compile, and several GB of memory.
 """
 
 import json
@@ -34,6 +34,12 @@ def _parser():
     flags.add_argument(
         "--fit", action="store_true", help="find the largest batch a chip that fits"
     )
+    flags.add_argument(
+        "--step",
+        choices=("train", "unet"),
+        default="train",
+        help="the defense's step, or one pass of the denoiser forward and backward",
+    )
     flags.add_argument("--out", type=pathlib.Path, help="file for the report, JSON")
     return flags
 
@@ -41,18 +47,16 @@ def _parser():
 def main(argv: list[str] | None = None) -> int:
     cfg, args = cli.parse_config(argv, _parser(), "train")
     at_least("--batch-per-chip", args.batch_per_chip, 0)
-    if os.environ.get(compile_child.CHILD):
-        return compile_child.run_child(
-            cfg, args, pathlib.Path(os.environ[compile_child.CHILD])
-        )
+    if out := os.environ.get(compile_child.OUT):
+        return compile_child.run_child(cfg, args, pathlib.Path(out))
     compile_child.check_compiler()
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out={args.out}: no such folder as {args.out.parent}")
     argv = sys.argv[1:] if argv is None else argv
-    found = compile_child.compile_in_child(argv, args.topology)
+    report = compile_child.compile_in_child(argv, args.topology)
     if args.out:
-        files.write(args.out, json.dumps(found, indent=1) + "\n")
-    print(compile_child.table(found))
+        files.write(args.out, json.dumps(report, indent=1) + "\n")
+    print(compile_child.table(report))
     return 0
 
 

@@ -14,7 +14,8 @@ import pytest
 import gift_jax
 from gift_jax import train
 from gift_jax.compile import child as compile_child
-from gift_jax.compile import tpu
+from gift_jax.compile import fit, hlo, tpu
+from gift_jax.defenses import base
 from gift_jax.models.load import EMBEDDED
 from gift_jax.runtime import cli, devices
 from gift_jax.runtime.config import load_config
@@ -23,12 +24,7 @@ from gift_jax.training import loop, sharding
 
 ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 GIFT = ROOT / "configs" / "emoji_gift.py"
-
-
-def gift_config(tiny_folder, variant=""):
-    cfg = load_config(f"{GIFT}{variant}").unlock()
-    cfg.model = str(tiny_folder)
-    return cfg
+BASELINES = ROOT / "configs" / "emoji_baselines.py"
 
 
 # --- the step -------------------------------------------------------------------------
@@ -50,10 +46,9 @@ class Taken(Exception):  # noqa: N818 - stops a run where its first step would b
 def test_it_is_the_step_that_train_takes(
     tiny_folder, tmp_path, monkeypatch, method, dtype
 ):
-    flags = [f"--config.method={method}", f"--config.compute_dtype={dtype}"]
-    if method == "imma":
-        flags.append("--config.imma.bound=raw")
+    flags = [f"--config.compute_dtype={dtype}"]
     given = {}
+    config, groups = METHODS[method], base.load(method).groups
 
     def take(state, step, frozen, batches, key, *, place, **_):
         given["args"] = state, frozen, place(next(batches)), key
@@ -62,32 +57,32 @@ def test_it_is_the_step_that_train_takes(
 
     monkeypatch.setattr(loop, "run", take)
     monkeypatch.setattr(devices, "num_cores", jax.device_count)
-    argv = [f"--config={GIFT}:smoke", f"--workdir={tmp_path}", *flags]
+    argv = [f"--config={config}", f"--workdir={tmp_path}", *flags]
     argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
-    argv += [f"--config.{group}.folder={_pictures(tmp_path)}" for group in GROUPS]
-    argv += [f"--config.{group}.names=()" for group in GROUPS]
-    argv += [f"--config.{group}.prompt=a thing" for group in GROUPS]
+    argv += [f"--config.{group}.folder={_pictures(tmp_path)}" for group in groups]
+    argv += [f"--config.{group}.names=()" for group in groups]
+    argv += [f"--config.{group}.prompt=a thing" for group in groups]
     with pytest.raises(Taken):
         train.main(argv)
     flags = cli.parser("", "compile")
     cfg, _ = cli.parse_config(
         [a for a in argv if not a.startswith("--workdir")], flags, "train"
     )
-    mesh = sharding.make_mesh(jax.devices(), cfg.mesh.to_dict())
-    step, shapes = tpu.shapes_of_step(cfg, mesh)
+    mesh = sharding.make_mesh(jax.devices(), cfg.hardware.mesh.to_dict())
+    step, shapes = tpu.train_step(train.resolve(cfg), mesh)
 
-    def told(a):
+    def described(a):
         return a.shape, a.dtype, a.sharding
 
-    assert jax.tree.map(told, shapes) == jax.tree.map(told, given["args"])
-    ours = loop.compile_step(step, shapes).lower(*shapes).as_text()
+    assert jax.tree.map(described, shapes) == jax.tree.map(described, given["args"])
+    ours = step.lower(*shapes).as_text()
     theirs = loop.compile_step(given["step"], given["args"]).lower(*given["args"])
     assert ours == theirs.as_text()
-    other = loop.compile_step(lambda *a: step(*a)[::-1], None).lower(*shapes)
+    other = loop.compile_step(lambda *a: given["step"](*a)[::-1], None).lower(*shapes)
     assert other.as_text() != ours  # texts do tell steps apart
 
 
-GROUPS = ("harmful", "safe")
+METHODS = {"gift": f"{GIFT}:smoke", "imma": f"{BASELINES}:imma_smoke"}
 
 
 def _pictures(tmp_path):
@@ -115,10 +110,24 @@ def test_published_models_need_no_files(monkeypatch):
 
 @pytest.mark.parametrize("method, why", [("uce", "takes no"), ("esd", "draws before")])
 def test_methods_without_such_a_step_are_named(tiny_folder, method, why):
-    cfg = load_config(f"{ROOT / 'configs' / 'emoji_baselines.py'}:{method}").unlock()
+    cfg = load_config(f"{BASELINES}:{method}")
     cfg.model = str(tiny_folder)
     with pytest.raises(UserError, match=f"config.method={method} {why}"):
-        tpu.shapes_of_step(cfg, sharding.make_mesh(jax.devices()))
+        tpu.train_step(train.resolve(cfg), sharding.make_mesh(jax.devices()))
+
+
+def test_a_pass_of_the_unet_has_gradients_of_the_trainable_set(tiny_folder):
+    cfg = load_config(f"{GIFT}:smoke")
+    cfg.model, cfg.hardware.remat = str(tiny_folder), "block"
+    run, mesh = train.resolve(cfg), sharding.make_mesh(jax.devices())
+    step, shapes = tpu.unet_step(run, mesh, 4)
+    grads = step.eval_shape(*shapes)
+    assert grads.keys() == shapes[0].keys()
+    assert grads and all("/attn2/" in path for path in grads)
+    text = step.lower(*shapes).as_text()
+    cfg.hardware.remat = "none"
+    other, _ = tpu.unet_step(train.resolve(cfg), mesh, 4)
+    assert text != other.lower(*shapes).as_text()
 
 
 # --- the report -----------------------------------------------------------------------
@@ -133,7 +142,7 @@ HLO = """
 
 
 def test_collectives_are_counted_once_with_what_they_return():
-    assert tpu.collectives(HLO) == {
+    assert hlo.collectives(HLO) == {
         "all-reduce": {"count": 2, "bytes": 4 * 200 + 4 * 5 + 2 * 4},
         "all-gather": {"count": 1, "bytes": 4 * 64},
     }
@@ -141,11 +150,11 @@ def test_collectives_are_counted_once_with_what_they_return():
 
 def test_flops_of_attention_kernels_are_added():
     two = "(f32[4,512,128]{2,1,0}, bf16[4,8,512,40]{3,2,1,0}, f32[4,8,512]{2,1,0})"
-    hlo = f"  %splash_mha_fwd_residuals.1 = {two} custom-call(%a), op\n"
+    text = f"  %splash_mha_fwd_residuals.1 = {two} custom-call(%a), op\n"
     each = 2 * 4 * 8 * 512 * 512 * 40
-    assert tpu.attention_flops(hlo) == 2 * each
-    hlo += f"  %splash_mha_dkv_no_residuals = {two} custom-call(%a)\n"
-    assert tpu.attention_flops(hlo + HLO) == (2 + 4) * each
+    assert hlo.attention_flops(text) == 2 * each
+    text += f"  %splash_mha_dkv_no_residuals = {two} custom-call(%a)\n"
+    assert hlo.attention_flops(text + HLO) == (2 + 4) * each
 
 
 def memory_of(fixed, each, capacity, tried):
@@ -155,7 +164,7 @@ def memory_of(fixed, each, capacity, tried):
         tried.append(batch)
         used = fixed + each * batch + 0.01 * each * batch % 7  # nearly a line
         if used > capacity:
-            raise tpu.DoesNotFit(used)
+            raise fit.DoesNotFit(used)
         sizes = {"used": used, "capacity": capacity, "temporaries": 0.8 * each * batch}
         return {"hbm_bytes": sizes, "batch": batch}
 
@@ -167,7 +176,7 @@ def memory_of(fixed, each, capacity, tried):
 def test_fit_finds_the_largest_batch_in_few_tries(low, largest):
     tried = []
     attempt = memory_of(3e9, 1e9, 3e9 + 1e9 * (largest + 0.5), tried)
-    found = tpu.fit(attempt, low)
+    found = fit.fit(attempt, low)
     assert found["batch"] == largest
     assert found["tried"] == sorted(tried) and len(set(tried)) == len(tried)
     assert len(tried) <= 8
@@ -193,13 +202,13 @@ def test_what_does_not_fit_says_how_large_it_is(said, needs):
         def compile(self):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    with pytest.raises(tpu.DoesNotFit, match=f"^needs {needs} of a chip$"):
+    with pytest.raises(fit.DoesNotFit, match=f"^needs {needs} of a chip$"):
         tpu.compile_lowered(Lowered())
 
 
 def test_fit_says_so_if_not_even_one_fits():
-    with pytest.raises(tpu.DoesNotFit, match="needs 6.0 GB"):
-        tpu.fit(memory_of(5e9, 1e9, 1e9, []), 4)
+    with pytest.raises(fit.DoesNotFit, match="needs 6.0 GB"):
+        fit.fit(memory_of(5e9, 1e9, 1e9, []), 4)
 
 
 # --- the command ----------------------------------------------------------------------
@@ -222,7 +231,7 @@ def run(*flags, **environ):
 def test_a_missing_compiler_or_folder_is_named(tmp_path):
     code, _, said = run("--topology=v5e:2x2", TPU_LIBRARY_PATH="nowhere.so")
     assert code == 2  # JAX, too, warns of it
-    assert said.splitlines()[-1] == "error: TPU_LIBRARY_PATH=nowhere.so is no file"
+    assert said.splitlines()[-1] == "error: TPU_LIBRARY_PATH=nowhere.so is not a file"
     library = tmp_path / "libtpu.so"
     library.touch()
     out = tmp_path / "no" / "report.json"
@@ -249,7 +258,7 @@ def test_chips_send_each_other_the_gradients_alone(tiny_folder, tmp_path):
     found = {}
     for topology in ("v5e:2x2", "v5e:2x4"):
         out = tmp_path / f"{topology[4:]}.json"
-        flags = f"--config={GIFT}:plain", f"--config.model={tiny_folder}"
+        flags = f"--config={GIFT}", f"--config.model={tiny_folder}"
         flags += f"--topology={topology}", "--batch-per-chip=2", f"--out={out}"
         code, told, said = run(*flags)
         assert code == 0, said
@@ -272,7 +281,7 @@ def test_chips_send_each_other_the_gradients_alone(tiny_folder, tmp_path):
 KERNEL = """
 import json
 import jax, jax.numpy as jnp
-from gift_jax.compile import tpu
+from gift_jax.compile import hlo, tpu
 from gift_jax.training import sharding
 from gift_jax.models.ops.kernels import Kernels
 mesh = sharding.make_mesh(tpu.devices_of("v5e:2x2"))
@@ -282,7 +291,7 @@ for attention in ("plain", "auto"):
     how = Kernels(attention).on(mesh)
     grads = jax.grad(lambda *qkv: how.attend(*qkv).astype(float).sum(), (0, 1, 2))
     compiled = jax.jit(grads, out_shardings=where).lower(q, q, q).compile()
-    print(json.dumps(tpu.account(compiled, tpu.CHIPS["v5e"])))
+    print(json.dumps(hlo.account(compiled, tpu.CHIPS["v5e"])))
 """
 
 

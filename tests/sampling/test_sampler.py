@@ -11,9 +11,10 @@ from tiny_model import relative_error
 
 from gift_jax.models import weights
 from gift_jax.models.sd import stable_diffusion
-from gift_jax.models.trainable import merge_params, select_trainable
+from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import sampler, schedules
+from gift_jax.state import merge_params
 
 PROMPTS = ["a red dog", "two birds"]
 SD15 = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -124,8 +125,8 @@ class Smooth:
 
     dtype = jnp.float32
 
-    def apply(self, _, x, t, __, return_dict):
-        return (jnp.tanh(1.3 * x + 2.0 * t.reshape(-1, 1, 1, 1) / 1000 - 1),)
+    def apply(self, _, x, t, __, **options):
+        return jnp.tanh(1.3 * x + 2.0 * t.reshape(-1, 1, 1, 1) / 1000 - 1), {}
 
     @staticmethod
     def torch(x, t):

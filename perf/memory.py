@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a full-size Stable Diffusion cost in memory, time and disk here?
+"""What does a full-size Stable Diffusion take of memory, time and disk here?
 
-    python perf/full_size_cost.py --parts load --parts convert --parts step
+    python perf/memory.py --parts load --parts convert --parts step
 
 Each measurement is a process of its own; prints one JSON object.
 
@@ -10,13 +10,13 @@ load: `stable_diffusion.load` in each --dtype, with the files dropped from the s
   memory above what the imports take, and that over the parameters' bytes in the dtype.
 convert: `gift_jax.convert` from-diffusers and to-diffusers in the files' own dtype:
   seconds and peak resident memory, all included, and that over the files' bytes.
-step: GIFT's outer step as `gift_jax.train` with configs/emoji_gift.py:plain takes it:
+step: GIFT's outer step as `gift_jax.train` with configs/emoji_gift.py takes it:
   in float32, cross-attention trains, one harmful and one safe pair of random latents of
   32x32. Seconds to compile and a step (median), peak memory of each phase, XLA's own
   account of the program's memory, and one checkpoint's size on disk. Takes minutes to
   compile and 9 GB of memory on two CPU cores.
 
-Without --model it writes a random one first (see random_sd.py) and removes it after.
+Without --model it writes a random one first and removes it after.
 Linux only: peaks are VmHWM of /proc/self/status. Mapped files count while resident.
 """
 
@@ -31,7 +31,7 @@ import tempfile
 import time
 
 import numpy as np
-import vs_pytorch
+import workloads
 
 from gift_jax.runtime import cli
 from gift_jax.runtime.errors import UserError, at_least, choice
@@ -42,21 +42,21 @@ LATENT_SIDE = 32
 
 
 def memory(field: str) -> int:
-    """Returns this process's VmRSS (now) or VmHWM (peak since `forget_peak`), bytes."""
+    """Returns this process's VmRSS (now) or VmHWM (peak since `reset_peak`), bytes."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     raise UserError(f"/proc/self/status has no {field}; this needs Linux")
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Sets VmHWM to what is resident now."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def measured(work):
     """Returns (the result of `work`, its seconds and peak memory in GB)."""
-    forget_peak()
+    reset_peak()
     clock = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - clock
@@ -137,12 +137,12 @@ def measure_step(folder: pathlib.Path, repeats: int) -> dict:
 
     def start():
         model = load_model(str(folder))
-        step, state, frozen = vs_pytorch.gift_step(model, vs_pytorch.gift_config())
+        step, state, frozen = workloads.gift_step(model, workloads.gift_config())
         placed = sharding.replicate(mesh, (state, frozen))
         return model, step, *jax.block_until_ready(placed)
 
     (model, step, state, frozen), cost_load = measured(start)
-    pairs = vs_pytorch.gift_pairs(model, {"safe": 1, "harmful": 1}, LATENT_SIDE)
+    pairs = workloads.gift_pairs(model, {"safe": 1, "harmful": 1}, LATENT_SIDE)
     batch = sharding.put_batch(mesh, pairs)
     key = sharding.replicate(mesh, jax.random.key(0))
     lowered, cost_trace = measured(lambda: step.lower(state, frozen, batch, key))
@@ -155,8 +155,7 @@ def measure_step(folder: pathlib.Path, repeats: int) -> dict:
         )
         seconds.append(cost["seconds"])
         peaks.append(cost["peak_GB"])
-    bad = [name for name, value in metrics.items() if not np.isfinite(value)]
-    assert not bad, bad
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
     trained = sum(a.nbytes for a in state.params.values())
     with tempfile.TemporaryDirectory() as temp:
 
@@ -212,9 +211,12 @@ def run(args, folder: pathlib.Path) -> dict:
     if "convert" in args.parts:
         with tempfile.TemporaryDirectory() as temp:
             whole, back = f"--out={temp}/orbax", f"--out={temp}/back"
-            there = in_child("--child=convert", whole, *common)
-            again = in_child("--child=convert", back, f"--model={temp}/orbax")
-        result["convert"] = {"from-diffusers": there, "to-diffusers": again}
+            result["convert"] = {
+                "from-diffusers": in_child("--child=convert", whole, *common),
+                "to-diffusers": in_child(
+                    "--child=convert", back, f"--model={temp}/orbax"
+                ),
+            }
     if "step" in args.parts:
         repeats = f"--repeats={args.repeats}"
         result["step"] = in_child("--child=step", repeats, *common)
@@ -246,12 +248,12 @@ def main() -> int:
         args.parts, args.dtype = args.parts or PARTS, args.dtype or DTYPES
         with tempfile.TemporaryDirectory() as temp:
             if not args.model:
-                import random_sd
+                from gift_jax.models.sd import architectures, random_weights
 
-                choice("--random", args.random, tuple(random_sd.MODELS))
-                configs = random_sd.MODELS[args.random]
+                choice("--random", args.random, tuple(architectures.MODELS))
+                configs = architectures.MODELS[args.random]
                 folder = pathlib.Path(temp) / args.random
-                random_sd.write(folder, configs, args.disk_dtype)
+                random_weights.write(folder, configs, args.disk_dtype)
             result = run(args, folder.absolute())
     print(json.dumps(result, indent=1))
     return 0
