@@ -3,10 +3,9 @@
 
     python -m gift_jax.demo --workdir runs/demo
 
-Immunizes emoji-sd against a harmful concept; lets the same LoRA fine-tuning loose on
-the original and on the immunized model, once to draw the harmful concept and once to
-learn a safe one; has the judge look at uncurated samples of each. Run again, it goes on
-where it was stopped.
+Immunizes emoji-sd against a harmful concept; runs the same LoRA fine-tuning on the
+original and on the immunized model, once to draw the harmful concept and once to learn
+a safe one; and lets the judge look at uncurated samples of each. A second call resumes.
 """
 
 import dataclasses
@@ -21,8 +20,7 @@ from rich.table import Table
 from gift_jax import attack, train
 from gift_jax.data import captions
 from gift_jax.data.sources import emoji
-from gift_jax.metrics import classifier as classifiers
-from gift_jax.metrics import classifier_accuracy
+from gift_jax.metrics import judge as judges
 from gift_jax.models.load import EMBEDDED, cpu_devices_to_draw, load_model
 from gift_jax.runtime import cli, files
 from gift_jax.runtime.config import load_config
@@ -31,154 +29,120 @@ from gift_jax.runtime.errors import at_least, choice
 from gift_jax.sampling import grid
 from gift_jax.sampling.images import draw_images
 
-GIFT_CONFIG = "configs/emoji_gift.py"
+DEFENSE_CONFIG = "configs/emoji_gift_adversarial.py"
 ATTACK_CONFIG = "configs/emoji_attack.py"
 MODELS = ("original", "original + attack", "immunized", "immunized + attack")
+_GRID_COLUMNS = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell of the table: what a model drew when asked for a concept.
-
-    Attributes: recognised: share of its pictures in which the judge sees the concept.
-    """
+    """The images that a model drew of a concept; recognized: the judge's share."""
 
     side: str
     concept: str
     model: str
     images: np.ndarray
-    recognised: float
+    recognized: float
 
 
 def run(args) -> pathlib.Path:
     """Runs every part that is not done; returns the path of results.json."""
-    workdir = pathlib.Path(args.workdir)
-    sides = {"harmful": args.harmful, "safe": args.safe}
+    workdir, judge = pathlib.Path(args.workdir), judges.load()
     immunized = _immunize(workdir, args)
     cells = []
-    classifier = classifiers.load("judge")
-    for side, concept in sides.items():
-        folders = {
-            "original": EMBEDDED,
-            "original + attack": _attack(
-                workdir, "original", "emoji-sd", concept, args
-            ),
-            "immunized": immunized,
-            "immunized + attack": _attack(
-                workdir, "immunized", str(immunized), concept, args
-            ),
-        }
-        for model in MODELS:
-            images = _draw(folders[model], concept, args)
-            accepted = [{concept}] * len(images)
-            score = classifier_accuracy.accuracy(classifier, images, accepted).value
-            cells.append(Cell(side, concept, model, images, score))
-    picture = _picture(cells, workdir / "grid.png")
-    result = workdir / "results.json"
-    files.write_json(result, _results(cells, args, classifier.provenance["version"]))
-    _show(cells, args.num, picture, immunized)
-    return result
-
-
-def _immunize(workdir, args) -> pathlib.Path:
-    cfg = load_config(GIFT_CONFIG + args.variant)
-    cfg.harmful.names = (args.harmful,)
-    folder = workdir / "gift"
-    train.run(cfg, folder)
-    return folder / "export"
-
-
-def _attack(workdir, name: str, model: str, concept: str, args) -> pathlib.Path:
-    cfg = load_config(ATTACK_CONFIG + args.variant)
-    cfg.model = model
-    cfg.data.names = (concept,)
-    cfg.samples.num = 0
-    cfg.name = f"attack {name}: {concept}"
-    folder = f"attack_{name}_{concept.replace(' ', '_')}"
-    if args.attack_steps:
-        cfg.steps = args.attack_steps
-        folder += f"_{args.attack_steps}"
-    return attack.run(cfg, workdir / folder)
-
-
-def _draw(folder: pathlib.Path, concept: str, args) -> np.ndarray:
-    """Returns uncurated samples, the styles in turn, the same noise for every model."""
-    cfg = load_config(ATTACK_CONFIG + args.variant).samples
-    model = load_model(str(folder))
-    styles = emoji.STYLES
-    prompts = [
-        captions.caption(concept, styles[i % len(styles)]) for i in range(args.num)
-    ]
-    return draw_images(model, model.params["unet"], prompts, cfg)
-
-
-def _picture(cells, path: pathlib.Path) -> pathlib.Path:
-    shown = 12
-    rows = [cell.images[:shown] for cell in cells]
-    labels = [
-        f"{cell.side}: {cell.concept}, {cell.model} ({cell.recognised:.0%})"
-        for cell in cells
-    ]
-    grid.save_grid(rows, path, row_labels=labels, column_labels=_style_labels(shown))
+    for side, concept in (("harmful", args.harmful), ("safe", args.safe)):
+        for name in MODELS:
+            base, attacked = name.partition(" + ")[::2]
+            folder = EMBEDDED if base == "original" else immunized
+            if attacked:
+                folder = _attack(workdir, base, folder, concept, args)
+            images = _draw(folder, concept, args)
+            correct = judge.name(images)[0] == judge.concepts.index(concept)
+            cells.append(Cell(side, concept, name, images, float(np.mean(correct))))
+    grid_file = _save_grid(cells, workdir / "grid.png")
+    path = workdir / "results.json"
+    files.write_json(path, _results(cells, args, judge.version))
+    _print_table(cells, args.num, grid_file, immunized)
     return path
 
 
-def _style_labels(count: int) -> list[str]:
+def _immunize(workdir, args) -> pathlib.Path:
+    cfg = load_config(DEFENSE_CONFIG + args.variant)
+    cfg.harmful.names = (args.harmful,)
+    return train.run(cfg, workdir / "gift")
+
+
+def _attack(workdir, base: str, folder, concept: str, args) -> pathlib.Path:
+    cfg = load_config(ATTACK_CONFIG + args.variant)
+    cfg.model = "emoji-sd" if base == "original" else str(folder)
+    cfg.data.names = (concept,)
+    cfg.samples.num = 0
+    name = f"attack_{base}_{concept}".replace(" ", "_")
+    if args.attack_steps:
+        cfg.steps = args.attack_steps
+        name += f"_{args.attack_steps}"
+    return attack.run(cfg, workdir / name)
+
+
+def _draw(folder: pathlib.Path, concept: str, args) -> np.ndarray:
+    """Returns samples, the styles in turn, of the same noise for every model."""
+    samples = load_config(ATTACK_CONFIG + args.variant).samples
+    model = load_model(str(folder))
+    prompts = [captions.caption(concept, style) for style in _styles(args.num)]
+    return draw_images(model, model.params["unet"], prompts, samples)
+
+
+def _styles(count: int) -> list[str]:
     return [emoji.STYLES[i % len(emoji.STYLES)] for i in range(count)]
 
 
+def _save_grid(cells, path: pathlib.Path) -> pathlib.Path:
+    rows = [cell.images[:_GRID_COLUMNS] for cell in cells]
+    labels = [f"{c.side}: {c.concept}, {c.model} ({c.recognized:.0%})" for c in cells]
+    styles = _styles(_GRID_COLUMNS)
+    return grid.save_grid(rows, path, row_labels=labels, column_labels=styles)
+
+
 def _results(cells, args, version: str) -> dict:
-    return {
-        "settings": {k: v for k, v in vars(args).items() if k != "workdir"},
-        "judge_sha256": version,
-        "recognised": {
-            cell.side: {
-                c.model: round(c.recognised, 4) for c in cells if c.side == cell.side
-            }
-            for cell in cells
-        },
-    }
+    recognized = {cell.side: {} for cell in cells}
+    for cell in cells:
+        recognized[cell.side][cell.model] = round(cell.recognized, 4)
+    settings = {name: v for name, v in vars(args).items() if name != "workdir"}
+    return {"settings": settings, "judge_sha256": version, "recognized": recognized}
 
 
-def _show(cells, num: int, picture: pathlib.Path, immunized: pathlib.Path) -> None:
-    table = Table(title=f"Recognised by the judge, of {num} uncurated samples each")
+def _print_table(cells, num: int, grid_file, immunized) -> None:
+    table = Table(title=f"Recognized by the judge, of {num} uncurated samples each")
     table.add_column("concept")
-    for model in MODELS:
-        table.add_column(model, justify="right")
+    for name in MODELS:
+        table.add_column(name, justify="right")
     for side in dict.fromkeys(cell.side for cell in cells):
-        mine = {cell.model: cell for cell in cells if cell.side == side}
-        concept = mine[MODELS[0]].concept
-        scores = [f"{mine[model].recognised:.0%}" for model in MODELS]
-        table.add_row(f"{side}: {concept}", *scores)
+        row = [cell for cell in cells if cell.side == side]
+        shares = [f"{cell.recognized:.0%}" for cell in row]
+        table.add_row(f"{side}: {row[0].concept}", *shares)
     console = Console(width=100)
     console.print(table)
-    console.print(f"pictures:        {picture}", soft_wrap=True)
-    console.print(f"immunized model: {immunized}", soft_wrap=True)
+    paths = f"images:          {grid_file}\nimmunized model: {immunized}"
+    console.print(paths, soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = cli.parser(__doc__, "demo")
-    flags.add_argument("--workdir", default="runs/demo", help="default: %(default)s")
-    flags.add_argument("--harmful", default="bomb", help="default: %(default)s")
-    flags.add_argument("--safe", default="guitar", help="default: %(default)s")
-    flags.add_argument(
-        "--num", type=int, default=24, help="samples a cell; default: %(default)s"
-    )
-    flags.add_argument(
-        "--attack-steps", type=int, default=0, help="default: the attack config's"
-    )
-    flags.add_argument(
-        "--variant", default="", help="of the configs: :smoke for a test"
-    )
+    add, default = flags.add_argument, "default: %(default)s"
+    add("--workdir", default="runs/demo", help=default)
+    add("--harmful", default="bomb", help=default)
+    add("--safe", default="guitar", help=default)
+    add("--num", type=int, default=24, help=f"samples a cell; {default}")
+    add("--attack-steps", type=int, default=0, help="default: the attack config's")
+    add("--variant", default="", help="of the configs: :smoke for a test")
     args = flags.parse_args(argv)
     at_least("--num", args.num, 1)
     at_least("--attack-steps", args.attack_steps, 0)
     for flag in ("harmful", "safe"):
-        name = getattr(args, flag)
-        if name not in emoji.all_concepts():
-            choice(f"--{flag}", name, emoji.all_concepts())
+        choice(f"--{flag}", getattr(args, flag), emoji.all_concepts())
     init_jax(cpu_devices_to_draw("emoji-sd"))  # the same for every part
-    logging.info("results: %s", json.loads(run(args).read_text())["recognised"])
+    logging.info("results: %s", json.loads(run(args).read_text())["recognized"])
     return 0
 
 

@@ -56,7 +56,8 @@ def gift_pairs(model, counts: dict[str, int], side: int) -> dict:
     batches = {}
     for name, count in counts.items():
         pairs = random_pairs(count, latents, text_shape(model))
-        batches[name] = pairs | {"cond": {"states": pairs.pop("states")}}
+        cond = {"states": pairs.pop("states")}
+        batches[name] = pairs | {"cond": cond, "concept": np.zeros(count, np.int32)}
     return batches
 
 

@@ -34,5 +34,5 @@ def test_demo_results_hold_every_cell():
         num = 1
 
     result = demo._results(cells, Args(), "abc")
-    assert result["recognised"]["harmful"] == dict.fromkeys(demo.MODELS, 0.5)
-    assert result["recognised"]["safe"] == dict.fromkeys(demo.MODELS, 0.25)
+    assert result["recognized"]["harmful"] == dict.fromkeys(demo.MODELS, 0.5)
+    assert result["recognized"]["safe"] == dict.fromkeys(demo.MODELS, 0.25)
