@@ -2,7 +2,6 @@
 """The cells of a benchmark: each trains, attacks, draws and measures once."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -11,319 +10,149 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from gift_jax import attack, train
-from gift_jax.benchmark import matrix, summary
-from gift_jax.benchmark import table as benchmark_table
-from gift_jax.data import captions
-from gift_jax.data.pairs import PairsSpec, load_pairs, resolve_names
-from gift_jax.data.sources import emoji
-from gift_jax.defenses import base as defenses_base
-from gift_jax.metrics import judge
-from gift_jax.metrics.base import EvalSet
-from gift_jax.metrics.settings import Settings
-from gift_jax.metrics.suite import MetricSuite
+from gift_jax.attacks import base as attacks
+from gift_jax.benchmark import results, table, workload
+from gift_jax.benchmark.evaluation import Evaluator
+from gift_jax.benchmark.matrix import Cell, Matrix, load
 from gift_jax.models.load import load_model
 from gift_jax.runtime import files, progress
-from gift_jax.runtime.config import resolve_group
-from gift_jax.runtime.devices import cpu_devices_for, init_jax
+from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
-from gift_jax.runtime.versions import versions
 from gift_jax.runtime.workdir import config_diff, log_to_file
-from gift_jax.sampling import grid
-from gift_jax.sampling.images import draw_images
 from gift_jax.state import Step
 from gift_jax.training import loop
 
-_SHOWN = 8  # pictures of a cell in the grids
+# Fields of an attack's config that its compiled step does not depend on.
+_PER_RUN = ("model", "revision", "seed", "steps", "samples", "log_every", "checkpoints")
 
 
-def run(cfg, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
-    """Does every cell that is not done; returns the path of results.json.
+def run(cfg: ConfigDict, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
+    """Runs every cell that is not done; returns the path of results.json.
 
-    Args: command: how it was called, for the results.
+    Args: command: the command line, for the results.
     """
-    resolve_group(cfg, "metrics", Settings)
-    bench = Bench(matrix.load(cfg), workdir)
-    every = bench.matrix.cells
-    left = [cell for cell in every if bench.result(cell) is None]
-    init_jax(_cpu_devices(bench.matrix, left))  # the same for every job
-    bench.log_here()
-    logging.info("%d cells, of which %d are done", len(every), len(every) - len(left))
-    logging.info("%s", describe_workload(bench.matrix, left))
+    matrix = load(cfg)
+    bench, cells = Bench(matrix, workdir), matrix.cells
+    left = [cell for cell in cells if bench.result(cell) is None]
+    init_jax(workload.cpu_devices(matrix, left))  # the same for every job
+    log_to_file(workdir)
+    logging.info("%d cells, of which %d are done", len(cells), len(cells) - len(left))
+    logging.info("%s", workload.describe(matrix, left))
     clock = progress.Clock(len(left))
     for cell in left:
-        found = bench.do(cell)
-        bench.log_here()
-        logging.info(
-            "%s: %s; %s", cell, benchmark_table.format_cell(found), clock.tick()
-        )
-    return bench.publish(command)
-
-
-def describe_workload(jobs: matrix.Matrix, cells: list[matrix.Cell]) -> str:
-    """Returns how much there is to do: what to count before a long run."""
-    steps = sum(
-        jobs.attack_config(c).steps for c in cells if c.attack != summary.BEFORE
-    )
-    pictures = sum(len(jobs.looks(c)) for c in cells) * jobs.cfg.samples.num
-    made = {c.defence: c for c in cells if c.method != summary.ORIGINAL}.values()
-    defended = [jobs.defence_config(cell) for cell in made]
-    more = sum(c.steps for c in defended if defenses_base.DEFENSES[c.method].plan)
-    return f"{more} steps of defence, {steps} of attack, {pictures} pictures to draw"
-
-
-def _cpu_devices(jobs: matrix.Matrix, cells: list[matrix.Cell]) -> int:
-    """Returns into how many devices to divide the cores: every batch divides by it."""
-    configs = [
-        jobs.attack_config(cell) for cell in cells if cell.attack != summary.BEFORE
-    ]
-    groups = [(cfg, attack.groups(cfg)) for cfg in configs]
-    made = {
-        cell.defence: cell for cell in cells if cell.method != summary.ORIGINAL
-    }.values()
-    configs = [jobs.defence_config(cell) for cell in made]
-    groups += [(cfg, train.groups(cfg)) for cfg in configs]
-    batches = [cfg[group].batch for cfg, names in groups for group in names]
-    return cpu_devices_for(batches, {"data": 0, "fsdp": 1, "tensor": 1})
-
-
-def _collect_versions(cells: list[dict[str, Any]]) -> dict[str, str]:
-    """Returns what cells were made with and on: a long run may see several of each."""
-    told: dict[str, set[str]] = {}
-    for cell in cells:
-        made = cell.get("versions", {}) | {"device": cell.get("device", "")}
-        for name, value in made.items():
-            told.setdefault(name, set()).add(value)
-    found = {name: ", ".join(sorted(v - {""})) for name, v in told.items()}
-    return {name: value for name, value in found.items() if value} or versions()
+        result = bench.run_cell(cell)
+        log_to_file(workdir)  # until now, the log went to the cell's folder
+        logging.info("%s: %s; %s", cell, table.recognized(result), clock.tick())
+    by_cell = {cell: bench.result(cell) for cell in cells}
+    return results.publish(cfg, workdir, by_cell, command)
 
 
 class Bench:
-    """Does the matrix's cells, and keeps what they share: metrics, compiled steps."""
+    """Runs the matrix's cells, and keeps what they share: metrics, compiled steps."""
 
-    def __init__(self, jobs: matrix.Matrix, workdir: pathlib.Path):
-        self.matrix, self._cfg, self._workdir = jobs, jobs.cfg, workdir
+    def __init__(self, matrix: Matrix, workdir: pathlib.Path):
+        self.matrix, self._workdir = matrix, workdir
+        self._evaluator = Evaluator(matrix, workdir)
         self._steps: dict[str, Step] = {}
 
-    def log_here(self) -> None:
-        """Turns the log file back from a cell's folder to the benchmark's own."""
-        log_to_file(self._workdir)
-
-    def result(self, cell: matrix.Cell) -> dict[str, Any] | None:
+    def result(self, cell: Cell) -> dict[str, Any] | None:
         """Returns what a cell measured, or None if it is not done.
 
-        What a kill just after its result left beside it is removed.
+        Files that a kill just after its result left behind are removed.
         Raises: UserError if it was done with other settings.
         """
         path = self._workdir / cell.folder / "cell.json"
         if not path.exists():
             return None
-        found = json.loads(path.read_text())
-        mine = self._config(cell)
-        changed = config_diff(found["config"], mine, finished=True)
-        if changed:
+        result = json.loads(path.read_text())
+        settings = self.matrix.settings(cell)
+        changes = config_diff(result["config"], settings, finished=True)
+        if changes:
             raise UserError(
-                f"{path}: was done with another config ({changed}); use another "
-                "--workdir, or delete that folder and the method's in defences/"
+                f"{path}: was done with another config ({changes}); use another "
+                "--workdir, or delete that folder and the method's in defenses/"
             )
-        self._clear(cell.folder)
-        return found
+        self._remove_temporary(cell.folder)
+        return result
 
-    def _clear(self, folder: str) -> None:
-        """Removes what only a run that is not done needs."""
-        for rest in ("checkpoints", "points"):
-            shutil.rmtree(self._workdir / folder / rest, ignore_errors=True)
+    def run_cell(self, cell: Cell) -> dict[str, Any]:
+        """Immunizes if need be, attacks, draws, measures; returns the result."""
+        start = time.perf_counter()
+        folder, steps = self._workdir / cell.folder, self.matrix.eval_steps(cell)
+        paths = {step: folder / "points" / f"{step:06d}.json" for step in steps}
+        model_folder, times = self._defended(cell)
 
-    def do(self, cell: matrix.Cell) -> dict[str, Any]:
-        """Immunizes if that is to do, attacks, draws, judges; returns the result."""
-        began = time.perf_counter()
-        folder, at = self._workdir / cell.folder, self.matrix.looks(cell)
-        paths = {step: folder / "points" / f"{step:06d}.json" for step in at}
-        base, found = self._immunized(cell)
-
-        def look(step: int, model) -> None:
+        def evaluate(step: int, model) -> None:
             if not paths[step].exists():  # of a run that was stopped after it
-                files.write_json(paths[step], self._judged(cell, model, step))
+                point = self._evaluator.evaluate(cell, model, step)
+                files.write_json(paths[step], point)
 
-        if cell.attack == summary.BEFORE:
-            look(0, load_model(base))
+        if cell.is_attacked:
+            cfg = self.matrix.attack_config(cell, model_folder)
+            share = self._shared_step(cfg)
+            attack.train(cfg, folder, share=share, at_steps=steps, look=evaluate)
+            times["step_s"] = _step_seconds(folder)
         else:
-            cfg = self.matrix.attack_config(cell, base)
-            attack.train(cfg, folder, shared=self._shared(cfg), at=at, look=look)
-            found["step_s"] = _step_seconds(folder)
-        found["points"] = [json.loads(path.read_text()) for path in paths.values()]
-        found["seconds"] = round(time.perf_counter() - began, 1)
-        found |= dataclasses.asdict(cell) | {"config": self._config(cell)}
-        found["family"] = self.matrix.attack_kind(cell.attack)
-        found |= {"metrics": self._suite.descriptions, "skipped": self._suite.skipped}
-        found["device"] = jax.devices()[0].device_kind
-        found["versions"] = versions()
-        files.write_json(folder / "cell.json", found)
-        self._clear(cell.folder)
-        return found
+            evaluate(0, load_model(model_folder))
+        points = [json.loads(path.read_text()) for path in paths.values()]
+        times["seconds"] = round(time.perf_counter() - start, 1)
+        result = self._result(cell, points) | times
+        files.write(folder / "cell.json", json.dumps(result, sort_keys=True))
+        self._remove_temporary(cell.folder)
+        return result
 
-    def _config(self, cell: matrix.Cell) -> dict[str, Any]:
-        """Returns all that a cell depends on, as JSON has it."""
-        group = self.matrix.groups[cell.concept]
-        made = {"samples": self._cfg.samples, "side": group[cell.side]}
-        made["metrics"] = self._cfg.metrics
-        if cell.method != summary.ORIGINAL:
-            made["defence"] = self.matrix.defence_config(cell)
-        if cell.attack != summary.BEFORE:
-            made["attack"] = self.matrix.attack_config(cell)
-        made = {name: part.to_dict() for name, part in made.items()}
-        made["looks"] = self.matrix.looks(cell)
-        return json.loads(json.dumps(made))
+    def _result(self, cell: Cell, points: list) -> dict[str, Any]:
+        return dataclasses.asdict(cell) | {
+            "points": points,
+            "family": self.matrix.attack_family(cell.attack),
+            "config": self.matrix.settings(cell),
+            "metrics": self._evaluator.metrics.descriptions,
+            "skipped": self._evaluator.metrics.skipped,
+            "device": jax.devices()[0].device_kind,
+            "versions": results.versions_and_commit(),
+        }
 
-    def _immunized(self, cell: matrix.Cell) -> tuple[str, dict[str, Any]]:
-        """Returns (the model's folder, what making it took), making it if need be."""
-        if cell.method == summary.ORIGINAL:
-            return self._cfg.model, {}
-        folder = self._workdir / cell.defence
-        done = folder / "defence.json"
-        if not done.exists():
-            began = time.perf_counter()
-            train.run(self.matrix.defence_config(cell), folder)
-            seconds = round(time.perf_counter() - began, 1)
-            step_s = _step_seconds(folder)
-            found = {"defence_seconds": seconds, "defence_step_s": step_s}
-            files.write_json(done, found)
-        self._clear(cell.defence)
-        return str(folder / "export"), json.loads(done.read_text())
+    def _defended(self, cell: Cell) -> tuple[str, dict[str, Any]]:
+        """Returns (the model's folder, seconds it took), training it if need be."""
+        if not cell.is_defended:
+            return self.matrix.fields.model, {}
+        folder = self._workdir / cell.defense_folder
+        path = folder / "defense.json"
+        if not path.exists():
+            start = time.perf_counter()
+            train.run(self.matrix.defense_config(cell), folder)
+            times = {
+                "defense_seconds": round(time.perf_counter() - start, 1),
+                "defense_step_s": _step_seconds(folder),
+            }
+            files.write_json(path, times)
+        self._remove_temporary(cell.defense_folder)
+        return str(folder / "export"), json.loads(path.read_text())
 
-    def _shared(self, cfg: ConfigDict):
-        """Returns plan -> its step, or the one of an equal attack, compiled already."""
-        made = {name: cfg[name] for name in ("lora", "dreambooth", "inversion")}
-        made = {name: group.to_dict() for name, group in made.items()}
+    def _shared_step(self, cfg: ConfigDict):
+        """Returns plan -> its step, or the compiled one of an equal earlier attack."""
         tx = cfg.optimizer.to_dict()
         if tx["schedule"] == "constant" and not tx["warmup_frac"]:
             del tx["lr"]  # a part of the state
         else:
             tx["steps"] = cfg.steps
-        key = json.dumps([cfg.attack, made, tx, cfg.accumulate], sort_keys=True)
+        per_run = {*_PER_RUN, "optimizer", *attacks.load(cfg.attack).groups}
+        fixed = {k: v for k, v in cfg.to_dict().items() if k not in per_run}
+        key = json.dumps([fixed, tx], sort_keys=True)
         return lambda plan: self._steps.setdefault(key, loop.compile_step(plan.step))
 
-    @functools.cached_property
-    def _suite(self) -> MetricSuite:
-        return MetricSuite(resolve_group(self._cfg, "metrics", Settings))
-
-    def _judged(self, cell: matrix.Cell, model, step: int) -> dict[str, Any]:
-        """Returns what the metrics say of the pictures that a model now draws."""
-        how, side = self._cfg.samples.copy_and_resolve_references(), self._side(cell)
-        how.seed += cell.seed
-        template = ""
-        if cell.attack != summary.BEFORE:
-            template = self.matrix.attack_config(cell).data.template
-        wanted = matrix.prompts_for(side, how.num, template)
-        prompts = [prompt for prompt, _, _ in wanted]
-        images = draw_images(model, model.params["unet"], prompts, how)
-        sheet = cell.folder / f"{step:06d}.png"
-        grid.save_sheet(images, self._workdir / sheet)
-        values = self._suite.measure(self._eval_set(cell, images, wanted))
-        numbers = {value.name: value.as_json() for value in values}
-        point = {"step": step, "num": how.num, "sheet": str(sheet)}
-        point["values"] = {name: found["value"] for name, found in numbers.items()}
-        point["samples"] = {
-            name: found["samples"]
-            for name, found in numbers.items()
-            if "samples" in found
-        }
-        seen = judge.load()
-        things, styles = seen.name(images)
-        point["things"] = [seen.concepts[i] for i in things]
-        point["styles"] = [seen.styles[i] for i in styles]
-        return point
-
-    def _side(self, cell: matrix.Cell) -> ConfigDict:
-        return self.matrix.groups[cell.concept][cell.side]
-
-    def _eval_set(self, cell: matrix.Cell, images: np.ndarray, wanted) -> EvalSet:
-        """Returns the pictures beside real ones.
-
-        Accepted is, of a forbidden style, the style; of known safe things, each thing
-        itself; else any of the side's things.
-        """
-        side, label_kind = self._side(cell), "concept"
-        things = sorted({thing for _, thing, _ in wanted})
-        if (
-            cell.side == summary.HARMFUL
-            and self.matrix.groups[cell.concept].label_kind == "style"
-        ):
-            label_kind = "style"
-            labels = [{style} for _, _, style in wanted]
-        elif cell.side == matrix.KEPT:
-            labels = [{thing} for _, thing, _ in wanted]
-        else:
-            names = resolve_names(side.names, emoji.all_concepts())
-            labels = [set(names)] * len(wanted)
-        spec = PairsSpec(names=tuple(things), styles=tuple(side.styles))
-        training = load_pairs(spec).images
-        spec = dataclasses.replace(spec, held_out=True)
-        references = load_pairs(spec).images
-        named = [captions.fill(captions.TEMPLATES[0], t, s) for _, t, s in wanted]
-        return EvalSet(images, named, labels, label_kind, references, training)
-
-    def publish(self, command: str) -> pathlib.Path:
-        """Writes results.json, results.md and the grids; returns the first's path."""
-        by_cell = {cell: self.result(cell) for cell in self.matrix.cells}
-        found = list(by_cell.values())
-        versions = _collect_versions(found)
-        said: dict[str, Any] = {"metrics": {}, "skipped": {}}
-        for one in found:
-            del one["config"]
-            one.pop("versions", None)
-            for name, parts in said.items():
-                parts |= one.pop(name)
-        results = {
-            "name": self._cfg.name,
-            "command": command,
-            "config": json.loads(json.dumps(self._cfg.to_dict())),
-            "versions": versions,
-            **said,
-            "summary": summary.summarize(found, tuple(self._cfg.similarities)),
-            "cells": found,
-        }
-        path = self._workdir / "results.json"
-        files.write_json(path, results)
-        text = benchmark_table.markdown(results)
-        files.write(self._workdir / "results.md", text)
-        for concept in self.matrix.groups:
-            for side in matrix.SIDES:
-                self._picture(by_cell, concept, side)
-        Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
-        return path
-
-    def _picture(
-        self, by_cell: dict[matrix.Cell, Any], concept: str, side: str
-    ) -> None:
-        """Writes a grid with a row for each attack and method of one side."""
-        mine = [c for c in by_cell if (c.concept, c.side) == (concept, side)]
-        attacks, prompts = (summary.BEFORE, *self._cfg.attacks), matrix.PROMPTS
-        mine.sort(key=lambda c: (attacks.index(c.attack), prompts.index(c.prompt)))
-        rows, labels = [], []
-        for cell in mine:
-            found = by_cell[cell]
-            point = found["points"][-1]
-            sheet = self._workdir / point["sheet"]
-            rows.append(grid.read_sheet(sheet, point["num"])[:_SHOWN])
-            attack = cell.attack
-            if len(self._cfg.prompts) > 1 and attack != summary.BEFORE:
-                attack += f" by {cell.prompt}"
-            labels.append(
-                f"{attack}: {cell.method} ({benchmark_table.format_cell(found)})"
-            )
-        path = self._workdir / f"{concept}_{side}.png".replace(" ", "_")
-        grid.save_grid(rows, path, row_labels=labels)
-        logging.info("pictures: %s", path)
+    def _remove_temporary(self, folder: pathlib.Path) -> None:
+        """Removes what only an unfinished run needs."""
+        for name in ("checkpoints", "points"):
+            shutil.rmtree(self._workdir / folder / name, ignore_errors=True)
 
 
 def _step_seconds(folder: pathlib.Path) -> float | None:
-    """Returns the median of what metrics.jsonl says a step took; None: no steps."""
+    """Returns the median seconds a step in metrics.jsonl; None if it took none."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return None

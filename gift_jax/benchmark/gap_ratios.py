@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a defence takes from an attack: similarity gap ratios, with intervals."""
+"""Similarity gap ratios, how much a defense reduces an attack, and their intervals."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,13 @@ OVER = ("mean", "peak", "final")  # of an attack's trajectory
 
 
 def gap_ratio(undefended: float, defended: float) -> float | None:
-    """Returns (M(no defence) - M(defended)) / M(no defence); None where that is 0.
+    """Returns (M(original) - M(defended)) / M(original); None if M(original) is 0.
 
     On the harmful side 1 means that nothing is left of what the attack reached, 0 that
-    the defence changed nothing, below 0 that it helped. On the benign side the same
-    number is the defence's cost. M is any similarity that is 0 for nothing in common.
+    the defense changed nothing, below 0 that it helped the attack. On the benign side
+    the same number is the defense's cost. M is any similarity that is 0 for nothing in
+    common.
+
     Source: SGR of Zheng & Yeh 2024, arXiv:2311.18815, eq. 7; both sides apart, as CLAMP
     (CVPR 2026) reports them.
     """
@@ -30,7 +32,9 @@ def trajectory_gaps(
     Args: undefended, defended: M after the same numbers of attack steps, in order.
     """
     if len(undefended) != len(defended) or not len(undefended):
-        raise ValueError(f"{len(undefended)} steps without defence, {len(defended)} in")
+        raise ValueError(
+            f"{len(undefended)} steps without a defense, {len(defended)} with it"
+        )
     parts = {"mean": np.mean, "peak": np.max, "final": lambda m: m[-1]}
     return {
         name: gap_ratio(float(parts[name](undefended)), float(parts[name](defended)))

@@ -2,36 +2,29 @@
 """The benchmark's matrix: its cells, and the config of every job that a cell needs."""
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from gift_jax import attack, train
-from gift_jax.benchmark import summary
-from gift_jax.data import captions
-from gift_jax.data.pairs import resolve_names
-from gift_jax.data.sources import emoji
-from gift_jax.metrics.base import LABEL_KINDS
-from gift_jax.runtime.config import load_config
-from gift_jax.runtime.errors import UserError, at_least, choice, not_empty, one_line
-
-KEPT = "kept"
-SIDES = (summary.HARMFUL, summary.BENIGN, KEPT)
-PROMPTS = ("name", "token", "wording")
-_GROUPS = {"methods": "method", "attacks": "attack"}
+from gift_jax.attacks import base as attacks
+from gift_jax.benchmark import concepts, settings, summary
+from gift_jax.runtime import config
+from gift_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One cell: a defended model, an attack on it, and what is then drawn.
 
-    Attributes: concept: of `Matrix.groups`. method: a name of config.method, or
-      `ORIGINAL`. side: of `SIDES`. attack: a name of config.attack, or `BEFORE`.
-      prompt: what the attacker calls the thing, of `PROMPTS`: its name, a rare token,
-      or its name in another wording (in textual inversion always the learned word).
-      seed: added to every seed of defence, attack and samples.
+    Attributes: concept: of `Matrix.concepts`. method: of definitions.methods, or
+      `summary.ORIGINAL`. side: of `summary.SIDES`. attack: of definitions.attacks, or
+      `summary.BEFORE`. prompt: what the attacker calls the concept, of
+      `concepts.PROMPTS`: its name, a nonce word, its name in another wording, or the
+      word that the attack learns. seed: added to every seed of defense, attack and
+      samples.
     """
 
     concept: str
@@ -42,120 +35,173 @@ class Cell:
     seed: int = 0
 
     @property
+    def is_attacked(self) -> bool:
+        return self.attack != summary.BEFORE
+
+    @property
+    def is_defended(self) -> bool:
+        return self.method != summary.ORIGINAL
+
+    @property
     def folder(self) -> pathlib.Path:
         parts = self.concept, self.method, self.side, self.attack
         names = [part.replace(" ", "_") for part in parts]
         return pathlib.Path("cells", *names, f"{self.prompt}_{self.seed}")
 
     @property
-    def defence(self) -> pathlib.Path:
+    def defense_folder(self) -> pathlib.Path:
         """Where the defended model is; the same for every attack on it."""
         names = self.concept.replace(" ", "_"), self.method, str(self.seed)
-        return pathlib.Path("defences", *names)
+        return pathlib.Path("defenses", *names)
 
     def __str__(self) -> str:
-        told = "" if self.attack == summary.BEFORE else f", by {self.prompt}"
+        prompt = f", by {self.prompt}" if self.is_attacked else ""
         seed = f", seed {self.seed}" if self.seed else ""
-        return f"{self.concept}, {self.method}, {self.side}, {self.attack}{told}{seed}"
+        parts = self.concept, self.method, self.side, self.attack
+        return ", ".join(parts) + prompt + seed
 
 
 class Matrix:
     """The cells of a benchmark's config, and the jobs that make them.
 
-    Attributes: cfg. groups: {name: group} of what is forbidden, and what is safe beside
-      it: the configured `concepts`, and `random.things` more that `random.seed` draws,
-      each a thing that the model knows, and with it one to teach that it does not.
-      long_things: which of the drawn ones are attacked for `long.steps`. cells: in the
-      order of their doing, one concept after the other.
-    Raises: UserError for a concept that is not configured, or too many random things.
+    Attributes: cfg: as it was given; fields: the same, checked. concepts: {name:
+      concept}: the defined ones, and `random_concepts.count` more. long_concepts: those
+      random ones that are attacked for `long_attack.steps`. cells: in the order in
+      which they run, one concept after the other.
+    Raises: UserError naming a field that breaks its rule.
     """
 
     def __init__(self, cfg: ConfigDict):
-        self.cfg = cfg
-        self._files: dict[str, ConfigDict] = {}
-        for name in cfg.concepts:
-            choice("config.concepts", name, tuple(cfg.concept))
-        self.groups = {name: cfg.concept[name] for name in cfg.concepts}
-        drawn = _random_concepts(cfg, self.groups)
-        self.long_things = tuple(drawn)[: cfg.long.things]
-        self.groups |= drawn
+        self.cfg, self.fields = cfg, settings.resolve(cfg)
+        self._loaded: dict[str, ConfigDict] = {}
+        self._families = {
+            name: self._job("attacks", name).attack for name in self.fields.attacks
+        }
+        self.concepts = {
+            name: config.resolve(cfg.definitions.concepts[name], concepts.Concept)
+            for name in self.fields.concepts
+        }
+        drawn = concepts.draw_random(self.fields.random_concepts, self.concepts)
+        self.long_concepts = tuple(drawn)[: self.fields.long_attack.concepts]
+        self.concepts |= drawn
         self.cells = [
             Cell(concept, method, side, name, prompt, seed)
-            for concept in self.groups
-            for seed in cfg.seeds
-            for method in cfg.methods
-            for side in SIDES
+            for concept in self.concepts
+            for seed in self.fields.seeds
+            for method in self.fields.methods
+            for side in summary.SIDES
             for name, prompt in self._attacks(side)
         ]
 
-    def _attacks(self, side: str):
-        yield summary.BEFORE, PROMPTS[0]
-        if side != KEPT:
-            for name in self.cfg.attacks:
-                for prompt in self.cfg.attack[name].prompts:
-                    if prompt in self.cfg.prompts:
-                        yield name, prompt
+    def _attacks(self, side: str) -> Iterator[tuple[str, str]]:
+        yield summary.BEFORE, concepts.PROMPTS[0]
+        if side not in summary.ATTACKED_SIDES:
+            return
+        for name in self.fields.attacks:
+            if not attacks.load(self._families[name]).names_concept:
+                yield name, concepts.LEARNED
+                continue
+            for prompt in self.cfg.definitions.attacks[name].prompts:
+                if prompt in self.fields.prompts:
+                    yield name, prompt
 
-    def attack_kind(self, name: str) -> str:
-        """Returns lora, dreambooth or textual_inversion; "" for no attack."""
-        if name == summary.BEFORE:
-            return ""
-        file = self.cfg.attack[name].config
-        return self._load(file, "attack", f"attack.{name}").attack
+    def attack_family(self, name: str) -> str:
+        """Returns the attack of a definition, such as "lora" of "lora_x3"; or ""."""
+        return self._families.get(name, "")
 
-    def defence_config(self, cell: Cell) -> ConfigDict:
+    def check_jobs(self) -> None:
+        """Checks the config of every job; those that differ in the seed alone once.
+
+        Raises: UserError naming the field, before anything is trained.
+        """
+        defenses, attacked = {}, {}
+        for cell in self.cells:
+            if cell.is_defended:
+                defenses[cell.concept, cell.method] = cell
+            if cell.is_attacked:
+                attacked[cell.concept, cell.side, cell.attack, cell.prompt] = cell
+        for cell in defenses.values():
+            train.resolve(self.defense_config(cell))
+        for cell in attacked.values():
+            attack.resolve(self.attack_config(cell))
+
+    def defense_config(self, cell: Cell) -> ConfigDict:
         """Returns the config of `gift_jax.train` that makes the cell's model."""
-        cfg, group = self.cfg, self.groups[cell.concept]
-        chosen = cfg.method[cell.method]
-        c = self._with(f"method.{cell.method}", chosen, cfg.common.defence, "train")
-        c.model, c.samples.num = cfg.model, 0
-        for name, source in (("harmful", group.defender), ("safe", group.safe)):
-            c[name].update(names=source.names, styles=source.styles)
+        c = self._job("methods", cell.method)
+        c.model, c.samples.num = self.fields.model, 0
+        concept = self.concepts[cell.concept]
+        for name, images in (("harmful", concept.defense_data), ("safe", concept.safe)):
+            if name in c:
+                c[name].update(names=images.names, styles=images.styles)
         c.seed += cell.seed
-        c.name = f"{cell.method} {cell.concept}"
         return c.lock()
 
-    def attack_config(self, cell: Cell, model: str = "emoji-sd") -> ConfigDict:
-        """Returns the config of `gift_jax.attack` of the cell, on a model's folder."""
-        cfg, side = self.cfg, self.groups[cell.concept][cell.side]
-        chosen = cfg.attack[cell.attack]
-        c = self._with(f"attack.{cell.attack}", chosen, cfg.common.attack, "attack")
-        c.model, c.samples.num = model, 0
-        c.data.update(names=side.names, styles=side.styles)
-        named = "inversion" if c.attack == "textual_inversion" else cell.prompt
-        c.data.template = side.templates[named]
-        if cell.concept in self.long_things:
-            c.steps = cfg.long.steps
+    def attack_config(self, cell: Cell, model: str = "") -> ConfigDict:
+        """Returns the config of `gift_jax.attack` of the cell.
+
+        Args: model: the folder of the attacked one; "" for the original.
+        """
+        images = self.images(cell)
+        c = self._job("attacks", cell.attack)
+        c.model, c.samples.num = model or self.fields.model, 0
+        c.data.update(names=images.names, styles=images.styles)
+        c.data.template = getattr(images.templates, cell.prompt)
+        if cell.concept in self.long_concepts:
+            c.steps = self.fields.long_attack.steps
         c.seed += cell.seed
-        c.name = f"{cell.attack} {cell.method} {cell.concept}"
         return c.lock()
 
-    def looks(self, cell: Cell) -> tuple[int, ...]:
-        """Returns after how many steps of the cell's attack pictures are judged."""
-        if cell.attack == summary.BEFORE:
+    def images(self, cell: Cell) -> concepts.Images:
+        """Returns the images that a cell is about."""
+        return getattr(self.concepts[cell.concept], cell.side)
+
+    def eval_steps(self, cell: Cell) -> tuple[int, ...]:
+        """Returns after how many steps of the cell's attack samples are judged."""
+        if not cell.is_attacked:
             return (0,)
-        steps = self.attack_config(cell).steps
-        at = self.cfg.long.at if cell.concept in self.long_things else self.cfg.at
-        return tuple(sorted({int(step) for step in at if int(step) < steps} | {steps}))
+        last = self.attack_config(cell).steps
+        is_long = cell.concept in self.long_concepts
+        steps = (self.fields.long_attack if is_long else self.fields).eval_steps
+        return tuple(sorted({step for step in steps if step < last} | {last}))
 
-    def _with(
-        self, field: str, chosen: ConfigDict, common: Mapping, program: str
-    ) -> ConfigDict:
-        c = self._load(chosen.config, program, field)
-        for some in (common, chosen.set):
+    def settings(self, cell: Cell) -> dict:
+        """Returns everything that a cell depends on, as JSON has it."""
+        parts = {"eval_steps": self.eval_steps(cell)}
+        for name in ("samples", "metrics"):
+            parts[name] = dataclasses.asdict(getattr(self.fields, name))
+        parts["images"] = dataclasses.asdict(self.images(cell))
+        if cell.is_defended:
+            parts["defense"] = self.defense_config(cell).to_dict()
+        if cell.is_attacked:
+            parts["attack"] = self.attack_config(cell).to_dict()
+        return json.loads(json.dumps(parts))
+
+    def _job(self, kind: str, name: str) -> ConfigDict:
+        """Returns a definition's config with the overrides, shared ones first."""
+        program = {"methods": "train", "attacks": "attack"}[kind]
+        role = {"methods": "defense", "attacks": "attack"}[kind]
+        definition = self.cfg.definitions[kind][name]
+        field = f"config.definitions.{kind}.{name}"
+        c = self._load(definition.config, program, field)
+        shared = {  # groups that this one lacks are not its business
+            key: value
+            for key, value in self.cfg.shared_overrides[role].items()
+            if key in c
+        }
+        for overrides in (shared, definition.overrides):
             try:
-                c.update(some)
+                c.update(overrides)
             except (KeyError, TypeError) as error:
-                raise UserError(f"config.{field}.set: {error.args[0]}") from error
+                raise UserError(f"{field}.overrides: {error.args[0]}") from error
         return c
 
     def _load(self, file: str, program: str, field: str) -> ConfigDict:
-        if file not in self._files:
+        if file not in self._loaded:
             try:
-                self._files[file] = load_config(file, program)
+                self._loaded[file] = config.load_config(file, program)
             except UserError as error:
-                raise UserError(f"config.{field}.config: {error}") from error
-        return self._files[file].copy_and_resolve_references()
+                raise UserError(f"{field}.config: {error}") from error
+        return self._loaded[file].copy_and_resolve_references()
 
 
 def load(cfg: ConfigDict) -> Matrix:
@@ -163,113 +209,6 @@ def load(cfg: ConfigDict) -> Matrix:
 
     Raises: UserError naming the field, before anything is trained.
     """
-    for field, group in _GROUPS.items():
-        not_empty(f"config.{field}", cfg[field])
-        for name in cfg[field]:
-            if (field, name) != ("methods", summary.ORIGINAL):
-                choice(f"config.{field}", name, tuple(cfg[group]))
-    for field in ("prompts", "seeds"):
-        not_empty(f"config.{field}", cfg[field])
-    for prompt in cfg.prompts:
-        choice("config.prompts", prompt, PROMPTS)
-    for name in cfg.attacks:
-        field = f"config.attack.{name}.prompts"
-        not_empty(field, cfg.attack[name].prompts)
-        for prompt in cfg.attack[name].prompts:
-            choice(field, prompt, PROMPTS)
-    for name, low in (("num", 1), ("steps", 1), ("batch", 1), ("guidance", 1)):
-        at_least(f"config.samples.{name}", cfg.samples[name], low)
-    least = {"random.things": 0, "random.seed": 0, "samples.seed": 0}
-    least |= {"long.things": 0, "long.steps": 1}
-    for name, low in least.items():
-        group, field = name.split(".")
-        at_least(f"config.{name}", cfg[group][field], low)
-    for field, numbers in (("at", cfg.at), ("long.at", cfg.long.at)):
-        for number in numbers:
-            if not str(number).isdecimal():
-                raise UserError(
-                    f"config.{field}={one_line(number)} must be whole numbers "
-                    f"of steps; try --config.{field}=100,200"
-                )
-    for seed in cfg.seeds:
-        at_least("config.seeds", seed, 0)
     matrix = Matrix(cfg)
-    if not matrix.groups:
-        raise UserError("config.concepts is empty, and config.random.things is 0")
-    _check(matrix)
+    matrix.check_jobs()
     return matrix
-
-
-def _check(matrix: Matrix) -> None:
-    for name, group in matrix.groups.items():
-        choice(f"config.concept.{name}.label_kind", group.label_kind, LABEL_KINDS)
-        for side in ("defender", "safe", *SIDES):
-            field = f"config.concept.{name}.{side}"
-            every = emoji.all_concepts()
-            not_empty(f"{field}.names", group[side].names)
-            resolve_names(group[side].names, every, f"{field}.names")
-            if side in (summary.HARMFUL, summary.BENIGN):
-                for told, template in group[side].templates.items():
-                    captions.check_template(f"{field}.templates.{told}", template)
-            for style in group[side].styles:
-                choice(f"{field}.styles", style, emoji.STYLES)
-    defences, attacks = {}, {}  # those alike but for names are checked once
-    for cell in matrix.cells:
-        defences[cell.concept, cell.method] = cell
-        attacks[cell.concept, cell.side, cell.attack, cell.prompt] = cell
-    for cell in defences.values():
-        if cell.method != summary.ORIGINAL:
-            train.check(matrix.defence_config(cell))
-    for cell in attacks.values():
-        if cell.attack != summary.BEFORE:
-            attack.check(matrix.attack_config(cell))
-
-
-def _random_concepts(
-    cfg, configured: Mapping[str, ConfigDict]
-) -> dict[str, ConfigDict]:
-    """Returns {thing: group} of the random things."""
-    taken = {
-        name
-        for group in configured.values()
-        for side in (summary.HARMFUL, summary.BENIGN)
-        for name in group[side].names
-    }
-    known, every = emoji.known_concepts(), emoji.all_concepts()
-    things = [name for name in known if name not in taken]
-    others = [n for n in emoji.unseen_concepts(every) if n not in taken]
-    count, most = cfg.random.things, min(len(things), len(others))
-    if count > most:
-        raise UserError(f"config.random.things={count} must be at most {most}")
-    rng = np.random.default_rng(cfg.random.seed)
-    things, others = (rng.permutation(names)[:count] for names in (things, others))
-    found = {}
-    for thing, other in zip(things.tolist(), others.tolist(), strict=True):
-        group = cfg.random.group.copy_and_resolve_references()
-        safe = tuple(n for n in known if n not in (thing, *emoji.HARMFUL))
-        names = {
-            "defender": (thing,),
-            summary.HARMFUL: (thing,),
-            summary.BENIGN: (other,),
-        }
-        for side, chosen in (names | {"safe": safe, KEPT: safe}).items():
-            group[side].names = chosen
-        found[thing] = group
-    return found
-
-
-def prompts_for(side, num: int, template: str = "") -> list[tuple[str, str, str]]:
-    """Returns what a cell's pictures are asked for: num of (prompt, thing, style).
-
-    Things and styles take turns; of more things than pictures, evenly spaced ones.
-    """
-    things = resolve_names(side.names, emoji.all_concepts())
-    if len(things) > num:
-        things = [things[i * len(things) // num] for i in range(num)]
-    styles = side.styles or emoji.STYLES
-    rows = []
-    for i in range(num):
-        thing, style = things[i % len(things)], styles[i % len(styles)]
-        text = captions.fill(template or captions.TEMPLATES[0], thing, style)
-        rows.append((text, thing, style))
-    return rows

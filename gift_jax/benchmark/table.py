@@ -1,51 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was recognised in each cell of a benchmark, as Markdown tables."""
+"""Numbers and tables of a benchmark, as they are shown everywhere."""
 
+import statistics
 from typing import Any
 
-from gift_jax.report import tables
+from gift_jax.runtime import markdown as md
+
+RECOGNIZED = "classifier_accuracy"  # the share that the classifier recognizes
+
+
+def form(value: float) -> str:
+    """Returns a number as it is shown: two decimals, fewer for large ones."""
+    places = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    text = f"{value:.{places}f}"
+    return text.lstrip("-") if not float(text) else text
+
+
+def recognized(cell: dict[str, Any]) -> str:
+    """Returns the share recognized at a cell's last point, such as "96%", or "-"."""
+    values = cell["points"][-1]["values"]
+    return f"{values[RECOGNIZED]:.0%}" if RECOGNIZED in values else "-"
+
+
+def seconds(results: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Returns (defense or attack, its name, median seconds a step)."""
+    rows = []
+    for kind, key, named_by in (
+        ("defense", "defense_step_s", "method"),
+        ("attack", "step_s", "attack"),
+    ):
+        times: dict[str, list[float]] = {}
+        for cell in results["cells"]:
+            if cell.get(key) is not None:
+                times.setdefault(cell[named_by], []).append(cell[key])
+        rows += [(kind, name, statistics.median(t)) for name, t in times.items()]
+    return rows
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Returns the tables: what was recognised after each attack, and seconds a step.
+    """Returns results.md: shares recognized after each attack, and seconds a step.
 
-    Args: results: as results.json holds them.
+    Args: results: what results.json holds.
     """
-    cells, lines = results["cells"], []
+    cells, parts = results["cells"], []
     methods = tuple(dict.fromkeys(cell["method"] for cell in cells))
     for concept in dict.fromkeys(cell["concept"] for cell in cells):
-        mine = [cell for cell in cells if cell["concept"] == concept]
-        counts = {cell["points"][-1]["num"] for cell in mine}
-        lines += ["", f"{concept}: recognised, of {', '.join(map(str, counts))} each"]
-        lines += ["", *_head("side, attack", *methods)]
-        for key in dict.fromkeys(_row_key(cell) for cell in mine):
-            by_method = {c["method"]: c for c in mine if _row_key(c) == key}
-            row = [by_method.get(method) for method in methods]
-            lines.append(
-                _row(", ".join(key), *(format_cell(c) if c else "" for c in row))
-            )
-    lines += ["", "Seconds per step", "", *_head("", "s")]
-    lines += [_row(name, f"{s:.3f}") for _, name, s in tables.seconds(results)]
-    return "\n".join(lines).strip() + "\n"
+        chosen = [cell for cell in cells if cell["concept"] == concept]
+        counts = {cell["points"][-1]["num"] for cell in chosen}
+        parts.append(f"{concept}: recognized, of {', '.join(map(str, counts))} each")
+        rows: dict[str, dict[str, str]] = {}
+        for cell in chosen:
+            rows.setdefault(_row_label(cell), {})[cell["method"]] = recognized(cell)
+        lines = [
+            (label, *(row.get(m, "") for m in methods)) for label, row in rows.items()
+        ]
+        parts.append(md.table(("side, attack", *methods), lines))
+    times = [(name, f"{s:.3f}") for _, name, s in seconds(results)]
+    parts += ["Seconds per step", md.table(("", "s"), times)]
+    return "\n\n".join(parts) + "\n"
 
 
-def format_cell(cell: dict[str, Any]) -> str:
-    """Returns what the last look at a cell recognised, such as "96%"."""
-    values = cell["points"][-1]["values"]
-    accuracy = values.get("classifier_accuracy")
-    return "-" if accuracy is None else f"{accuracy:.0%}"
-
-
-def _row_key(cell: dict[str, Any]) -> tuple[str, ...]:
-    key = cell["side"], cell["attack"]
-    if cell["family"]:
-        key += (f"by {cell['prompt']}",)
-    return (*key, f"seed {cell['seed']}") if cell["seed"] else key
-
-
-def _head(*names: str) -> list[str]:
-    return [_row(*names), _row(*["---"] * len(names))]
-
-
-def _row(*values: str) -> str:
-    return "| " + " | ".join(values) + " |"
+def _row_label(cell: dict[str, Any]) -> str:
+    prompt = f", by {cell['prompt']}" if cell["family"] else ""
+    seed = f", seed {cell['seed']}" if cell["seed"] else ""
+    return f"{cell['side']}, {cell['attack']}{prompt}{seed}"

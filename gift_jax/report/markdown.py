@@ -1,101 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's tables as Markdown."""
+"""The report's tables as Markdown."""
 
-import re
 from collections.abc import Iterable, Sequence
 
+from gift_jax.benchmark import summary
+from gift_jax.benchmark.table import form, seconds
 from gift_jax.report import results, tables
+from gift_jax.report.results import Run
+from gift_jax.runtime import markdown as md
 
 NOTE = """\
 Similarity gap ratio against the original model, (M(original) - M(defended)) /
-M(original). Harmful: 1 means that the attack reaches nothing, 0 that the defence
+M(original). Harmful: 1 means that the attack reaches nothing, 0 that the defense
 changed nothing. Benign: what an honest user loses, best near 0. In brackets the 95%
 bootstrap interval over concepts. Bold: the best of a column (highest harmful, benign
 nearest to 0). Worst case: the lowest harmful ratio over a family's learning
 rates{prompts}, with the attack that reached it; the attacker picks what works."""
 
 
-def markdown(runs: Sequence[results.Run], metric: str = "", over: str = "") -> str:
+def markdown(runs: Sequence[Run], metric: str = "", over: str = "") -> str:
     """Returns every table of the runs; those of the metric and part given first."""
     parts = [part for run in runs for part in _of_run(run, metric, over)]
     return "\n\n".join(parts).rstrip() + "\n"
 
 
-def _of_run(run, metric: str, over: str) -> Iterable[str]:
+def comparison(runs: Sequence[Run], first: str, second: str, metric: str, over: str):
+    """Returns the paired comparison of two methods as Markdown.
+
+    The methods may be of different runs, as far as these share attacks and concepts.
+    """
+    rows = [row for run in runs for row in run.data["summary"]]
+    sides = summary.compare(rows, first, second, metric, over)
+    parts = [f"Gap ratios of {md.escape(metric)}, {md.escape(over)} of the trajectory"]
+    for side, found in sides.items():
+        if found is None:
+            parts.append(f"{side}: the two methods share no attack and concept")
+            continue
+        rows = [
+            (f"{attack} ({prompt})", form(one), form(two), form(two - one))
+            for (attack, prompt), (one, two) in found["by_attack"].items()
+        ]
+        one, two = found["means"]
+        interval = f"[{form(found['low'])}, {form(found['high'])}]"
+        change = f"{form(found['difference'])} {interval}"
+        rows.append(("all attacks", form(one), form(two), md.Markdown(change)))
+        parts.append(f"{side}, {len(found['concepts'])} concepts")
+        heads = ("attack", first, second, "difference")
+        parts.append(md.table(heads, rows, numbers=True))
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_run(run: Run, metric: str, over: str) -> Iterable[str]:
     data = run.data
-    yield f"# {escape(run.label)}"
+    yield f"# {md.escape(run.label)}"
     yield "\n".join("    " + line for line in data["command"].splitlines())
     prompts = " and prompts" if len(results.prompts(data)) > 1 else ""
     yield NOTE.format(prompts=prompts)
     for name, reason in data["skipped"].items():
-        yield f"Skipped: {escape(name)}: {escape(reason)}"
+        yield f"Skipped: {md.escape(name)}: {md.escape(reason)}"
     with_gaps = {row["metric"] for row in data["summary"]}
     for name in _first(results.metrics(data), metric):
-        higher = data["metrics"].get(name, {}).get("higher", "")
-        yield f"## {escape(name)}" + (f" (higher: {escape(higher)})" if higher else "")
-        for part in _first(tables.overs(data), over) if name in with_gaps else ():
-            table = tables.gap_table(data, name, part)
-            yield f"Gap ratio, {escape(part)} of the trajectory"
-            yield _gap_rows(data, table)
-            yield f"Worst case, harmful, {escape(part)} of the trajectory"
-            yield _worst_rows(data, table)
-        before = tables.before_table(data, name)
+        higher = data["metrics"].get(name, {}).get("higher_means", "")
+        note = f" (higher means {md.escape(higher)})" if higher else ""
+        yield f"## {md.escape(name)}{note}"
+        for part in _first(results.overs(data), over) if name in with_gaps else ():
+            columns = tables.gap_columns(data, name, part)
+            yield f"Gap ratio, {md.escape(part)} of the trajectory"
+            yield _table(tables.defended(data), columns, grouped=True)
+            yield f"Worst case, harmful, {md.escape(part)} of the trajectory"
+            worst = tables.worst_columns(data, columns)
+            yield _table(tables.defended(data), worst, several=bool(prompts))
+        before = tables.before_columns(data, name)
         if before:
             yield "Before any attack"
-            heads = [f"{side} ({prompt})" for side, prompt in before]
-            yield _grid(heads, results.methods(data), list(before.values()))
-    timed = tables.seconds(data)
-    if timed:
+            yield _table(results.methods(data), before)
+    times = [(kind, name, f"{s:.3f}") for kind, name, s in seconds(data)]
+    if times:
         yield "## Seconds per step (median)"
-        rows = [(what, whose, f"{t:.3f}") for what, whose, t in timed]
-        yield _lines([("", "", "s"), *rows])
+        yield md.table(("", "", "s"), times)
     yield "## Versions"
-    yield _lines([("package", "version"), *data["versions"].items()])
+    yield md.table(("package", "version"), data["versions"].items())
 
 
-def _gap_rows(data, table: tables.Table) -> str:
-    heads = [f"{results.match_label(data, m)}, {side}" for m, side in table.columns]
-    return _grid(heads, tables.defended(data), list(table.columns.values()))
-
-
-def _worst_rows(data, table: tables.Table) -> str:
-    several = len(results.prompts(data)) > 1
-    heads = [
-        f"{family} ({prompt or 'any prompt'})" if several else family
-        for prompt, family in table.worst
+def _table(
+    methods: Sequence[str],
+    columns: Sequence[tables.Column],
+    *,
+    grouped: bool = False,
+    several: bool = False,
+) -> str:
+    """Returns a row a method. grouped: heads name the group. several: the prompt."""
+    heads = [f"{c.group}, {c.head}" if grouped else c.head for c in columns]
+    if several:
+        heads = [f"{c.head} ({c.prompts[0] or 'any prompt'})" for c in columns]
+    rows = [
+        (name, *(_number(column.numbers[i]) for column in columns))
+        for i, name in enumerate(methods)
     ]
-    return _grid(heads, tables.defended(data), list(table.worst.values()))
+    return md.table(("method", *heads), rows, numbers=True)
 
 
-def _grid(heads, names, columns) -> str:
-    rows = [("method", *heads)]
-    rows += [(n, *(_told(c[i]) for c in columns)) for i, n in enumerate(names)]
-    return _lines(rows, numbers=True)
-
-
-class _Told(str):
-    """Text that is Markdown already."""
-
-
-def _told(number: tables.Number | None) -> str:
+def _number(number: tables.Number | None) -> md.Markdown:
     if number is None:
-        return "–"
+        return md.Markdown("–")
     text = f"**{number.text}**" if number.best else number.text
-    at = f"({number.at})" if number.at else ""
-    return _Told(" ".join(p for p in (text, number.spread, escape(at)) if p))
+    note = f"({md.escape(number.note)})" if number.note else ""
+    return md.Markdown(" ".join(p for p in (text, number.spread, note) if p))
 
 
-def _lines(rows, numbers: bool = False) -> str:
-    head, *body = [[c if isinstance(c, _Told) else escape(c) for c in r] for r in rows]
-    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
-
-
-def escape(text: str) -> str:
-    """Returns text that Markdown shows as it is, on one line."""
-    text = re.sub(r"([\\`*|<>&#~\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", str(text))
-    return " ".join(text.split())
-
-
-def _first(names, wanted):
-    return sorted(names, key=lambda name: name != wanted)
+def _first(names: Iterable[str], chosen: str) -> list[str]:
+    return sorted(names, key=lambda name: name != chosen)

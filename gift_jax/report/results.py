@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a benchmark's results.json, and what it names in which order."""
+"""Reads a benchmark's results.json, and names what it holds in order.
+
+A published folder holds summary.json instead, with the same keys and less in each cell.
+"""
 
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from gift_jax.benchmark import summary
+from gift_jax.benchmark import gap_ratios, summary
 from gift_jax.runtime.errors import UserError
 
-FILE = "results.json"
-SIDES = ("harmful", "benign", "kept")
+FILE, PUBLISHED = "results.json", "summary.json"
 _VALUE = (int, float, type(None))
 _TOP = {"name": str, "command": str, "config": dict, "versions": dict}
 _TOP |= {"metrics": dict, "skipped": dict, "cells": list, "summary": list}
 _MATCH = {"method": str, "attack": str, "family": str, "prompt": str}
 _CELL = {**_MATCH, "concept": str, "side": str, "seed": int, "points": list}
 _POINT = {"step": int, "num": int, "values": dict}
-_MAYBE = {"samples": dict, "things": (list, type(None)), "styles": (list, type(None))}
-_MAYBE |= {"sheet": (str, type(None))}
-_TIMES = {"seconds": _VALUE, "step_s": _VALUE, "defence_step_s": _VALUE}
+_SHEET = {"sheet": (str, type(None))}
+_TIMES = {"seconds": _VALUE, "step_s": _VALUE, "defense_step_s": _VALUE}
 _GAP = {"metric": str, "over": str}
 _SIDE = {"value": _VALUE, "low": _VALUE, "high": _VALUE, "per_concept": dict}
 
@@ -56,8 +57,10 @@ def load_all(folders: Sequence[str]) -> list[Run]:
 
 
 def load(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what a folder's results.json holds, checked."""
+    """Returns what a folder's results.json or summary.json holds, checked."""
     path = folder / FILE
+    if not path.exists() and (folder / PUBLISHED).exists():
+        path = folder / PUBLISHED
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -71,8 +74,28 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
         data = json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if path.name == PUBLISHED:
+        _expand(path, data)
     _check(path, data)
     return data
+
+
+def _expand(path: pathlib.Path, data: Any) -> None:
+    """Makes points of the columns that a published cell has."""
+    kinds = {"steps": list, "nums": list, "values": dict}
+    _check_keys(path, "", data, {"cells": list})
+    for i, cell in enumerate(data["cells"]):
+        _check_keys(path, f"cells[{i}]", cell, kinds)
+        columns = cell.pop("values")
+        _check_keys(path, f"cells[{i}].values", columns, dict.fromkeys(columns, list))
+        rows = zip(*columns.values(), strict=False)
+        values = [dict(zip(columns, row, strict=True)) for row in rows]
+        cell["points"] = [
+            {"step": step, "num": num, "values": row}
+            for step, num, row in zip(
+                cell.pop("steps"), cell.pop("nums"), values, strict=False
+            )
+        ]
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -82,14 +105,16 @@ def _no_constant(name: str) -> NoReturn:
 def _check(path: pathlib.Path, data: Any) -> None:
     _check_keys(path, "", data, _TOP)
     for name, metric in data["metrics"].items():
-        _check_keys(path, f"metrics.{name}", metric, {"higher": str, "how": dict})
+        _check_keys(
+            path, f"metrics.{name}", metric, {"higher_means": str, "provenance": dict}
+        )
     for i, cell in enumerate(data["cells"]):
         place = f"cells[{i}]"
         _check_keys(path, place, cell, _CELL)
-        _check_keys(path, place, cell, _there(cell, _TIMES))
+        _check_keys(path, place, cell, _present(cell, _TIMES))
         for j, point in enumerate(cell["points"]):
             _check_keys(path, f"{place}.points[{j}]", point, _POINT)
-            _check_keys(path, f"{place}.points[{j}]", point, _there(point, _MAYBE))
+            _check_keys(path, f"{place}.points[{j}]", point, _present(point, _SHEET))
             _check_numbers(path, f"{place}.points[{j}].values", point["values"])
     for i, row in enumerate(data["summary"]):
         _check_keys(path, f"summary[{i}]", row, _MATCH | _GAP)
@@ -104,29 +129,29 @@ def _check(path: pathlib.Path, data: Any) -> None:
         raise UserError(f"{path}: no cell has a value; nothing has been measured")
 
 
-def _there(value: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    return {key: kind for key, kind in wanted.items() if key in value}
+def _present(value: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
+    return {key: kind for key, kind in kinds.items() if key in value}
 
 
 def _check_numbers(path, where: str, value: dict[str, Any]) -> None:
     _check_keys(path, where, value, dict.fromkeys(value, _VALUE))
 
 
-def _check_keys(path, where: str, value: Any, wanted: dict[str, Any]) -> None:
+def _check_keys(path, where: str, value: Any, kinds: dict[str, Any]) -> None:
     place = f", {where}," if where else ""
     if not isinstance(value, dict):
         raise UserError(f"{path}{place} must be an object, not {value!r:.40}")
-    for key, kind in wanted.items():
+    for key, kind in kinds.items():
         if key not in value:
             raise UserError(
                 f"{path}{place} has no key {key!r}; another version wrote it, or "
                 "somebody changed it: run gift_jax.benchmark on that folder again"
             )
         if not isinstance(value[key], kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join(k.__name__ for k in kinds)
-            got = repr(value[key])[:40]
-            raise UserError(f"{path}{place} has {key}={got}; must be of type {names}")
+            several = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(k.__name__ for k in several)
+            text = repr(value[key])[:40]
+            raise UserError(f"{path}{place} has {key}={text}; must be of type {names}")
 
 
 def methods(data) -> list[str]:
@@ -143,14 +168,16 @@ def concepts(data) -> list[str]:
 
 def matches(data) -> list[Match]:
     """Returns every attack under each of its prompts, families and attacks together."""
-    rows = [
-        r for r in (*data["cells"], *data["summary"]) if r["attack"] != summary.BEFORE
-    ]
-    found = dict.fromkeys(Match(r["family"], r["attack"], r["prompt"]) for r in rows)
-    families = list(dict.fromkeys(match.family for match in found))
-    attacks = list(dict.fromkeys(match.attack for match in found))
+    rows = (*data["cells"], *data["summary"])
+    unordered = dict.fromkeys(
+        Match(row["family"], row["attack"], row["prompt"])
+        for row in rows
+        if row["attack"] != summary.BEFORE
+    )
+    families = list(dict.fromkeys(match.family for match in unordered))
+    attacks = list(dict.fromkeys(match.attack for match in unordered))
     return sorted(
-        found, key=lambda m: (families.index(m.family), attacks.index(m.attack))
+        unordered, key=lambda m: (families.index(m.family), attacks.index(m.attack))
     )
 
 
@@ -169,5 +196,18 @@ def metrics(data) -> list[str]:
     """Returns the metrics that were measured: those with gap ratios first."""
     with_gaps = dict.fromkeys(row["metric"] for row in data["summary"])
     points = [point for cell in data["cells"] for point in cell["points"]]
-    found = dict.fromkeys(name for point in points for name in point["values"])
-    return list(with_gaps | found)
+    measured = dict.fromkeys(name for point in points for name in point["values"])
+    return list(with_gaps | measured)
+
+
+def overs(data) -> list[str]:
+    """Returns the parts of a trajectory that there are gap ratios over, in order."""
+    names = dict.fromkeys(row["over"] for row in data["summary"])
+    order = gap_ratios.OVER
+    return sorted(names, key=lambda o: order.index(o) if o in order else len(order))
+
+
+def sides(data) -> list[str]:
+    """Returns the sides that have cells, in order."""
+    names = {cell["side"] for cell in data["cells"]}
+    return [side for side in summary.SIDES if side in names]

@@ -1,31 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of the tables, the same for the page and for Markdown."""
+"""The numbers of the tables, for the page and for Markdown alike."""
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
-from typing import Any
 
-from gift_jax.benchmark import gap_ratios, summary
-from gift_jax.report import curves, results
+from gift_jax.benchmark import summary
+from gift_jax.benchmark.table import form
+from gift_jax.report import results, trajectories
 
 ANY = "any attack"  # the worst case over all families
+WORST = "worst case, harmful"  # the group of such columns
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
     """One cell of a table.
 
-    Attributes: low, high: its 95% interval. known: how many concepts it is the mean of.
-      asked: how many there are. at: the attack, where the number is the worst of some.
+    Attributes: low, high: its 95% interval. count: how many concepts it is the mean of.
+      total: how many there are. note: which attack, where it is the worst of several.
+      best: the best of its column.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
-    known: int = 1
-    asked: int = 1
-    at: str = ""
+    count: int = 1
+    total: int = 1
+    note: str = ""
     best: bool = False
 
     @property
@@ -36,42 +37,29 @@ class Number:
     @property
     def spread(self) -> str:
         """Its interval, and of how many concepts, as it is shown everywhere."""
-        few = f"{self.known} of {self.asked} concepts"
-        if self.known == 1 or self.low is None or self.high is None:
-            return few if self.asked > 1 else ""
-        both = f"[{form(self.low)}, {form(self.high)}]"
-        return both if self.known == self.asked else f"{both} {few}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns what the page needs; keys that say nothing are left out."""
-        shown: dict[str, Any] = {"value": self.value, "text": self.text}
-        if self.known > 1:
-            shown |= {"low": self.low, "high": self.high}
-        said = {"spread": self.spread, "at": self.at, "best": self.best}
-        return shown | {key: value for key, value in said.items() if value}
+        few = f"{self.count} of {self.total} concepts"
+        if self.count == 1 or self.low is None or self.high is None:
+            return few if self.total > 1 else ""
+        interval = f"[{form(self.low)}, {form(self.high)}]"
+        return interval if self.count == self.total else f"{interval} {few}"
 
 
 Numbers = list[Number | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Gap ratios of one metric, over one part of the trajectory, of some concepts.
+class Column:
+    """A number for each method.
 
-    Attributes: columns: {(match, side): a number for each method, the original left
-      out}. worst: {(prompt or "", family or `ANY`): likewise}, the lowest on the
-      harmful side.
+    Attributes: group, head: its headings. attacks, prompts: what it is about; an empty
+      prompt is all of them together.
     """
 
-    columns: dict[tuple[results.Match, str], Numbers]
-    worst: dict[tuple[str, str], Numbers]
-
-
-def form(value: float) -> str:
-    """Returns a number as it is shown: two decimals, fewer for large ones."""
-    places = 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-    text = f"{value:.{places}f}"
-    return text.lstrip("-") if not float(text) else text
+    group: str
+    head: str
+    numbers: Numbers
+    attacks: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 def defended(data) -> list[str]:
@@ -79,23 +67,74 @@ def defended(data) -> list[str]:
     return [name for name in results.methods(data) if name != summary.ORIGINAL]
 
 
-def gap_table(data, metric: str, over: str, concept: str = "") -> Table:
-    """Returns the gap ratios; of one concept, or "" for the mean over all."""
+def gap_columns(data, metric: str, over: str, concept: str = "") -> list[Column]:
+    """Returns two columns an attack, harmful and benign, of the `defended` methods.
+
+    Args: concept: "" for the mean over all.
+    """
     rows = {
         (row["method"], results.Match(row["family"], row["attack"], row["prompt"])): row
         for row in data["summary"]
         if (row["metric"], row["over"]) == (metric, over)
     }
-    columns = {}
+    columns = []
     for match in results.matches(data):
-        for side in summary.SIDES:
-            found = [rows.get((method, match)) for method in defended(data)]
-            numbers = [_number(row and row[side], concept) for row in found]
-            columns[match, side] = _mark_best(numbers, side)
-    return Table(columns, _worst_cases(data, columns))
+        label = results.match_label(data, match)
+        for side in summary.ATTACKED_SIDES:
+            chosen = [rows.get((method, match)) for method in defended(data)]
+            numbers = [_number(row and row[side], concept) for row in chosen]
+            numbers = _mark_best(numbers, side)
+            attacks, prompts = (match.attack,), (match.prompt,)
+            columns.append(Column(label, side, numbers, attacks, prompts))
+    return columns
 
 
-def _number(side: dict[str, Any] | None, concept: str) -> Number | None:
+def worst_columns(data, columns: Sequence[Column]) -> list[Column]:
+    """Returns the lowest harmful ratio of each family of attacks, and of all.
+
+    Args: columns: of `gap_columns`.
+    """
+    prompts, matches = results.prompts(data), results.matches(data)
+    families = list(dict.fromkeys(match.family for match in matches))
+    harmful = [column for column in columns if column.head == summary.HARMFUL]
+    by_match = dict(zip(matches, harmful, strict=True))
+    worst = []
+    for prompt in ("", *(prompts if len(prompts) > 1 else ())):
+        for family in (*families, *((ANY,) if len(families) > 1 else ())):
+            chosen = [
+                column
+                for match, column in by_match.items()
+                if family in (ANY, match.family) and prompt in ("", match.prompt)
+            ]
+            if chosen:
+                numbers = _mark_best(_lowest(chosen), summary.HARMFUL)
+                attacks = () if family == ANY else tuple(c.attacks[0] for c in chosen)
+                worst.append(Column(WORST, family, numbers, attacks, (prompt,)))
+    return worst
+
+
+def before_columns(data, metric: str, concept: str = "") -> list[Column]:
+    """Returns a metric without any attack: a column a side, of all methods."""
+    methods, total = results.methods(data), len(results.concepts(data))
+    columns: dict[tuple[str, str], Numbers] = {}
+    for curve in trajectories.before(data, metric):
+        if curve.concept == concept:
+            place = curve.side, curve.match.prompt
+            numbers = columns.setdefault(place, [None] * len(methods))
+            p = curve.points[0]
+            number = Number(p.value, p.low, p.high, p.n, 1 if concept else total)
+            numbers[methods.index(curve.method)] = number
+    several = len({prompt for _, prompt in columns}) > 1
+    order = (summary.RETAINED, *summary.ATTACKED_SIDES)  # what should stay as it was
+    return [
+        Column(metric, f"{side} ({prompt})" if several else side, numbers)
+        for (side, prompt), numbers in sorted(
+            columns.items(), key=lambda item: order.index(item[0][0])
+        )
+    ]
+
+
+def _number(side, concept: str) -> Number | None:
     if side is None:
         return None
     ratios = side["per_concept"]
@@ -104,16 +143,16 @@ def _number(side: dict[str, Any] | None, concept: str) -> Number | None:
         return None if value is None else Number(value)
     if side["value"] is None:
         return None
-    known = sum(ratio is not None for ratio in ratios.values())
-    return Number(side["value"], side["low"], side["high"], known, len(ratios))
+    count = sum(ratio is not None for ratio in ratios.values())
+    return Number(side["value"], side["low"], side["high"], count, len(ratios))
 
 
 def _mark_best(numbers: Numbers, side: str) -> Numbers:
     """Marks the best of at least two, and all that are shown as the same number."""
-    known = [number.value for number in numbers if number is not None]
-    if len(known) < 2:
+    values = [number.value for number in numbers if number is not None]
+    if len(values) < 2:
         return numbers
-    best = max(known) if side == summary.HARMFUL else min(known, key=abs)
+    best = max(values) if side == summary.HARMFUL else min(values, key=abs)
 
     def is_best(value):
         pair = (value, best) if side == summary.HARMFUL else (abs(value), abs(best))
@@ -122,74 +161,20 @@ def _mark_best(numbers: Numbers, side: str) -> Numbers:
     return [n and dataclasses.replace(n, best=is_best(n.value)) for n in numbers]
 
 
-def _worst_cases(data, columns):
-    prompts, ours = results.prompts(data), results.matches(data)
-    families = list(dict.fromkeys(match.family for match in ours))
-    worst = {}
-    for prompt in ("", *(prompts if len(prompts) > 1 else ())):
-        for family in (*families, *((ANY,) if len(families) > 1 else ())):
-            fitting = [m for m in ours if family in (ANY, m.family)]
-            fitting = [m for m in fitting if prompt in ("", m.prompt)]
-            numbers = _lowest(data, columns, fitting)
-            if fitting:
-                worst[prompt, family] = _mark_best(numbers, summary.HARMFUL)
-    return worst
-
-
-def _lowest(data, columns, fitting: Sequence[results.Match]) -> Numbers:
+def _lowest(columns: Sequence[Column]) -> Numbers:
     lowest: Numbers = []
-    for i in range(len(defended(data))):
-        found = [(columns[match, summary.HARMFUL][i], match) for match in fitting]
-        found = [(number, match) for number, match in found if number is not None]
-        if not found:
+    for numbers in zip(*(column.numbers for column in columns), strict=True):
+        known = [
+            (number, column.group)
+            for number, column in zip(numbers, columns, strict=True)
+            if number is not None
+        ]
+        if not known:
             lowest.append(None)
             continue
-        number, match = min(found, key=lambda pair: pair[0].value)
-        at = results.match_label(data, match) if len(fitting) > 1 else ""
-        if len(found) < len(fitting):
-            at += f", {len(found)} of {len(fitting)} attacks"
-        lowest.append(dataclasses.replace(number, at=at, best=False))
+        number, attack = min(known, key=lambda pair: pair[0].value)
+        note = attack if len(columns) > 1 else ""
+        if len(known) < len(columns):
+            note += f", {len(known)} of {len(columns)} attacks"
+        lowest.append(dataclasses.replace(number, note=note, best=False))
     return lowest
-
-
-def before_table(data, metric: str, concept: str = "") -> dict[Any, Numbers]:
-    """Returns {(side, prompt): a number for each method}: a metric with no attack."""
-    methods, columns = results.methods(data), {}
-    asked = len(results.concepts(data))
-    for curve in curves.before(data, metric):
-        if curve.concept == concept:
-            numbers = columns.setdefault(
-                (curve.side, curve.match.prompt), [None] * len(methods)
-            )
-            p = curve.points[0]
-            number = Number(p.value, p.low, p.high, p.n, 1 if concept else asked)
-            numbers[methods.index(curve.method)] = number
-    return dict(sorted(columns.items(), key=lambda item: _side_order(item[0][0])))
-
-
-def _side_order(side: str) -> int:
-    order = ("kept", *summary.SIDES)  # what should be untouched first
-    return order.index(side) if side in results.SIDES else len(order)
-
-
-def seconds(data) -> list[tuple[str, str, float]]:
-    """Returns (what, whose, median seconds a step) of defences and attacks."""
-    found = []
-    for what, key, who in (
-        ("defence", "defence_step_s", "method"),
-        ("attack", "step_s", "attack"),
-    ):
-        times: dict[str, list[float]] = {}
-        for cell in data["cells"]:
-            if cell.get(key) is not None:
-                times.setdefault(cell[who], []).append(cell[key])
-        found += [(what, name, statistics.median(t)) for name, t in times.items()]
-    return found
-
-
-def overs(data) -> list[str]:
-    """Returns the parts of a trajectory that there are gap ratios over, in order."""
-    found = dict.fromkeys(row["over"] for row in data["summary"])
-    return sorted(
-        found, key=lambda o: gap_ratios.OVER.index(o) if o in gap_ratios.OVER else 9
-    )

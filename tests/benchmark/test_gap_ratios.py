@@ -8,7 +8,7 @@ import scipy.stats
 from gift_jax.benchmark import gap_ratios
 
 
-def test_gap_ratio_is_the_share_that_the_defence_takes():
+def test_gap_ratio_is_the_share_that_the_defense_removes():
     assert gap_ratios.gap_ratio(0.8, 0.8) == 0.0
     assert gap_ratios.gap_ratio(0.8, 0.0) == 1.0
     assert gap_ratios.gap_ratio(0.815, 0.771) == pytest.approx(0.053988, abs=1e-6)
@@ -30,7 +30,7 @@ def test_trajectory_gaps_are_of_means_peaks_and_ends():
 
 @pytest.mark.parametrize("steps", [([], []), ([0.1], [0.1, 0.2])])
 def test_trajectories_of_other_lengths_are_refused(steps):
-    with pytest.raises(ValueError, match="steps without defence"):
+    with pytest.raises(ValueError, match="steps without a defense"):
         gap_ratios.trajectory_gaps(*steps)
 
 

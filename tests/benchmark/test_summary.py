@@ -27,9 +27,9 @@ CELLS = [
 ]
 
 
-def rows_of(cells, **wanted):
+def rows_of(cells, **fields):
     rows = summary.summarize(cells, ["classifier_accuracy"])
-    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    return [row for row in rows if all(row[k] == v for k, v in fields.items())]
 
 
 def test_ratios_are_of_the_steps_that_all_concepts_have():
@@ -82,3 +82,29 @@ def test_method_without_its_original_has_no_ratio():
     assert [row["harmful"] for row in rows_of([cell("gift", "bomb", {300: 0.5})])] == [
         None
     ] * 3
+
+
+def test_comparison_pairs_concepts_and_keeps_what_both_methods_have():
+    cells = [
+        *CELLS[1:5],
+        cell("esd", "bomb", {100: 0.5, 300: 0.5}),
+        cell("esd", "owl", {100: 1.0, 300: 0.9, 1000: 0.0}),
+        cell("esd", "cat", {100: 1.0, 300: 0.9}),
+        cell("original", "cat", {100: 1.0, 300: 1.0}),
+        cell("esd", "bomb", {100: 1.0, 300: 1.0}, attack="dreambooth"),
+        cell("original", "bomb", {100: 1.0, 300: 1.0}, attack="dreambooth"),
+    ]
+    rows = summary.summarize(cells, ["classifier_accuracy"])
+    found = summary.compare(rows, "gift", "esd", "classifier_accuracy", "final")
+    assert found["benign"] is None
+    harmful = found["harmful"]
+    assert harmful["concepts"] == ["bomb", "owl"]
+    assert list(harmful["by_attack"]) == [("lora", "name")]
+    # after 300 steps: gift 0.8 on bomb and 0 on owl, esd 0.5 and 0.1
+    assert harmful["means"] == pytest.approx((0.4, 0.3))
+    assert harmful["difference"] == pytest.approx(-0.1)
+    assert harmful["low"] == pytest.approx(-0.3) and harmful["high"] == pytest.approx(
+        0.1
+    )
+    other = summary.compare(rows, "esd", "gift", "classifier_accuracy", "final")
+    assert other["harmful"]["difference"] == pytest.approx(0.1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attacks reach after each step: means over concepts with bootstrap bands."""
+"""A metric after each attack step: means over concepts with bootstrap bands."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -37,25 +37,25 @@ def curves(data: dict[str, Any], metric: str) -> list[Curve]:
     of its concepts have. Step 0 is what was drawn before the attack, from the same
     prompt, where that was measured.
     """
-    table, found = _table(data, metric), []
+    table, lines = _table(data, metric), []
     for match in results.matches(data):
         before = match._replace(family="", attack=summary.BEFORE)
-        for side in results.SIDES:
+        for side in summary.ATTACKED_SIDES:
             for method in results.methods(data):
-                mine = table.get((match, side, method), {})
+                attacked = table.get((match, side, method), {})
                 start = table.get((before, side, method), {})
-                whole = {c: start.get(c, {}) | steps for c, steps in mine.items()}
-                found += _of(whole, match, side, method)
-    return [curve for curve in found if curve.points]
+                joined = {c: start.get(c, {}) | attacked[c] for c in attacked}
+                lines += _curves_of(joined, match, side, method)
+    return [curve for curve in lines if curve.points]
 
 
 def before(data: dict[str, Any], metric: str) -> list[Curve]:
     """Returns the metric before any attack, likewise: curves of one point."""
-    table, found = _table(data, metric), []
-    for (match, side, method), by_concept in table.items():
+    lines = []
+    for (match, side, method), by_concept in _table(data, metric).items():
         if match.attack == summary.BEFORE:
-            found += _of(by_concept, match, side, method)
-    return [curve for curve in found if curve.points]
+            lines += _curves_of(by_concept, match, side, method)
+    return [curve for curve in lines if curve.points]
 
 
 def _table(data, metric):
@@ -79,7 +79,7 @@ def _table(data, metric):
     }
 
 
-def _of(by_concept, match, side, method) -> Iterator[Curve]:
+def _curves_of(by_concept, match, side, method) -> Iterator[Curve]:
     if not by_concept:
         return
     shared = set.intersection(*(set(steps) for steps in by_concept.values()))
@@ -90,5 +90,5 @@ def _of(by_concept, match, side, method) -> Iterator[Curve]:
         points.append(Point(step, float(np.mean(values)), low, high, len(values)))
     yield Curve(match, side, method, "", points)
     for concept, steps in by_concept.items():
-        alone = [Point(s, v, v, v, 1) for s, v in sorted(steps.items())]
-        yield Curve(match, side, method, concept, alone)
+        points = [Point(s, v, v, v, 1) for s, v in sorted(steps.items())]
+        yield Curve(match, side, method, concept, points)
