@@ -70,10 +70,13 @@ def _chunked(q_BNHD, k_BMHD, v_BMHD):
     )
 
     def one_head(arrays):
-        q_cnD, k_DM, v_DM = arrays
+        q_cnD, *keys_values = arrays
+        # whose gradients are summed over chunks, in float32
+        keys_values = [a_DM.astype(jnp.float32) for a_DM in keys_values]
 
         @jax.checkpoint
         def one_chunk(q_nD):
+            k_DM, v_DM = (a_DM.astype(q_nD.dtype) for a_DM in keys_values)
             scores = _product("nd,dm->nm", q_nD, k_DM) * D**-0.5
             weights = jax.nn.softmax(scores, axis=-1).astype(v_DM.dtype)
             return jnp.einsum("nm,dm->nd", weights, v_DM)
