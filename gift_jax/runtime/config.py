@@ -197,18 +197,35 @@ def check_kind(program: str, config: ConfigDict, spec: str) -> None:
         raise UserError(f"--config={spec} is no config of gift_jax.{program}{hint}")
 
 
+def find_config(path: str) -> pathlib.Path:
+    """Returns the config file of a name such as configs/emoji_gift.py.
+
+    A file of that name where the command runs comes first; then the one that the
+    package brings: gift_jax/configs in an installed wheel, configs beside gift_jax in a
+    clone.
+
+    Raises: UserError if there is neither.
+    """
+    if os.path.isfile(path):  # unlike pathlib's, of any name
+        return pathlib.Path(path)
+    package = pathlib.Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    if os.path.dirname(path) == "configs":
+        packaged = os.path.join(folder, os.path.basename(path))
+        if os.path.isfile(packaged):
+            return pathlib.Path(packaged)
+    raise UserError(f"--config={one_line(path)} is no file; try configs/emoji_gift.py")
+
+
 def load_config(spec: str, program: str = "") -> ConfigDict:
-    """Returns the locked config of FILE or FILE:variant.
+    """Returns the locked config of FILE or FILE:variant, see `find_config`.
 
     Args: program: whose config it must be, see `parse_config`; "": any.
     Raises: UserError if there is no such file or variant, or it has no get_config.
     """
     path, _, variant = spec.partition(":")
-    file = pathlib.Path(path)
-    if not os.path.isfile(file):  # unlike pathlib's, of any name
-        raise UserError(
-            f"--config={one_line(path)} is no file; try configs/emoji_gift.py"
-        )
+    file = find_config(path)
     module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={path} is no Python file")
