@@ -25,7 +25,7 @@ ITS_VERSION := import importlib.metadata as m; print(next( \
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean python
+.PHONY: help demo test slow lint large-files format clean python
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -34,15 +34,26 @@ help: ## list the targets
 demo: $(VENV)/.installed ## immunize the embedded model, attack it, show the result
 	$(BIN)/python -m gift_jax.demo
 
-test: lint ## lint, then run the tests (the slow ones: pytest -m slow)
-	if [ -f $(TPU_COMPILER) ]; then \
-		export TPU_LIBRARY_PATH=$(abspath $(TPU_COMPILER)); fi; \
-		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
-		--no-loadscope-reorder
+PYTEST = if [ -f $(TPU_COMPILER) ]; then \
+	export TPU_LIBRARY_PATH=$(abspath $(TPU_COMPILER)); fi; $(BIN)/python -m pytest -q
 
-lint: $(VENV)/.installed-test ## check style and formatting
+test: lint ## lint, then run the tests
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+slow: $(VENV)/.installed-test ## run the tests that take minutes each
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.installed-test large-files ## check style, formatting, types, file sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry gift_jax
+	$(BIN)/pyright
+
+# Results and weights do not belong into git; the package's own assets are older.
+large-files:
+	@large=$$(git ls-files -z -- ':!gift_jax/assets' 2>/dev/null \
+		| xargs -0 sh -c 'find "$$@" -size +1000 -prune 2>/dev/null' -- Makefile); \
+		test -z "$$large" || { echo "larger than 500 kB: $$large" >&2; exit 1; }
 
 format: $(VENV)/.installed-test ## fix style and formatting
 	$(BIN)/ruff check --fix .
