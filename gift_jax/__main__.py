@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Immunize text-to-image diffusion models against malicious fine-tuning.
 
-    gift-jax COMMAND [...]      or      python -m gift_jax.COMMAND [...]
+Usage: gift-jax COMMAND ..., or python -m gift_jax.COMMAND ...
 """
 
 import difflib
