@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The notebook runs, in its short variant, by public functions alone."""
+
+import ast
+import json
+import pathlib
+
+PATH = pathlib.Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
+
+
+def code_cells():
+    notebook = json.loads(PATH.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in cells), "clear the outputs"
+    return ["".join(cell["source"]) for cell in cells]
+
+
+def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for source in code_cells():
+        cell = ast.parse(source.replace("SHORT = False", "SHORT = True"))
+        # what a cell ends with is for the reader's screen
+        cell.body = [line for line in cell.body if not isinstance(line, ast.Expr)]
+        exec(compile(cell, str(PATH), "exec"), names)
+    assert names["SHORT"]
+    assert set(names["recognition"]) == set(names["models"])
+    # a row for each model: it draws something, and not the same as the others
+    drawn = {name: images.tobytes() for name, images in names["images"].items()}
+    assert len(drawn) == 4 and len(set(drawn.values())) == 4
+    assert (tmp_path / "runs" / "quickstart" / "grid.png").is_file()
+
+
+def test_quickstart_uses_public_names_only():
+    used, imported = set(), set()
+    for node in ast.walk(ast.parse("\n".join(code_cells()))):
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert {"run", "draw", "load_model"} <= used | imported
+    assert not [name for name in used | imported if name.startswith("_")]
