@@ -65,17 +65,26 @@ def per_example(values_B: jax.Array, like: jax.Array) -> jax.Array:
 class NoiseProcess(Protocol):
     """How latents are noised in training, and what the denoiser is to predict."""
 
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of training; samplers take some of them."""
+        ...
+
     def sample_t(self, key: jax.Array, batch: int, index_B=None) -> jax.Array:
         """Returns each example's timestep, "B"."""
+        ...
 
     def noised(self, z_BCHW, eps_BCHW, t_B) -> jax.Array:
         """Returns the noised latents z_t, "B C H W"."""
+        ...
 
     def target(self, z_BCHW, eps_BCHW, t_B) -> jax.Array:
         """Returns what the denoiser is to predict at z_t, "B C H W"."""
+        ...
 
     def noise_of(self, out_BCHW, z_t_BCHW, t_B) -> jax.Array:
         """Returns the eps, "B C H W", that an output at z_t stands for."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

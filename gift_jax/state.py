@@ -19,8 +19,7 @@ from flax.traverse_util import unflatten_dict
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """What changes during a run.
 
     Attributes:
@@ -113,7 +112,9 @@ def repeat_update(update: Update, steps: int) -> Update:
             return params, opt, {}
 
         def body(carry, part):
-            params, opt, metrics = update(*carry, frozen, *part)
+            params, opt = carry
+            batch, key = part
+            params, opt, metrics = update(params, opt, frozen, batch, key)
             return (params, opt), metrics
 
         parts = split_batch(batch, steps)

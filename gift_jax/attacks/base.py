@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from gift_jax.runtime.registry import load_object
@@ -20,7 +19,7 @@ from gift_jax.training.optimizer import make_optimizer
 
 NAMES = ("lora", "dreambooth", "textual_inversion")
 
-Flat = dict[str, np.ndarray]
+Flat = dict[str, Any]  # path -> array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ examples/text_to_image/train_text_to_image_lora.py.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
 def plan(task: base.Task) -> base.Plan:
     """Returns the plan of LoRA fine-tuning."""
     s, model = task.settings, task.model
-    network = flatten_dict(model.params["unet"], sep="/")
+    network: dict[str, Any] = flatten_dict(model.params["unet"], sep="/")
     key = task.key("init")
     factors = init(key, network, s.rank, model.lora_targets, s.targets)
     kernels = model.float32_params("unet", factors)

@@ -7,6 +7,7 @@ examples/textual_inversion/textual_inversion.py.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def plan(task: base.Task) -> base.Plan:
     table_VD = token_table(model.folder)
     word = initializer_id(model.tokenizer, s.initializer)
     attacked = model.with_tokenizer(tokenizer(s, model.folder))
-    text = flatten_dict(model.params["text_encoder"], sep="/")
+    text: dict[str, Any] = flatten_dict(model.params["text_encoder"], sep="/")
     text[TOKEN_TABLE] = table_VD
 
     def files(params):

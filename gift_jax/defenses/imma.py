@@ -11,6 +11,7 @@ inside psi is kept in the end, since psi alone is exported.
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ def lower_part(params) -> tuple[str, ...]:
 def plan(task: base.Task) -> base.Plan:
     """Returns the plan of IMMA."""
     s, model, run = task.settings, task.model, task.run
-    flat = flatten_dict(model.params["unet"], sep="/")
+    flat: dict[str, Any] = flatten_dict(model.params["unet"], sep="/")
     exported = tuple(model.split(run.trainable).trainable)
     names = flat if s.inner_attack == "dreambooth" else exported
     # Copies: the loop donates them, and the model's own are still to be drawn with.

@@ -95,7 +95,8 @@ def mmd(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
     count = both.shape[0]
     width = jax.lax.stop_gradient(jnp.sum(distance) / (count * (count - 1)))
     powers = 2.0 ** (jnp.arange(MMD_KERNELS) - MMD_KERNELS // 2)
-    kernel = sum(jnp.exp(-distance / (width * p + 1e-12)) for p in powers)
+    kernels = (jnp.exp(-distance / (width * p + 1e-12)) for p in powers)
+    kernel = sum(kernels, jnp.zeros_like(distance))
     n = x_ND.shape[0]
     within = jnp.mean(kernel[:n, :n]) + jnp.mean(kernel[n:, n:])
     return within - 2.0 * jnp.mean(kernel[:n, n:])

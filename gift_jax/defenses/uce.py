@@ -110,7 +110,7 @@ def edit(
     erase_ND: Any,
     guide_ND: Any,
     preserve_MD: Any = None,
-    s: Uce = Uce(),  # noqa: B008 - frozen
+    s: Uce = Uce(),
 ) -> dict[str, Any]:
     """Returns the edited kernels, flat "a/b/c" -> array of the shape and dtype it had.
 

@@ -2,6 +2,7 @@
 """Which of a UNet's parameters train."""
 
 import re
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 
@@ -20,7 +21,7 @@ TRAINABLE_SETS = {
 }
 
 
-def select_trainable(unet_params, rule):
+def select_trainable(unet_params, rule) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters into (trainable, frozen), each a flat dict "a/b/c" -> array.
 
     Args: unet_params: nested dict, or already flat. rule: of `RULES`.

@@ -9,7 +9,7 @@ from gift_jax.runtime.errors import UserError, choice, shown
 
 
 def load_object(
-    field: str, name: str, package: str, names: Sequence[str], attribute: str
+    field: str, name: str, package: str | None, names: Sequence[str], attribute: str
 ) -> Any:
     """Returns `attribute` of the module `package.name`, or of a dotted path.
 
