@@ -7,6 +7,7 @@ Axes: B batch, N queries, M keys, H heads, D a head's size. Scores are float32.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def _flash(q_BNHD, k_BNHD, v_BNHD, *, interpret):
     blocks = {name for name in fields if name.startswith("block_")}
     sizes = dict.fromkeys(blocks, math.gcd(_FLASH_BLOCK, N))
     # with tokens last, a head of 40 or 80 is not padded to a TPU's 128 lanes
-    layouts = dict.fromkeys(fields - blocks, splash.QKVLayout.SEQ_MINOR)
+    layouts: dict[str, Any] = dict.fromkeys(fields - blocks, splash.QKVLayout.SEQ_MINOR)
     layouts["use_fused_bwd_kernel"] = False
     attend_example = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.FullMask((N, N))] * H),
