@@ -22,7 +22,6 @@ so that one loss serves both kinds: the error in eps is sqrt(abar) times that in
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,25 +95,28 @@ def trajectories(
     Raises: UserError if the model's scheduler has no table of that many steps.
     Source: Song et al. 2021, arXiv:2010.02502; Gandikota et al. 2023, section 4.1.
     """
-    table, clip = _table(model.scheduler_config, s)
+    table, _ = _table(model.scheduler_config, s)
     count = len(cond_N)
     mesh, size = sampler.divide(min(batch, count))
     model = model.with_kernels(model.kernels.for_sampling(mesh))
-    walk = _compiled(model.unet, clip)
+    ddim_step = _ddim_step(model.denoiser, s, model.scheduler_config)
     params, empty_1 = sharding.replicate(mesh, (model.params["unet"], empty_1))
+
+    @jax.jit
+    def walk(params, z_BCHW, cond, empty_1):
+        both = with_empty(cond, empty_1)
+
+        def body(x, row):
+            return ddim_step(params, x, row, both), x
+
+        return jax.lax.scan(body, z_BCHW, jax.tree.map(jnp.asarray, table))
+
     z_NSCHW = np.empty((count, len(table.t), *model.latent_shape), np.float32)
     end_NCHW = np.empty((count, *model.latent_shape), np.float32)
     for some in sampler.in_batches(count, size):
         noise = sampler.numbered_latents(key, some, model.latent_shape)
         noise, cond = sharding.put_batch(mesh, (noise, cond_N[some]))
-        end, before_SBCHW = walk(
-            params,
-            table,
-            jnp.float32(s.guidance),
-            noise,
-            cond,
-            empty_1 if s.guidance > 1 else None,
-        )
+        end, before_SBCHW = walk(params, noise, cond, empty_1)
         z_NSCHW[some] = np.moveaxis(np.asarray(before_SBCHW), 0, 1)
         end_NCHW[some] = end
     return {"z": z_NSCHW, "t": np.asarray(table.t), "end": end_NCHW}
@@ -140,24 +142,6 @@ def _table(scheduler_config: Mapping, s: Esd):
     return table, schedules.clip_range(scheduler_config, "ddim")
 
 
-@functools.lru_cache(maxsize=4)
-def _compiled(unet, clip):
-    def walk(params, table, guidance, z_BCHW, cond, empty_1):
-        return sampler.sample_latents(
-            unet,
-            params,
-            table,
-            clip,
-            guidance,
-            z_BCHW,
-            cond,
-            empty_1,
-            trace=True,
-        )
-
-    return jax.jit(walk)
-
-
 def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable:
     """Returns a guided DDIM sampler that stops each example at a row of its own.
 
@@ -165,26 +149,41 @@ def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable
       -> the latents before that row, float32 "B C H W". Pure; it takes as many steps as
       the last of the rows asks for, at most S - 1, and has no reverse-mode gradient.
     """
-    table, clip = _table(scheduler_config, s)
+    table, _ = _table(scheduler_config, s)
     table = jax.tree.map(jnp.asarray, table)
+    ddim_step = _ddim_step(denoiser, s, scheduler_config)
 
     def walk(network, z_BCHW, row_B, cond, empty_1):
         both = with_empty(cond, empty_1)
 
         def body(i, x):
-            row = jax.tree.map(lambda a: a[i], table)
-            if s.guidance > 1:
-                none, some = _predict_twice(denoiser, network, x, row.t, both)
-                m = none + s.guidance * (some - none)
-            else:
-                m = _predict(denoiser, network, x, row.t, cond)
-            no_history = jnp.zeros((len(row.on_h), *x.shape), x.dtype)  # DDIM has none
-            new, _ = sampler.advance(row, clip, x, x, no_history, m)
+            new = ddim_step(network, x, jax.tree.map(lambda a: a[i], table), both)
             return jnp.where(per_example(i < row_B, x), new, x)
 
         return jax.lax.fori_loop(0, jnp.max(row_B), body, z_BCHW)
 
     return walk
+
+
+def _ddim_step(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable:
+    """Returns (network, x "B C H W", row of the table, "2B ..." of `with_empty`) -> x.
+
+    Latents in float32, guided; without guidance the second half of cond alone is used.
+    """
+    _, clip = _table(scheduler_config, s)
+
+    def ddim_step(network, x, row, both):
+        if s.guidance > 1:
+            none, some = _predict_twice(denoiser, network, x, row.t, both)
+            m = none + s.guidance * (some - none)
+        else:
+            cond = jax.tree.map(lambda a: a[x.shape[0] :], both)
+            m = _predict(denoiser, network, x, row.t, cond)
+        no_history = jnp.zeros((len(row.on_h), *x.shape), x.dtype)  # DDIM has none
+        new, _ = sampler.advance(row, clip, x, x, no_history, m)
+        return new
+
+    return ddim_step
 
 
 def _predict(denoiser, network, z_BCHW, t, cond):
