@@ -277,7 +277,10 @@ def plan(task: base.Task) -> base.Plan:
 def _post_finetune(task: base.Task, frozen) -> Callable[[Flat], base.Plan]:
     s, denoiser = task.settings, task.model.denoiser
     tx = make_optimizer(s.post_finetune, s.post_finetune.steps)
-    loss = make_lower_loss(denoiser, s.lower_target)
+    lower_loss = make_lower_loss(denoiser, s.lower_target)
+
+    def loss(params, frozen, batch, key):
+        return lower_loss(params, frozen, batch["safe"], key)
 
     def then(params: Flat) -> base.Plan:
         return base.Plan(
