@@ -72,9 +72,10 @@ def field_groups(attack: base.Attack, name: str) -> dict[str, type]:
     return groups | dict.fromkeys(attack.groups, DataGroup)
 
 
-def resolve(cfg: Any) -> AttackRun:
+def resolve(cfg: Any, *, with_data: bool = True) -> AttackRun:
     """Returns a config with every field checked; groups that are not read are not.
 
+    Args: with_data: False leaves out the groups of data, which may lie elsewhere now.
     Raises: UserError naming the field, before data or compilation.
     """
     attack = base.load(cfg.attack)
@@ -84,6 +85,7 @@ def resolve(cfg: Any) -> AttackRun:
     data = {
         group: config.resolve_group(cfg, group, DataGroup)
         for group in attack.reads(settings)
+        if with_data
     }
     setup.check_batches(run, data)
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}

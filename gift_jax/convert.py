@@ -15,6 +15,7 @@ import pathlib
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from gift_jax import attack, train
 from gift_jax.attacks import base as attacks_base
@@ -24,9 +25,9 @@ from gift_jax.models import orbax as orbax_model
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.load import model_folder
 from gift_jax.models.trainable import select_trainable
-from gift_jax.runtime import cli, files
+from gift_jax.runtime import cli, config, files
 from gift_jax.runtime.errors import UserError
-from gift_jax.training import checkpoint
+from gift_jax.training import checkpoint, setup
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -142,7 +143,7 @@ class Run:
             )
         self.step, params = checkpoint.read_params(folder, step)
         command = {"train": train, "attack": attack}[cfg["kind"]]
-        run = command.resolve(cfg)
+        run = command.resolve(_with_processes(cfg), with_data=False)
         self.summary, self.tokenizer = command.summary(run), None
         base_folder = ModelFolder(self.base, self.variant)
         if command is attack:
@@ -158,6 +159,14 @@ class Run:
     def base_entries(self):
         """Returns {Flax path: (name, entry)} of the base's UNet."""
         return weights.entries_by_path(self.base / "unet", "unet", self.variant)
+
+
+def _with_processes(cfg):
+    """Returns a config.json's content with the group that it leaves out."""
+    cfg = ConfigDict(cfg)
+    if "processes" not in cfg.hardware:
+        cfg.hardware.processes = config.to_config(setup.Processes)
+    return cfg
 
 
 def _find_base(cfg, base):

@@ -68,18 +68,21 @@ def field_groups(defense: base.Defense, method: str) -> dict[str, type]:
     return groups | dict.fromkeys(defense.groups, DataGroup)
 
 
-def resolve(cfg: Any) -> TrainRun:
+def resolve(cfg: Any, *, with_data: bool = True) -> TrainRun:
     """Returns a config with every field checked.
 
+    Args: with_data: False leaves out the groups of data, which may lie elsewhere now.
     Raises: UserError naming the field, before data or compilation.
     """
     defense = base.load(cfg.method)
     run = config.resolve(cfg, TrainFields)
     groups = field_groups(defense, run.method)
     values = {
-        name: config.resolve_group(cfg, name, fields) for name, fields in groups.items()
+        name: config.resolve_group(cfg, name, fields)
+        for name, fields in groups.items()
+        if with_data or fields is not DataGroup
     }
-    data = {name: values[name] for name in defense.groups}
+    data = {name: values[name] for name in defense.groups if with_data}
     setup.check_batches(run, data)
     return TrainRun(
         **{f.name: getattr(run, f.name) for f in dataclasses.fields(run)},
