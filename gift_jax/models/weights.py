@@ -352,15 +352,27 @@ def export(
         for path in resized:  # last: it moves what comes after it in its file
             name, entry = entries[path]
             _resize(temp / entry.file.relative_to(base), name, changed[path])
-        if tokenizer is not None:  # a file left of the old one would contradict it
-            shutil.rmtree(temp / "tokenizer")
-            tokenizer.save_pretrained(str(temp / "tokenizer"))
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, temp / "tokenizer")
         if readme:
             (temp / "README.md").write_text(readme, encoding="utf-8")
         if dtype is not None:
             for component in COMPONENTS:
                 for file in sorted((temp / component).glob("*.safetensors")):
                     _recast_file(file, dtype)
+
+
+def _write_tokenizer(tokenizer, folder):
+    """Writes a tokenizer that has more words than the one in the folder.
+
+    transformers 5 reads and writes tokenizer.json alone; older versions read the
+    vocabulary, which stays as it is, and added_tokens.json.
+    """
+    for name in ("tokenizer.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)  # of the old one
+    tokenizer.save_pretrained(str(folder))
+    added = json.dumps(tokenizer.get_added_vocab(), indent=2, sort_keys=True)
+    (folder / "added_tokens.json").write_text(added + "\n", encoding="utf-8")
 
 
 def _resized_table(changed, entries):
