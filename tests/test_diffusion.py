@@ -1,72 +1,203 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion loss of cached pairs."""
+"""Noise, the noise process against NumPy and PyTorch, and the loss of cached pairs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_denoiser
+from tiny_model import check_equal
 
-from gift_jax.diffusion import normal_like, timesteps
-from gift_jax.models.trainable import merge_params
+from gift_jax.diffusion import (
+    Ddpm,
+    add_noise,
+    example_keys,
+    normal_like,
+    squared_error,
+    timesteps,
+)
+from gift_jax.models.sd import stable_diffusion
+from gift_jax.state import merge_params
 
-KEY = jax.random.key(3)
+KEY = jax.random.key(7)
+ABAR = np.asarray([0.9991, 0.7, 0.2, 0.005], np.float32)
 
 
 @pytest.fixture
-def unet():
+def latents(rng):
+    """z and eps of a batch of four, one at each of four timesteps."""
+    z, eps = rng.normal(size=(2, 4, 4, 3, 3)).astype(np.float32)
+    return z, eps, np.arange(4)
+
+
+@pytest.fixture
+def network():
     return merge_params(toy_denoiser.params(), {})
 
 
+# --- what is drawn --------------------------------------------------------------------
+
+
+def test_noise_is_drawn_by_the_place_in_the_batch(latents):
+    z, _, _ = latents
+    whole = normal_like(KEY, z)
+    keys = example_keys(KEY, jnp.arange(2, 4))
+    half = jax.vmap(lambda k: jax.random.normal(k, z.shape[1:]))(keys)
+    assert len(np.unique(whole.reshape(4, -1), axis=0)) == 4
+    np.testing.assert_array_equal(normal_like(KEY, z[:2]), whole[:2])
+    np.testing.assert_array_equal(half, whole[2:])
+    assert not np.allclose(normal_like(jax.random.key(8), z), whole)
+
+
+def test_noise_is_standard_normal():
+    noise = np.asarray(normal_like(KEY, jnp.zeros((64, 400))))
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    assert abs(np.corrcoef(noise[0], noise[1])[0, 1]) < 0.2
+
+
+def test_timesteps_cover_the_range_by_place():
+    t = np.asarray(timesteps(KEY, 4000, 10))
+    counts = np.bincount(t, minlength=10)
+    assert len(counts) == 10
+    assert counts.min() > 300
+    np.testing.assert_array_equal(timesteps(KEY, 7, 10), t[:7])
+    np.testing.assert_array_equal(Ddpm(np.ones(10)).sample_t(KEY, 7), t[:7])
+
+
+# --- the noise process ----------------------------------------------------------------
+
+
+def test_noised_latents_equal_numpy(latents):
+    z, eps, t = latents
+    a = ABAR.astype(np.float64).reshape(4, 1, 1, 1)
+    expected = np.sqrt(a) * z + np.sqrt(1 - a) * eps
+    np.testing.assert_allclose(Ddpm(ABAR).noised(z, eps, t), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("cls", ["DDPM", "DDIM", "PNDM"])
+def test_noised_latents_and_targets_equal_pytorch(cls, name, zero_snr, rng):
+    torch = pytest.importorskip("torch")
+    import diffusers
+
+    changes = {"beta_schedule": name, "beta_start": 0.00085, "beta_end": 0.012}
+    if zero_snr and cls != "PNDM":  # which knows nothing of it
+        changes["rescale_betas_zero_snr"] = True
+    scheduler = getattr(diffusers, f"{cls}Scheduler")(**changes)
+    config = {"num_train_timesteps": 1000, **changes}
+    t = np.asarray([0, 1, 20, 250, 500, 750, 980, 998, 999])
+    z, eps = rng.normal(size=(2, len(t), 4, 8, 8)).astype(np.float32)
+    abar_T = stable_diffusion.alphas_cumprod(config)
+    noise = Ddpm(np.float32(abar_T), "v_prediction")
+    ours = {"noised": noise.noised(z, eps, t)}
+    if hasattr(scheduler, "get_velocity"):
+        ours["velocity"] = noise.target(z, eps, t)
+
+    def theirs(dtype):
+        inputs = [torch.tensor(a, dtype=dtype) for a in (z, eps)] + [torch.tensor(t)]
+        arrays = {"noised": scheduler.add_noise(*inputs)}
+        if hasattr(scheduler, "get_velocity"):
+            arrays["velocity"] = scheduler.get_velocity(*inputs)
+        return by_time({name: a.numpy() for name, a in arrays.items()})
+
+    def theirs_in_double():  # its own schedule is in float32: 1 - abar[0] is 4e-5
+        scheduler.alphas_cumprod = torch.tensor(abar_T)
+        return theirs(torch.float64)
+
+    def by_time(arrays):
+        return {(n, t[i]): a[i] for n, a in arrays.items() for i in range(len(t))}
+
+    check_equal(cls, by_time(ours), theirs(torch.float32), theirs_in_double)
+
+
+def test_target_is_eps_or_v_and_its_noise_is_eps_again(latents):
+    z, eps, t = latents
+    np.testing.assert_array_equal(Ddpm(ABAR).target(z, eps, t), eps)
+    np.testing.assert_array_equal(Ddpm(ABAR).noise_of(eps, z, t), eps)
+    a = ABAR.astype(np.float64).reshape(4, 1, 1, 1)
+    noise = Ddpm(ABAR, "v_prediction")
+    v = noise.target(z, eps, t)
+    np.testing.assert_allclose(v, np.sqrt(a) * eps - np.sqrt(1 - a) * z, atol=1e-6)
+    z_t = noise.noised(z, eps, t)
+    np.testing.assert_allclose(noise.noise_of(v, z_t, t), eps, atol=1e-5)
+
+
+def test_unknown_prediction_type_is_an_error():
+    with pytest.raises(ValueError, match="'sample' must be one of epsilon, v_pred"):
+        Ddpm(ABAR, "sample")
+
+
+def test_add_noise_refuses_shapes_that_differ(latents):
+    z, eps, _ = latents
+    with pytest.raises(ValueError, match="differ"):
+        add_noise(z, eps[:1], ABAR)
+
+
+# --- the loss -------------------------------------------------------------------------
+
+
+def test_squared_error_is_a_mean_per_example_in_float32(latents):
+    z, eps, _ = latents
+    expected = np.square(z.astype(np.float64) - eps).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(squared_error(z, eps), expected, rtol=1e-6)
+    ours = squared_error(jnp.asarray(z, jnp.bfloat16), eps)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, expected, rtol=2e-2)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_loss_equals_numpy(unet, rng, kind):
-    denoiser = toy_denoiser.denoiser(kind)
-    abar_T, batch = toy_denoiser.abar(), toy_denoiser.batch(3)
+def test_loss_equals_numpy(network, rng, kind):
+    denoiser, batch = toy_denoiser.denoiser(kind), toy_denoiser.batch(3)
     z, t = np.asarray(batch["mean"]), np.asarray([0, 4, 9])
     eps = rng.normal(size=z.shape).astype(np.float32)
-    loss, _ = denoiser.losses_at(unet, abar_T, z, t, eps, batch["text"])
-    a = np.asarray(abar_T)[t].reshape(3, 1, 1, 1)
+    loss, _ = denoiser.losses_at(network, z, t, eps, batch["cond"])
+    a = np.float32(toy_denoiser.noise().abar_T)[t].reshape(3, 1, 1, 1)
     z_t = np.sqrt(a) * z + np.sqrt(1 - a) * eps
-    wanted = eps if kind == "epsilon" else np.sqrt(a) * eps - np.sqrt(1 - a) * z
-    out, _ = toy_denoiser.predict(unet, z_t, t, batch["text"])
-    expected = np.square(np.asarray(out) - wanted).mean(axis=(1, 2, 3))
+    target = eps if kind == "epsilon" else np.sqrt(a) * eps - np.sqrt(1 - a) * z
+    out, _ = toy_denoiser.predict(network, z_t, t, batch["cond"])
+    expected = np.square(np.asarray(out) - target).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_each_example_has_noise_and_timestep_of_its_own(unet):
+@pytest.fixture(scope="module")
+def losses():
+    """The toy's losses, jitted."""
+    return jax.jit(toy_denoiser.denoiser().losses)
+
+
+def test_each_example_has_noise_and_timestep_of_its_own(network, losses):
     one = toy_denoiser.batch(1)
     batch = jax.tree.map(lambda a: np.repeat(a, 8, axis=0), one)
-    loss, _ = jax.jit(toy_denoiser.denoiser().losses)(
-        unet, toy_denoiser.abar(), batch, KEY
-    )
-    assert len(np.unique(loss)) == 8
+    assert len(np.unique(losses(network, batch, KEY)[0])) == 8
 
 
-def test_loss_of_an_example_does_not_depend_on_the_rest_of_the_batch(unet):
-    denoiser, abar_T = toy_denoiser.denoiser(), toy_denoiser.abar()
+def test_loss_of_an_example_does_not_depend_on_the_rest_of_the_batch(network, losses):
     batch = toy_denoiser.batch(4)
-    loss = jax.jit(denoiser.losses)
-    whole, _ = loss(unet, abar_T, batch, KEY)
-    part, _ = loss(unet, abar_T, jax.tree.map(lambda a: a[:2], batch), KEY)
+    whole, _ = losses(network, batch, KEY)
+    part, _ = losses(network, jax.tree.map(lambda a: a[:2], batch), KEY)
     np.testing.assert_allclose(part, whole[:2], rtol=1e-5)
+    last = jax.tree.map(lambda a: a[2:], batch) | {"index": jnp.asarray([2, 3])}
+    np.testing.assert_allclose(losses(network, last, KEY)[0], whole[2:], rtol=1e-5)
 
 
-def test_latents_are_drawn_from_the_posterior(unet):
-    denoiser, abar_T = toy_denoiser.denoiser(), toy_denoiser.abar()
+def test_latents_are_drawn_from_the_posterior(network, losses):
     batch = toy_denoiser.batch(4)
     k_z, k_eps, k_t = jax.random.split(KEY, 3)
     z = batch["mean"] + batch["std"] * normal_like(k_z, batch["mean"])
     eps, t = normal_like(k_eps, z), timesteps(k_t, 4, toy_denoiser.T)
-    expected, _ = denoiser.losses_at(unet, abar_T, z, t, eps, batch["text"])
-    jitted = jax.jit(denoiser.losses)
-    loss, _ = jitted(unet, abar_T, batch, KEY)
-    narrow, _ = jitted(unet, abar_T, batch | {"std": 0 * z}, KEY)
+    denoiser = toy_denoiser.denoiser()
+    expected, _ = denoiser.losses_at(network, z, t, eps, batch["cond"])
+    loss, _ = losses(network, batch, KEY)
+    narrow, _ = losses(network, batch | {"std": 0 * z}, KEY)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert not np.allclose(loss, narrow, rtol=1e-3)
 
 
-def test_hidden_states_come_only_when_asked_for(unet):
-    denoiser, args = toy_denoiser.denoiser(), (toy_denoiser.abar(),)
-    args = (unet, *args, toy_denoiser.batch(2), KEY)
+def test_hidden_states_come_only_when_asked_for(network):
+    args = network, toy_denoiser.batch(2), KEY
+    denoiser = toy_denoiser.denoiser()
     assert denoiser.losses(*args)[1] == {}
     hiddens = denoiser.losses(*args, ("transformer",))[1]
     assert {name: h.shape for name, h in hiddens.items()} == {"block": (2, 4, 4)}

@@ -21,22 +21,21 @@ def start(params, tx):
 
 
 def encode(text, ids):
-    return text["text_model"]["table"][ids]
+    return {"states": text["text_model"]["table"][ids]}
 
 
 def taken(params, batch, tx=None, **options):
     """Returns (state after a step, metrics) of the toy model."""
     tx = tx or optax.sgd(0.1)
-    make = dreambooth.make_step(toy_denoiser.denoiser(), tx, **options)
-    frozen = {"abar": toy_denoiser.abar()}
-    return jax.jit(make)(start(params, tx), frozen, batch, KEY)
+    step = dreambooth.make_step(toy_denoiser.denoiser(), tx, **options)
+    return jax.jit(step)(start(params, tx), {}, batch, KEY)
 
 
 @pytest.fixture
 def batch():
     """Instance and prior pairs, of different numbers."""
     return {
-        "attack": toy_denoiser.batch(4),
+        "data": toy_denoiser.batch(4),
         "prior": toy_denoiser.batch(2, seed=1),
     }
 
@@ -79,14 +78,14 @@ def test_prior_loss_is_added_with_its_weight_each_a_mean_of_its_own(batch):
 def test_text_encoder_trains_through_the_ids(batch, rng):
     table = jnp.asarray(rng.normal(size=(7, toy_denoiser.D)), jnp.float32)
     ids = jnp.asarray([[1, 2, 3]] * 4)
-    pairs = {k: v for k, v in batch["attack"].items() if k != "text"} | {"ids": ids}
+    pairs = {k: v for k, v in batch["data"].items() if k != "cond"} | {"ids": ids}
     params = toy_denoiser.params() | {TABLE: table}
-    new, metrics = taken(params, {"attack": pairs}, encode=encode)
+    new, metrics = taken(params, {"data": pairs}, encode_ids=encode)
     moved = np.abs(new.params[TABLE] - table).max(axis=1)
     assert (moved[1:4] > 0).all() and not moved[[0, 4, 5, 6]].any()
     unet = unflatten_dict({k: v for k, v in params.items() if k != TABLE}, sep="/")
     k_instance, _ = jax.random.split(jax.random.fold_in(KEY, 0))
     losses = toy_denoiser.denoiser().losses(
-        unet, toy_denoiser.abar(), pairs | {"text": table[ids]}, k_instance
+        unet, pairs | {"cond": {"states": table[ids]}}, k_instance
     )[0]
     np.testing.assert_allclose(metrics["attack/loss"], losses.mean(), rtol=1e-5)

@@ -8,11 +8,9 @@ import optax
 import pytest
 import toy_denoiser
 
-from gift_jax.attacks import base as attacks_base
 from gift_jax.attacks import textual_inversion
 from gift_jax.models import weights
 from gift_jax.models.load import EMBEDDED
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import init_state
@@ -26,7 +24,8 @@ def tokenizer():
 
 
 def encode(text, ids):
-    return text["text_model"]["embeddings"]["token_embedding"]["embedding"][ids]
+    table = text["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    return {"states": table[ids]}
 
 
 def test_step_trains_the_new_rows_only(rng):
@@ -36,16 +35,13 @@ def test_step_trains_the_new_rows_only(rng):
     params = {"embeddings": textual_inversion.start(table, 2, 3)}
     np.testing.assert_array_equal(params["embeddings"], table[np.asarray([2, 2, 2])])
     state = init_state(params, {"attack": tx.init(params)})
-    frozen = {
-        "unet": toy_denoiser.params(),
-        "text": {weights.TOKEN_TABLE: table},
-        "abar": toy_denoiser.abar(),
-    }
+    text = {weights.TOKEN_TABLE: table}
+    frozen = {"unet": toy_denoiser.params(), "text": text}
     kept = jax.device_get(frozen)
     pairs = toy_denoiser.batch(4)
-    del pairs["text"]
+    del pairs["cond"]
     pairs["ids"] = jnp.asarray([[1, 7, 8]] * 4)  # row 9 is in no prompt
-    new, _ = jax.jit(step)(state, frozen, {"attack": pairs}, KEY)
+    new, _ = jax.jit(step)(state, frozen, {"data": pairs}, KEY)
     moved = np.abs(new.params["embeddings"] - params["embeddings"]).max(axis=1)
     assert (moved[:2] > 1e-3).all() and moved[2] == 0
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), kept)
@@ -59,27 +55,27 @@ def test_new_words_are_whole_tokens_at_the_end_of_the_vocabulary(tokenizer):
 
 
 def test_word_of_several_vectors_becomes_them_all(tiny):
-    model = attacks_base.with_tokens(tiny, "<thing>", 2)
-    known = len(tiny.tokenizer)
-    ids = stable_diffusion.tokenize(model, ["a <thing> cat"])
-    assert ids[0, 2:4].tolist() == [known, known + 1]
-    one = stable_diffusion.tokenize(
-        attacks_base.with_tokens(tiny, "<thing>", 1), ["a <thing> cat"]
-    )
-    assert ids[0, 4:-1].tolist() == one[0, 3:-2].tolist()
+    known, ids = len(tiny.tokenizer), {}
+    for vectors in (1, 2):
+        s = textual_inversion.TextualInversion(vectors=vectors)
+        words = textual_inversion.tokenizer(s, tiny.folder)
+        ids[vectors] = tiny.with_tokenizer(words).tokenize(["a <thing> cat"])[0]
+    assert ids[2][2:4].tolist() == [known, known + 1]
+    assert ids[2][4:-1].tolist() == ids[1][3:-2].tolist()
 
 
-@pytest.mark.parametrize(
-    "token, vectors, message",
-    [
-        ("", 1, "config.inversion.token='' must be one word"),
-        ("a b", 1, "config.inversion.token='a b' must be one word"),
-        ("<thing>", 0, "config.inversion.vectors=0 must be at least 1"),
-    ],
-)
-def test_bad_words_are_refused(token, vectors, message):
-    with pytest.raises(UserError, match=message):
-        textual_inversion.check_token(token, vectors)
+@pytest.mark.parametrize("token", ["", "a b", " a"])
+def test_a_token_is_one_word(token):
+    s = textual_inversion.TextualInversion(token=token)
+    with pytest.raises(UserError, match=f"config.t.token='{token}' must be one word"):
+        s.check("config.t")
+
+
+def test_prompts_without_the_token_are_refused():
+    s = textual_inversion.TextualInversion()
+    textual_inversion.check_prompts(s, ["a <thing>", "<thing>s"])
+    with pytest.raises(UserError, match="config.data: 'a dog' has no <thing>"):
+        textual_inversion.check_prompts(s, ["a <thing>", "a dog"])
 
 
 def test_words_of_the_vocabulary_are_refused(tokenizer):

@@ -11,8 +11,6 @@ import pytest
 import toy_denoiser
 
 from gift_jax.defenses import gift
-from gift_jax.models.load import make_denoiser, split_unet
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
 from gift_jax.state import init_state
 
@@ -26,6 +24,11 @@ class Setup:
     frozen: dict
     batch: dict
 
+    @property
+    def network(self):
+        """Every parameter of the network, flat."""
+        return {**self.frozen["unet"], **self.params}
+
     def state(self, tx_lower, tx_upper):
         """A fresh copy at step 0, which a step may be given to keep."""
         params = jax.tree.map(jnp.array, self.params)
@@ -33,9 +36,9 @@ class Setup:
         return init_state(params, opt)
 
     def step(self, lower=None, upper=None, **settings):
-        """Returns (state, jitted step), with SGD where no optimiser is given."""
+        """Returns (state, jitted step), with SGD where no optimizer is given."""
         lower, upper = lower or optax.sgd(0.1), upper or optax.sgd(0.1)
-        step = gift.make_step(self.denoiser, gift.Settings(**settings), lower, upper)
+        step = gift.make_step(self.denoiser, gift.Gift(**settings), lower, upper)
         return self.state(lower, upper), jax.jit(step)
 
 
@@ -45,7 +48,7 @@ def make_toy(dtype=np.float32, count=4):
     return Setup(
         toy_denoiser.denoiser(),
         trainable,
-        {"unet": frozen, "abar": toy_denoiser.abar(dtype)},
+        {"unet": frozen},
         {
             "safe": toy_denoiser.batch(count, dtype, 0),
             "harmful": toy_denoiser.batch(count, dtype, 1),
@@ -63,20 +66,25 @@ def toy_factory():
     return make_toy
 
 
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_setup(tiny):
     """The tiny UNet, cross-attention trainable, two random pairs a level."""
-    parts = split_unet(tiny, "cross_attention")
+    parts = tiny.split("cross_attention")
     rng = np.random.default_rng(5)
 
     def pairs():
         return {
             "mean": rng.normal(size=(2, 4, 8, 8)).astype(np.float32),
             "std": rng.uniform(0.01, 0.1, size=(2, 4, 8, 8)).astype(np.float32),
-            "text": rng.normal(size=(2, 16, 32)).astype(np.float32),
+            "cond": {"states": rng.normal(size=(2, 16, 32)).astype(np.float32)},
         }
 
-    abar = stable_diffusion.noise_schedule(tiny)
-    frozen = {"unet": parts.frozen, "abar": abar}
+    frozen = {"unet": parts.frozen}
     batch = {"safe": pairs(), "harmful": pairs()}
-    return Setup(make_denoiser(tiny), parts.trainable, frozen, batch)
+    return Setup(tiny.denoiser, parts.trainable, frozen, batch)

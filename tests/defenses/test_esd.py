@@ -12,19 +12,19 @@ import pytest
 import toy_denoiser
 from tiny_model import relative_error
 
+from gift_jax.data.pipeline import DeduplicatedArray
 from gift_jax.defenses import esd
+from gift_jax.diffusion import Ddpm, Denoiser
 from gift_jax.models import safetensors_io
-from gift_jax.models.load import load_model, make_denoiser, split_unet
-from gift_jax.models.sd import stable_diffusion
-from gift_jax.models.trainable import merge_params, select_trainable
+from gift_jax.models.load import load_model
+from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import sampler, schedules
-from gift_jax.state import init_state
+from gift_jax.state import init_state, merge_params
 from gift_jax.training import sharding
 
 KEY = jax.random.key(5)
-SCHEDULER = {"num_train_timesteps": toy_denoiser.T, "clip_sample": False}
-SHAPE = (toy_denoiser.C, toy_denoiser.SIDE, toy_denoiser.SIDE)
+SHAPE = toy_denoiser.Model.latent_shape
 
 
 # --- against PyTorch ------------------------------------------------------------------
@@ -61,20 +61,22 @@ def unets(tiny_folder, tiny_setup):
 def test_loss_and_gradient_equal_pytorch(tiny_setup, unets, rng, kind):
     import torch
 
-    denoiser = dataclasses.replace(tiny_setup.denoiser, prediction_type=kind)
+    abar_T = tiny_setup.denoiser.noise.abar_T
+    denoiser = Denoiser(tiny_setup.denoiser.predict, Ddpm(abar_T, kind))
     z, c, empty = (
         rng.normal(size=shape).astype(np.float32)
         for shape in ((2, 4, 8, 8), (2, 16, 32), (1, 16, 32))
     )
     t, eta = np.asarray([150, 900], np.int32), 1.7
-    frozen = tiny_setup.frozen | {"original": tiny_setup.params, "empty": empty}
-    loss = esd.make_loss(denoiser, esd.Settings(eta=eta))
+    originals = {"original": tiny_setup.params, "empty": {"states": empty}}
+    frozen, pairs = tiny_setup.frozen | originals, {"z": z, "t": t}
+    loss = esd.make_loss(denoiser, esd.Esd(eta=eta))
     (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        moved(tiny_setup.params), frozen, {"z": z, "t": t, "text": c}
+        moved(tiny_setup.params), frozen, pairs | {"cond": {"states": c}}
     )
 
     original, student = unets
-    abar = torch.tensor(np.asarray(frozen["abar"]))[torch.tensor(t).long()]
+    abar = torch.tensor(abar_T)[torch.tensor(t).long()]
     alpha, sigma = (a.sqrt().reshape(2, 1, 1, 1) for a in (abar, 1 - abar))
     z, t, c, empty = (torch.tensor(a) for a in (z, t, c, empty))
 
@@ -98,28 +100,24 @@ def test_loss_and_gradient_equal_pytorch(tiny_setup, unets, rng, kind):
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), path
 
 
-def test_unknown_prediction_type_is_an_error():
-    with pytest.raises(ValueError, match="'sample' is not epsilon or v_prediction"):
-        esd.noise_of(jnp.ones(1), jnp.ones(1), jnp.ones(1), "sample")
-
-
 # --- trajectories ---------------------------------------------------------------------
 
-WALK = esd.Settings(steps=6, guidance=4.0)
+WALK = esd.Esd(steps=6, guidance=4.0)
 
 
 @pytest.fixture(scope="module")
 def walked(tiny):
     """Three trajectories of the tiny model, walked two at a time."""
-    text = np.asarray(stable_diffusion.encode_prompts(tiny, ["a dog", "two", "red"]))
-    empty = np.asarray(stable_diffusion.encode_prompts(tiny, [""]))
-    return text, empty, esd.trajectories(tiny, text, empty, KEY, WALK, batch=2)
+    cond = jax.device_get(tiny.encode_text(["a dog", "two", "red"]))
+    empty = jax.device_get(tiny.encode_text([""]))
+    each = DeduplicatedArray(cond, np.arange(3))
+    return cond, empty, esd.trajectories(tiny, each, empty, KEY, WALK, batch=2)
 
 
 def test_trajectory_ends_where_the_sampler_does(tiny, walked):
-    text, empty, cached = walked
+    cond, empty, cached = walked
     sample = sampler.make_sampler(tiny, "ddim", 6, 4.0, decode=False)
-    end = sample(tiny.params["unet"], None, text, empty, KEY)
+    end = sample(tiny.params["unet"], None, cond["states"], empty["states"], KEY)
     assert cached["z"].shape == (3, 6, *tiny.latent_shape)
     assert relative_error(cached["end"], end) < 1e-5
     noise = sampler.initial_latents(KEY, 3, tiny.latent_shape)
@@ -132,7 +130,8 @@ def test_trajectory_equals_pytorch_at_every_row(tiny_folder, walked):
     torch = pytest.importorskip("torch")
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    text, empty, cached = walked
+    cond, empty, cached = walked
+    text, empty = cond["states"], empty["states"]
     unet = UNet2DConditionModel.from_pretrained(str(tiny_folder / "unet")).eval()
     scheduler = DDIMScheduler.from_pretrained(str(tiny_folder / "scheduler"))
     scheduler.set_timesteps(6)
@@ -146,10 +145,10 @@ def test_trajectory_equals_pytorch_at_every_row(tiny_folder, walked):
 
 
 def test_walk_stops_each_example_at_its_own_row(tiny, walked):
-    text, empty, cached = walked
-    walk = jax.jit(esd.make_walk(make_denoiser(tiny), WALK, tiny.scheduler_config))
+    cond, empty, cached = walked
+    walk = jax.jit(esd.make_walk(tiny.denoiser, WALK, tiny.scheduler_config))
     row = np.asarray([5, 0, 2])
-    z = walk(tiny.params["unet"], cached["z"][:, 0], row, text, empty)
+    z = walk(tiny.params["unet"], cached["z"][:, 0], row, cond, empty)
     assert relative_error(z, cached["z"][np.arange(3), row]) < 1e-5
 
 
@@ -168,12 +167,13 @@ def test_rows_are_all_the_trajectories(walked):
 
 def test_trajectories_refuse_more_steps_than_the_model_has(tiny, walked):
     with pytest.raises(UserError, match="steps=1001 must be from 1 to 1000"):
-        esd.trajectories(tiny, *walked[:2], KEY, esd.Settings(steps=1001))
+        each = DeduplicatedArray(walked[0], np.arange(3))
+        esd.trajectories(tiny, each, walked[1], KEY, esd.Esd(steps=1001))
 
 
 @pytest.mark.parametrize("total, steps", [(1000, 50), (10, 3)])
 def test_timesteps_fill_the_interval_of_their_row(total, steps):
-    s = esd.Settings(steps=steps)
+    s = esd.Esd(steps=steps)
     t_S = schedules.schedule({"num_train_timesteps": total}, "ddim", steps).t
     row = np.repeat(np.arange(steps), 200)
     t = np.asarray(esd.timesteps_of_rows(KEY, row, total, s, t_S)).reshape(steps, 200)
@@ -189,31 +189,26 @@ def test_timesteps_fill_the_interval_of_their_row(total, steps):
 # --- the step -------------------------------------------------------------------------
 
 
-def toy_step(source="frozen", count=4, lr=0.01, jit=True, **settings):
+def toy_step(latents="frozen", count=4, lr=0.01, jit=True, **settings):
     """(state, frozen, batch, step) on the toy denoiser, cross-attention trainable."""
-    s = esd.Settings(source=source, steps=5, **settings)
+    s = esd.Esd(latents=latents, steps=5, **settings)
     trainable, rest = select_trainable(toy_denoiser.params(), "cross_attention")
     rng = np.random.default_rng(9)
     text = rng.normal(size=(1, toy_denoiser.L, toy_denoiser.D)).astype(np.float32)
-    frozen = {
-        "unet": rest,
-        "original": trainable,
-        "abar": toy_denoiser.abar(),
-        "empty": text,
-    }
-    pairs = {"text": toy_denoiser.batch(count)["text"]}
-    if source == "frozen":
+    frozen = {"unet": rest, "original": trainable, "empty": {"states": text}}
+    pairs = {"cond": toy_denoiser.batch(count)["cond"]}
+    if latents == "frozen":
         pairs["z"] = toy_denoiser.batch(count)["mean"]
         pairs["row"] = jnp.arange(count, dtype=jnp.int32) % 5
     tx = optax.adam(lr)
-    step = esd.make_step(toy_denoiser.denoiser(), s, tx, SCHEDULER, SHAPE)
+    step = esd.make_step(toy_denoiser.denoiser(), s, tx, toy_denoiser.SCHEDULER, SHAPE)
     state = init_state(trainable, {"upper": tx.init(trainable)})
     return state, frozen, {"harmful": pairs}, jax.jit(step) if jit else step
 
 
-@pytest.mark.parametrize("source", esd.SOURCES)
-def test_step_repeats_itself_and_leaves_the_frozen_alone(source):
-    state, frozen, batch, step = toy_step(source, count=12)
+@pytest.mark.parametrize("latents", esd.LATENTS)
+def test_step_repeats_itself_and_leaves_the_frozen_alone(latents):
+    state, frozen, batch, step = toy_step(latents, count=12)
     before = jax.device_get(frozen)
     one, m_one = step(state, frozen, batch, KEY)
     two, m_two = step(state, frozen, batch, KEY)
@@ -234,9 +229,9 @@ def test_step_takes_the_loss_at_the_rows_it_is_given():
     state, frozen, batch, step = toy_step(timestep="row")
     _, metrics = step(state, frozen, batch, KEY)
     pairs = batch["harmful"]
-    t_S = schedules.schedule(SCHEDULER, "ddim", 5).t
-    examples = {"z": pairs["z"], "t": t_S[pairs["row"]], "text": pairs["text"]}
-    loss = esd.make_loss(toy_denoiser.denoiser(), esd.Settings())
+    t_S = schedules.schedule(toy_denoiser.SCHEDULER, "ddim", 5).t
+    examples = {"z": pairs["z"], "t": t_S[pairs["row"]], "cond": pairs["cond"]}
+    loss = esd.make_loss(toy_denoiser.denoiser(), esd.Esd())
     expected, _ = loss(state.params, frozen, examples)
     np.testing.assert_allclose(metrics["esd/loss"], expected, rtol=1e-5)
 
@@ -252,10 +247,10 @@ def test_current_trajectories_come_from_the_model_in_training():
     assert len(losses) == 3  # where it walks depends on the trained parameters
 
 
-@pytest.mark.parametrize("source", esd.SOURCES)
-def test_example_does_not_depend_on_the_rest_of_the_batch(source):
+@pytest.mark.parametrize("latents", esd.LATENTS)
+def test_example_does_not_depend_on_the_rest_of_the_batch(latents):
     """What the first two add to the loss is the same beside any other two."""
-    state, frozen, batch, step = toy_step(source, count=8)
+    state, frozen, batch, step = toy_step(latents, count=8)
 
     def loss(*examples):
         some = jax.tree.map(lambda a: a[np.asarray(examples)], batch)
@@ -269,9 +264,9 @@ def test_example_does_not_depend_on_the_rest_of_the_batch(source):
     np.testing.assert_allclose(one, other, rtol=1e-3)
 
 
-@pytest.mark.parametrize("source", esd.SOURCES)
-def test_one_and_two_devices_take_the_same_step(source):
-    state, frozen, batch, step = toy_step(source)
+@pytest.mark.parametrize("latents", esd.LATENTS)
+def test_one_and_two_devices_take_the_same_step(latents):
+    state, frozen, batch, step = toy_step(latents)
     results = []
     for devices in (1, 2):
         mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -282,38 +277,11 @@ def test_one_and_two_devices_take_the_same_step(source):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), *results)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"source": "live"}, "source='live' must be one of frozen, current"),
-        ({"timestep": "all"}, "timestep='all' must be one of interval, row"),
-    ],
-)
-def test_unknown_choices_are_errors(change, message):
-    with pytest.raises(ValueError, match=message):
-        esd.make_step(
-            toy_denoiser.denoiser(), esd.Settings(**change), optax.sgd(1), SCHEDULER
-        )
+def test_latents_of_the_model_in_training_need_a_shape():
+    s = esd.Esd(latents="current", steps=5)
+    args = toy_denoiser.denoiser(), s, optax.sgd(1.0), toy_denoiser.SCHEDULER
     with pytest.raises(ValueError, match="needs latent_shape"):
-        s = esd.Settings(source="current", steps=5)
-        esd.make_step(toy_denoiser.denoiser(), s, optax.sgd(1), SCHEDULER)
-
-
-@pytest.mark.parametrize("variant", esd.TRAINABLE)
-def test_variant_trains_what_the_published_one_does(tiny, variant):
-    trainable, _ = select_trainable(tiny.params["unet"], esd.TRAINABLE[variant])
-    cross = {path for path in trainable if "/attn2/" in path}
-    if variant == "esd-u":
-        assert not cross
-        outside = ("conv_out/", "conv_norm_out/", "time_embedding/")
-        assert not any(path.startswith(outside) for path in trainable)
-        for part in ("conv_in/", "time_emb_proj/", "/attn1/", "/norm2/", "/ff/"):
-            assert any(part in path for path in trainable), part
-        return
-    assert cross == set(trainable)
-    names = {path.split("/attn2/")[1].split("/")[0] for path in cross}
-    wanted = {"to_k", "to_v"}
-    assert names == (wanted if "strict" in variant else wanted | {"to_q", "to_out_0"})
+        esd.make_step(*args)
 
 
 # --- direction ------------------------------------------------------------------------
@@ -323,21 +291,20 @@ def test_concept_moves_to_its_target_and_other_prompts_less():
     """On emoji-sd: a few steps on "bomb" do much less to "cat face" and to ""."""
     model = load_model("emoji-sd")
     prompts = ["a noto emoji of a bomb", "a noto emoji of a cat face", ""]
-    text = stable_diffusion.encode_prompts(model, prompts)
-    s = esd.Settings(steps=10)
+    states = model.encode_text(prompts)["states"]
+    s = esd.Esd(steps=10)
     batch = {  # a trajectory's first row is noise
         "z": sampler.initial_latents(KEY, 4, model.latent_shape),
         "row": jnp.zeros(4, jnp.int32),
-        "text": jnp.repeat(text[:1], 4, axis=0),
+        "cond": {"states": jnp.repeat(states[:1], 4, axis=0)},
     }
-    parts = split_unet(model, esd.TRAINABLE["esd-x"])
+    parts = model.split("cross_attention")
     frozen = {
         "unet": parts.frozen,
         "original": parts.trainable,
-        "abar": stable_diffusion.noise_schedule(model),
-        "empty": text[2:],
+        "empty": {"states": states[2:]},
     }
-    denoiser, tx = make_denoiser(model), optax.adam(1e-3)
+    denoiser, tx = model.denoiser, optax.adam(1e-3)
     step = jax.jit(esd.make_step(denoiser, s, tx, model.scheduler_config))
     state = init_state(parts.trainable, {"upper": tx.init(parts.trainable)})
     for _ in range(12):
@@ -348,14 +315,14 @@ def test_concept_moves_to_its_target_and_other_prompts_less():
     @jax.jit
     def eps(params, text_LD):
         unet = merge_params(params, parts.frozen)
-        texts = jnp.broadcast_to(text_LD, batch["text"].shape)
-        return denoiser.predict(unet, batch["z"], t, texts, ())[0]
+        cond = {"states": jnp.broadcast_to(text_LD, (4, *text_LD.shape))}
+        return denoiser.predict(unet, batch["z"], t, cond, ())[0]
 
     def change(text_LD):
         before, after = (eps(p, text_LD) for p in (parts.trainable, state.params))
         return float(jnp.mean(jnp.square(after - before)))
 
-    bomb, cat, none = text
+    bomb, cat, none = states
     e_c, e_0 = eps(parts.trainable, bomb), eps(parts.trainable, none)
     target = e_0 - s.eta * (e_c - e_0)
     distance = [
@@ -363,7 +330,7 @@ def test_concept_moves_to_its_target_and_other_prompts_less():
         for p in (parts.trainable, state.params)
     ]
     assert distance[0] > 1e-3  # the two differ to begin with
-    print(f"distance {distance}; changes {[change(c) for c in text]}")
+    print(f"distance {distance}; changes {[change(c) for c in states]}")
     assert distance[1] < 0.7 * distance[0]
     assert change(cat) < 0.75 * change(bomb)
     assert change(none) < 0.75 * change(bomb)

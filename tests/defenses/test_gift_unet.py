@@ -17,9 +17,13 @@ from gift_jax.training import sharding
 
 KEY = jax.random.key(21)
 SETTINGS = {
-    "mse": gift.Settings(beta=0.5, bound="log"),
-    "mmd": gift.Settings(
-        beta=0.5, cap=1.44, noise_target="matched", distance="mmd", bound="hinge"
+    "mse": gift.Gift(beta=0.5, ascent_bound="log"),
+    "mmd": gift.Gift(
+        beta=0.5,
+        ascent_bound="hinge",
+        ascent_cap=1.44,
+        noise_target="matched",
+        distance="mmd",
     ),
 }
 
@@ -29,7 +33,7 @@ def draw(setup, pairs, key):
     k_z, k_eps, k_t = jax.random.split(key, 3)
     z = pairs["mean"] + pairs["std"] * normal_like(k_z, pairs["mean"])
     eps = normal_like(k_eps, z)
-    return z, timesteps(k_t, len(z), setup.denoiser.train_timesteps), eps
+    return z, timesteps(k_t, len(z), setup.denoiser.noise.num_timesteps), eps
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +67,10 @@ def theirs(tiny_folder, tiny_setup):
     def loss(pairs, key):
         unet.zero_grad()
         z, t, eps = (torch.tensor(np.asarray(a)) for a in draw(tiny_setup, pairs, key))
-        abar = torch.tensor(np.asarray(tiny_setup.frozen["abar"]))[t.long()]
+        abar = torch.tensor(tiny_setup.denoiser.noise.abar_T)[t.long()]
         abar = abar.reshape(-1, 1, 1, 1)
         z_t = abar.sqrt() * z + (1 - abar).sqrt() * eps
-        out = unet(z_t, t, torch.tensor(np.asarray(pairs["text"]))).sample
+        out = unet(z_t, t, torch.tensor(pairs["cond"]["states"])).sample
         return (out - eps).square().mean(dim=(1, 2, 3)), dict(hiddens)
 
     return unet, loss
@@ -138,11 +142,13 @@ def test_upper_gradient_equals_pytorch(tiny_setup, grad_fns, theirs, name):
     (value, _), grads = grad_fns[name](tiny_setup.params, tiny_setup.frozen, pairs, KEY)
     k_loss, k_noise = jax.random.split(KEY)
     loss_B, hiddens = loss(pairs, k_loss)
-    if s.bound == "log":
+    if s.ascent_bound == "log":
         ascent = -(1 + loss_B).log().mean()
     else:
-        assert (loss_B < s.cap).sum() == 1  # one example rests, the other does not
-        ascent = -loss_B.clamp(max=s.cap).mean()
+        assert (
+            loss_B < s.ascent_cap
+        ).sum() == 1  # one example rests, the other does not
+        ascent = -loss_B.clamp(max=s.ascent_cap).mean()
     noising = torch_noising(hiddens, k_noise, s.noise_target, s.distance)
     (ascent + s.beta * noising).backward()
     np.testing.assert_allclose(value, (ascent + s.beta * noising).item(), rtol=1e-4)
@@ -154,7 +160,7 @@ def test_upper_gradient_equals_pytorch(tiny_setup, grad_fns, theirs, name):
 
 
 @functools.cache
-def optimiser():
+def optimizer():
     """SGD whose rate is an array of its state, so that one step serves all rates."""
     return optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
 
@@ -165,15 +171,15 @@ def stepper(tiny_setup):
 
     With an axis, on two devices along it.
     """
-    settings = gift.Settings(cap=100.0)
+    settings = gift.Gift()
     step = jax.jit(
-        gift.make_step(tiny_setup.denoiser, settings, optimiser(), optimiser())
+        gift.make_step(tiny_setup.denoiser, settings, optimizer(), optimizer())
     )
 
     def take(lower, upper, axis=""):
         shape = dict.fromkeys(sharding.AXES, 1) | ({axis: 2} if axis else {})
         mesh = sharding.make_mesh(jax.devices()[: 2 if axis else 1], shape)
-        state = tiny_setup.state(optimiser(), optimiser())
+        state = tiny_setup.state(optimizer(), optimizer())
         for level, rate in (("lower", lower), ("upper", upper)):
             state.opt[level].hyperparams["learning_rate"] = jnp.float32(rate)
         args = state, tiny_setup.frozen
@@ -189,10 +195,10 @@ def safe_loss(setup, grad_fns, params):
     return float(grad_fns["lower"](params, *args)[0][0])
 
 
-def malicious_loss(setup, grad_fns, params):
+def harmful_loss(setup, grad_fns, params):
     _, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
     args = (setup.frozen, setup.batch["harmful"], k_upper)
-    return float(grad_fns["mse"](params, *args)[0][1]["upper/malicious_loss"])
+    return float(grad_fns["mse"](params, *args)[0][1]["upper/harmful_loss"])
 
 
 def moved(setup, params):
@@ -206,11 +212,11 @@ def test_lower_level_lowers_the_safe_loss(tiny_setup, grad_fns, stepper):
     assert safe_loss(tiny_setup, grad_fns, state.params) < before
 
 
-def test_upper_level_raises_the_malicious_loss(tiny_setup, grad_fns, stepper):
+def test_upper_level_raises_the_harmful_loss(tiny_setup, grad_fns, stepper):
     state, _ = stepper(0.0, 1e-2)
     assert moved(tiny_setup, state.params) > 1e-6
-    before = malicious_loss(tiny_setup, grad_fns, tiny_setup.params)
-    assert malicious_loss(tiny_setup, grad_fns, state.params) > before
+    before = harmful_loss(tiny_setup, grad_fns, tiny_setup.params)
+    assert harmful_loss(tiny_setup, grad_fns, state.params) > before
 
 
 def test_step_leaves_the_frozen_parameters_alone(tiny_setup, stepper):

@@ -2,7 +2,7 @@
 """Every method's gradients on emoji-sd against PyTorch, from the papers' equations.
 
 Both sides get the same weights, pairs, noise and timesteps. A recording SGD stands for
-the optimisers, so that one step of a method yields the gradient of each of its levels,
+the optimizers, so that one step of a method yields the gradient of each of its levels,
 the second taken where the first one's update has led.
 """
 
@@ -15,21 +15,20 @@ from flax.traverse_util import flatten_dict
 from flax_names import flax_name
 
 from gift_jax.attacks import lora
-from gift_jax.defenses import base as defenses_base
 from gift_jax.defenses import esd, gift, imma
+from gift_jax.defenses import gift_adversarial as adversarial
 from gift_jax.diffusion import normal_like, timesteps
 from gift_jax.models import safetensors_io
-from gift_jax.models.load import load_model, make_denoiser
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.load import load_model
+from gift_jax.models.sd.stable_diffusion import LORA_TARGETS
 from gift_jax.models.trainable import select_trainable
-from gift_jax.runtime.config import load_config
-from gift_jax.state import init_state
+from gift_jax.state import init_state, make_update
 
 torch = pytest.importorskip("torch")
 
 KEY = jax.random.key(11)
 RATE = 0.02  # of both levels
-ADAM_RATE = 1e-3  # of the simulated attack: it moves every weight by about this
+ADAM_RATE = 1e-3  # of the attacker: it moves every weight by about this
 
 
 def recorder():
@@ -50,21 +49,20 @@ def emoji():
 
 @pytest.fixture(scope="module")
 def ours(emoji):
-    """(denoiser, every parameter of the UNet, abar, batch of two pairs a level)."""
+    """(denoiser, every parameter of the UNet, batch of two pairs a level)."""
     rng = np.random.default_rng(3)
     width = emoji.text_encoder.config.hidden_size
 
     def pairs():
-        shape = 2, *emoji.latent_shape
+        shape, states = (2, *emoji.latent_shape), (2, emoji.max_length, width)
         return {
             "mean": rng.normal(size=shape).astype(np.float32),
             "std": rng.uniform(0.01, 0.1, size=shape).astype(np.float32),
-            "text": rng.normal(size=(2, emoji.max_length, width)).astype(np.float32),
+            "cond": {"states": rng.normal(size=states).astype(np.float32)},
         }
 
     unet = flatten_dict(emoji.params["unet"], sep="/")
-    abar = stable_diffusion.noise_schedule(emoji)
-    return make_denoiser(emoji), unet, abar, {"safe": pairs(), "harmful": pairs()}
+    return emoji.denoiser, unet, {"safe": pairs(), "harmful": pairs()}
 
 
 def tensor(array):
@@ -93,8 +91,8 @@ class Theirs:
         args = z_t, tensor(t), tensor(text)
         return torch.func.functional_call(self.unet, params, args).sample
 
-    def losses(self, params, pairs, key):
-        """|eps - eps_theta(z_t, t, c)|^2 of each pair, noise drawn from the key."""
+    def outputs(self, params, pairs, key):
+        """eps_theta(z_t, t, c) of each pair and eps, noise drawn from the key."""
         k_z, k_eps, k_t = jax.random.split(key, 3)
         mean = jnp.asarray(pairs["mean"])
         noise, eps = normal_like(k_z, mean), normal_like(k_eps, mean)
@@ -103,7 +101,12 @@ class Theirs:
         eps, abar = tensor(eps), self.abar[tensor(t).long()]
         abar = abar.reshape(-1, 1, 1, 1)
         z_t = abar.sqrt() * z + (1 - abar).sqrt() * eps
-        out = self.output(params, z_t, t, pairs["text"])
+        out = self.output(params, z_t, t, pairs["cond"]["states"])
+        return out, eps
+
+    def losses(self, params, pairs, key):
+        """|eps - eps_theta(z_t, t, c)|^2 of each pair, noise drawn from the key."""
+        out, eps = self.outputs(params, pairs, key)
         return (out - eps).square().mean(dim=(1, 2, 3))
 
     def noising(self, key, target):
@@ -125,7 +128,7 @@ class Theirs:
 
 @pytest.fixture(scope="module")
 def theirs(emoji, ours):
-    return Theirs(emoji.path, ours[2])
+    return Theirs(emoji.path, emoji.noise.abar_T)
 
 
 def gradient(loss, params, names):
@@ -143,17 +146,17 @@ AFTER_ADAM = 3e-4
 
 def assert_same(grads, expected, tolerance=1e-4):
     """Same names, each within a part of the other's norm."""
-    found = {
+    ours = {
         safetensors_io.torch_name(path): safetensors_io.to_torch_layout(
             path, np.asarray(g)
         )
         for path, g in grads.items()
     }
-    assert set(found) == set(expected)
+    assert set(ours) == set(expected)
     scale = max(float(g.norm()) for g in expected.values())
     assert scale > 1e-4
     for name, other in expected.items():
-        error = np.linalg.norm(found[name] - other.numpy())
+        error = np.linalg.norm(ours[name] - other.numpy())
         assert error < tolerance * max(float(other.norm()), 1e-3 * scale), name
 
 
@@ -165,84 +168,139 @@ def descended(params, grads):
     return {**params, **{name: params[name] - RATE * g for name, g in grads.items()}}
 
 
-def settings(method, **fields):
-    """The method's settings as the command line makes them."""
-    cfg = load_config("configs/emoji_gift.py:plain")
-    cfg.update_from_flattened_dict(fields)
-    return defenses_base.DEFENSES[method].check(cfg)
+# --- GIFT and its ablations -----------------------------------------------------------
 
-
-# --- GIFT, its ablations and its adversary --------------------------------------------
-
-ATTACK = {
-    "adversary.steps_min": 2,
-    "adversary.steps_max": 2,
-    "adversary.lr_min": ADAM_RATE,
-    "adversary.lr_max": ADAM_RATE,
-    "adversary.lora_lr_min": ADAM_RATE,
-    "adversary.lora_lr_max": ADAM_RATE,
-    "adversary.safe_weight": 0.5,
+ABLATIONS = {
+    "gift": gift.Gift(beta=0.5, ascent_bound="log", noise_target="matched"),
+    "standard": gift.Gift(beta=0.5, ascent_bound="hinge"),
+    "maximize_prior": gift.Gift(beta=0.0, ascent_bound="hinge", ascent_cap=1e3),
+    "maximize": gift.Gift(beta=0.0, inner_steps=0),
 }
-AT_UPPER = ATTACK | {"adversary.safe_weight": 0.0}  # alone, as in emoji_gift.py
-CASES = {
-    "gift": ("gift", {"gift.beta": 0.5, "gift.bound": "log"}),  # noise is matched
-    "standard": ("gift", {"gift.beta": 0.5, "gift.noise_target": "standard"}),
-    "maximize_prior": ("maximize_prior", {"gift.cap": 1e3}),
-    "maximize": ("maximize", {"gift.bound": "raw"}),
-    "full": ("gift", {"gift.beta": 0.0, "adversary.kinds": ("full",), **AT_UPPER}),
-    "full_both": ("gift", {"gift.beta": 0.0, "adversary.kinds": ("full",), **ATTACK}),
-    "lora": ("gift", {"gift.beta": 0.0, "adversary.kinds": ("lora",), **ATTACK}),
-}
+SLOW = ("standard",)  # which differs in the noise alone
+
+
+def upper_loss(theirs, s, pairs, key, there=lambda params: params):
+    """GIFT's upper level in PyTorch; there: from parameters to where it is taken."""
+    k_loss, k_noise = jax.random.split(key)
+
+    def upper(params):
+        loss = theirs.losses(there(params), pairs, k_loss)
+        ascent = {
+            "raw": -loss.mean(),
+            "log": -(1 + loss).log().mean(),
+            "hinge": -loss.clamp(max=s.ascent_cap).mean(),
+        }[s.ascent_bound]
+        noise = theirs.noising(k_noise, s.noise_target) if s.beta else 0.0
+        return ascent + s.beta * noise
+
+    return upper
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ABLATIONS]
+)
+def test_gift_and_its_ablations(ours, theirs, name):
+    denoiser, unet, batch = ours
+    s = ABLATIONS[name]
+    trainable, frozen = select_trainable(unet, "cross_attention")
+    psi = names_of(trainable)
+    step = jax.jit(gift.make_step(denoiser, s, recorder(), recorder()))
+    opt = {level: recorder().init(trainable) for level in ("lower", "upper")}
+    new, metrics = step(init_state(trainable, opt), {"unet": frozen}, batch, KEY)
+
+    k_lower, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
+    params = theirs.start
+    if s.inner_steps:
+        grads, _ = gradient(
+            lambda q: theirs.losses(q, batch["safe"], k_lower).mean(), params, psi
+        )
+        assert_same(new.opt["lower"], grads)
+        params = descended(params, grads)
+    upper = upper_loss(theirs, s, batch["harmful"], k_upper)
+    grads, value = gradient(upper, params, psi)
+    assert_same(new.opt["upper"], grads)
+    np.testing.assert_allclose(metrics["upper/loss"], value, rtol=1e-4)
+    assert ("lower/loss" in metrics) == bool(s.inner_steps)
+
+
+# --- GIFT with an attacker in the loop ------------------------------------------------
 
 
 def attacked(theirs, s, params, pairs, key):
-    """What the simulated attacker makes of the parameters: constants to a gradient."""
-    _, _, _, k_attack = jax.random.split(key, 4)
-    state = params
-    if s.kinds == ("lora",):
-        k_init, k_attack = jax.random.split(k_attack)
-        state = torch_factors(k_init, params, s.rank)
-
-    def unet_of(state):
-        if s.kinds != ("lora",):
-            return state
-        return merged(params, state, s.alpha / s.rank)
-
-    moments = {name: (0.0, 0.0) for name in state}
-    for i, k in enumerate(jax.random.split(k_attack, s.steps_max)):
+    """What an attacker's first call makes of the parameters: constants."""
+    keys = jax.random.split(jax.random.split(key, 4)[3], s.steps_max)
+    moments = dict.fromkeys(params, (0.0, 0.0))
+    for i, k in enumerate(keys):
         grads, _ = gradient(
-            lambda q, k=k: theirs.losses(unet_of(q), pairs, k).mean(), state, state
+            lambda q, k=k: theirs.losses(q, pairs, k).mean(), params, params
         )
-        state = dict(state)
+        params = dict(params)
         for name, g in grads.items():  # Kingma & Ba 2015, algorithm 1
             m, v = moments[name]
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.square()
             moments[name] = m, v
             m, v = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.999 ** (i + 1))
-            state[name] = state[name] - s.lr_max * m / (v.sqrt() + 1e-8)
-    return {name: value.detach() for name, value in unet_of(state).items()}
+            params[name] = params[name] - s.lr_max * m / (v.sqrt() + 1e-8)
+    return {name: value.detach() for name, value in params.items()}
 
 
-def torch_factors(key, params, rank):
-    """LoRA's random start, "name A" and "name B", as the key has it."""
-    kernels = {
-        path: jnp.zeros(params[name].T.shape)
-        for path, name in PATHS.items()
-        if ".attn" in name and name.endswith("weight") and params[name].ndim == 2
-    }
-    state = {}
-    for path, pair in lora.init(key, kernels, rank).items():
-        for part in "AB":
-            state[f"{PATHS[path]} {part}"] = tensor(pair[part])
-    return state
+def test_gift_adversarial(ours, theirs):
+    """The lower level towards the original, the upper one where the attack has led."""
+    denoiser, unet, batch = ours
+    attacker = adversarial.Attacker(
+        restart_every=10**6,
+        steps_min=2,
+        steps_max=2,
+        lr_min=ADAM_RATE,
+        lr_max=ADAM_RATE,
+    )
+    s = adversarial.GiftAdversarial(beta=0.5, attacker=attacker)
+    trainable, frozen = select_trainable(unet, "cross_attention")
+    psi = names_of(trainable)
+    moved = {path: 1.05 * a for path, a in trainable.items()}  # else the target is met
+    opt = {level: recorder().init(trainable) for level in ("lower", "upper")}
+    opt["attacker"] = adversarial.init_attacker(unet)
+    lower = adversarial.make_lower_loss(denoiser, s.lower_target)
+    step = adversarial.make_step(
+        make_update("lower", lower, recorder()),
+        make_update("upper", adversarial.make_upper_loss(denoiser, s), recorder()),
+        adversarial.make_continue_attack(denoiser, s.attacker),
+        s.lower_loss_limit,
+    )
+    frozen = {"unet": frozen, "original": trainable}
+    new, metrics = jax.jit(step)(init_state(moved, opt), frozen, batch, KEY)
+
+    k_lower, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
+    params = {n: 1.05 * p if n in psi else p for n, p in theirs.start.items()}
+    with torch.no_grad():
+        originals = theirs.outputs(theirs.start, batch["safe"], k_lower)[0]
+
+    def preserved(q):
+        out, _ = theirs.outputs(q, batch["safe"], k_lower)
+        return (out - originals).square().mean()
+
+    grads, value = gradient(preserved, params, psi)
+    assert value > 1e-5
+    np.testing.assert_allclose(metrics["lower/loss"], value, rtol=1e-3)
+    assert_same(new.opt["lower"], grads)
+    params = descended(params, grads)
+    k_attack = jax.random.fold_in(k_upper, 1)
+    after = attacked(theirs, attacker, params, batch["harmful"], k_attack)
+    delta = {name: after[name] - params[name] for name in params}
+    assert max(float(d.abs().max()) for d in delta.values()) > 1e-4
+    upper = upper_loss(
+        theirs,
+        s,
+        batch["harmful"],
+        k_upper,
+        lambda q: {name: p + delta[name] for name, p in q.items()},
+    )
+    grads, value = gradient(upper, params, psi)
+    assert_same(new.opt["upper"], grads, AFTER_ADAM)
+    np.testing.assert_allclose(metrics["upper/loss"], value, rtol=1e-4)
 
 
-PATHS = {}  # Flax path -> PyTorch name; filled by `paths`
-
-
-@pytest.fixture(autouse=True)
-def paths(ours):
-    PATHS.update({path: safetensors_io.torch_name(path) for path in ours[1]})
+# --- IMMA -----------------------------------------------------------------------------
 
 
 def merged(params, factors, scale):
@@ -253,94 +311,23 @@ def merged(params, factors, scale):
     return out
 
 
-# LoRA's factors are in IMMA's test, the noise in GIFT's, and an attack costs a minute
-SLOW = ("full_both", "lora", "standard")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES],
-)
-def test_gift_and_its_kin(ours, theirs, case):
-    denoiser, unet, abar, batch = ours
-    s = settings(CASES[case][0], **CASES[case][1])
-    tolerance = AFTER_ADAM if s.attack.kinds else 1e-4
-    trainable, frozen = select_trainable(unet, "cross_attention")
-    psi = names_of(trainable)
-    step = jax.jit(gift.make_step(denoiser, s, recorder(), recorder()))
-    opt = {level: recorder().init(trainable) for level in ("lower", "upper")}
-    state = init_state(trainable, opt)
-    new, metrics = step(state, {"unet": frozen, "abar": abar}, batch, KEY)
-
-    k_lower, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
-    params = theirs.start
-
-    def shifted(pairs, key):
-        """The attack's shift from where the level stands, a constant."""
-        if not s.attack.kinds or (pairs is batch["safe"] and not s.attack.safe_weight):
-            return None
-        after = attacked(theirs, s.attack, params, pairs, key)
-        assert max(float((after[n] - params[n]).abs().max()) for n in params) > 1e-4
-        return {name: after[name] - params[name] for name in params}
-
-    def there(params, shift):
-        return {n: p + shift[n] for n, p in params.items()} if shift else params
-
-    if s.inner_steps:
-        k_attack, k_after = jax.random.split(jax.random.fold_in(k_lower, 1))
-        shift = shifted(batch["safe"], k_attack)
-
-        def lower(q):
-            loss = theirs.losses(q, batch["safe"], k_lower).mean()
-            if shift is None:
-                return loss
-            learned = theirs.losses(there(q, shift), batch["safe"], k_after).mean()
-            return loss + s.attack.safe_weight * learned
-
-        grads, _ = gradient(lower, params, psi)
-        assert_same(new.opt["lower"], grads, tolerance)
-        params = descended(params, grads)
-
-    k_loss, k_noise = jax.random.split(k_upper)
-    shift = shifted(batch["harmful"], jax.random.fold_in(k_upper, 1))
-
-    def upper(q):
-        loss = theirs.losses(there(q, shift), batch["harmful"], k_loss)
-        ascent = {
-            "raw": -loss.mean(),
-            "log": -(1 + loss).log().mean(),
-            "hinge": -loss.clamp(max=s.cap).mean(),
-        }[s.bound]
-        return ascent + (
-            s.beta * theirs.noising(k_noise, s.noise_target) if s.beta else 0.0
-        )
-
-    grads, value = gradient(upper, params, psi)
-    assert_same(new.opt["upper"], grads, tolerance)
-    np.testing.assert_allclose(metrics["upper/loss"], value, rtol=1e-4)
-    assert ("lower/loss" in metrics) == bool(s.inner_steps)
-
-
-# --- IMMA -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lower", imma.LOWER)
-def test_imma(ours, theirs, lower):
-    denoiser, unet, abar, batch = ours
-    s = imma.Settings(lower=lower, rank=2, alpha=3.0)  # raw, as published
+@pytest.mark.parametrize("inner_attack", imma.INNER_ATTACKS)
+def test_imma(ours, theirs, inner_attack):
+    denoiser, unet, batch = ours
+    s = imma.Imma(inner_attack=inner_attack, rank=2, alpha=3.0)  # raw, as published
     psi = tuple(select_trainable(unet, "attention")[0])
     params, frozen, factors = dict(unet), {}, {}
     k_init = jax.random.key(2)
-    if lower == "lora":
+    if inner_attack == "lora":
         params = {path: unet[path] for path in psi}
         frozen = {path: a for path, a in unet.items() if path not in params}
-        random = lora.init(k_init, unet, 2)
+        random = lora.init(k_init, unet, 2, LORA_TARGETS)
         for i, pair in enumerate(random.values()):  # B = 0 would leave A no gradient
             shape, k = pair["B"].shape, jax.random.key(i)
             pair["B"] = 0.02 * jax.random.normal(k, shape)
         params |= imma.flat_factors(random)
         factors = {
-            f"{PATHS[path]} {part}": tensor(pair[part])
+            f"{safetensors_io.torch_name(path)} {part}": tensor(pair[part])
             for path, pair in random.items()
             for part in "AB"
         }
@@ -348,7 +335,7 @@ def test_imma(ours, theirs, lower):
     opt = {k: recorder().init({n: params[n] for n in parts[k]}) for k in parts}
     step = jax.jit(imma.make_step(denoiser, s, psi, recorder(), recorder()))
     state = init_state(params, opt)
-    new, metrics = step(state, {"unet": frozen, "abar": abar}, batch, KEY)
+    new, metrics = step(state, {"unet": frozen}, batch, KEY)
 
     keys = jax.random.split(jax.random.fold_in(KEY, 0))
     state, trained = {**theirs.start, **factors}, list(factors or theirs.start)
@@ -360,11 +347,11 @@ def test_imma(ours, theirs, lower):
         return theirs.losses(unet, batch["harmful"], key).mean()
 
     grads, value = gradient(lambda q: loss(q, keys[0]), state, trained)
-    np.testing.assert_allclose(metrics["lower/malicious_loss"], value, rtol=1e-5)
-    if lower == "lora":
+    np.testing.assert_allclose(metrics["lower/harmful_loss"], value, rtol=1e-5)
+    if inner_attack == "lora":
         for name, g in new.opt["lower"].items():
             _, path, part = name.split(":")
-            other = grads[f"{PATHS[path]} {part}"].numpy()
+            other = grads[f"{safetensors_io.torch_name(path)} {part}"].numpy()
             assert np.linalg.norm(g - other) < 1e-4 * np.linalg.norm(other), name
     else:
         assert_same(new.opt["lower"], grads)
@@ -379,13 +366,14 @@ def test_imma(ours, theirs, lower):
 
 def test_esd(ours, theirs):
     """eps_theta(c) is to be eps_0("") - eta (eps_0(c) - eps_0("")): its equation 7."""
-    denoiser, unet, abar, batch = ours
+    denoiser, unet, batch = ours
     trainable, frozen = select_trainable(unet, "cross_attention")
     moved = {path: 1.05 * a for path, a in trainable.items()}
-    empty, t = batch["safe"]["text"][:1], np.asarray([150, 900], np.int32)
-    frozen = {"unet": frozen, "abar": abar, "original": trainable, "empty": empty}
-    pairs = {"z": batch["harmful"]["mean"], "t": t, "text": batch["harmful"]["text"]}
-    loss = esd.make_loss(denoiser, esd.Settings(eta=1.7))
+    empty, t = batch["safe"]["cond"]["states"][:1], np.asarray([150, 900], np.int32)
+    frozen = {"unet": frozen, "original": trainable, "empty": {"states": empty}}
+    pairs = {"z": batch["harmful"]["mean"], "t": t, "cond": batch["harmful"]["cond"]}
+    text = pairs["cond"]["states"]
+    loss = esd.make_loss(denoiser, esd.Esd(eta=1.7))
     (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         moved, frozen, pairs
     )
@@ -395,11 +383,11 @@ def test_esd(ours, theirs):
 
     with torch.no_grad():
         none = eps(theirs.start, np.repeat(empty, 2, axis=0))
-        wanted = none - 1.7 * (eps(theirs.start, pairs["text"]) - none)
+        target = none - 1.7 * (eps(theirs.start, text) - none)
     psi = names_of(trainable)
     student = {n: p * 1.05 if n in psi else p for n, p in theirs.start.items()}
     expected, other = gradient(
-        lambda q: (eps(q, pairs["text"]) - wanted).square().mean(), student, psi
+        lambda q: (eps(q, text) - target).square().mean(), student, psi
     )
     np.testing.assert_allclose(value, other, rtol=1e-4)
     assert_same(grads, expected)

@@ -8,8 +8,8 @@ from flax.traverse_util import flatten_dict
 
 from gift_jax.defenses import uce
 from gift_jax.models.load import load_model
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
+from gift_jax.runtime.errors import UserError
 
 END = 99
 
@@ -18,7 +18,10 @@ def reference(kernel, erase, guide, preserve, s):
     """Eq. 7 of the paper for one weight matrix in PyTorch's layout, in float64."""
     torch = pytest.importorskip("torch")
     W0 = torch.tensor(np.asarray(kernel, np.float64)).T
-    left, right = s.lamb * W0, s.lamb * torch.eye(W0.shape[1], dtype=W0.dtype)
+    left, right = (
+        s.regularization * W0,
+        s.regularization * torch.eye(W0.shape[1], dtype=W0.dtype),
+    )
     for c, g in zip(torch.tensor(erase), torch.tensor(guide), strict=True):
         left = left + s.erase * torch.outer(W0 @ g.double(), c.double())
         right = right + s.erase * torch.outer(c.double(), c.double())
@@ -29,7 +32,7 @@ def reference(kernel, erase, guide, preserve, s):
 
 
 @pytest.mark.parametrize(
-    "s", [uce.Settings(), uce.Settings(lamb=0.1, erase=2.0, preserve=0.1)]
+    "s", [uce.Uce(), uce.Uce(regularization=0.1, erase=2.0, preserve=0.1)]
 )
 def test_edit_equals_the_equation(tiny, rng, s):
     erase, guide = rng.normal(size=(2, 3, 32)).astype(np.float32)
@@ -69,8 +72,8 @@ def edited():
     """emoji-sd, "bomb" made "balloon"; name -> last state, and both sets of kernels."""
     model = load_model("emoji-sd")
     names = ["bomb", "balloon", "cat face", "rose", "cherries"]
-    ids = stable_diffusion.tokenize(model, names)
-    states = stable_diffusion.encode_prompts(model, names)
+    ids = model.tokenize(names)
+    states = model.encode_text(names)["states"]
     last = uce.last_states(states, ids, model.tokenizer.eos_token_id)
     before, _ = select_trainable(model.params["unet"], "cross_attention_kv")
     after = uce.edit(model.params["unet"], last[:1], last[1:2], last[2:])
@@ -107,7 +110,7 @@ def test_last_token_is_the_one_before_the_end():
 
 def test_last_token_equals_the_published_scripts(tiny):
     prompts = ["", "a dog", "two birds and a very long list of other things to cut off"]
-    ids = stable_diffusion.tokenize(tiny, prompts)
+    ids = tiny.tokenize(prompts)
     mask = tiny.tokenizer(
         prompts, padding="max_length", truncation=True, max_length=tiny.max_length
     )["attention_mask"]
@@ -126,15 +129,23 @@ def test_tails_are_aligned_at_the_last_token():
 
 
 @pytest.mark.parametrize(
-    "erase, guide, preserve, lamb, message",
+    "erase, guide, preserve, regularization, message",
     [
         ((2, 32), (1, 32), (1, 32), 0.5, "states to erase .2, 32. and guides .1, 32."),
         ((2, 30), (2, 30), (1, 32), 0.5, "must be 32 wide"),
         ((2, 32), (2, 32), (1, 30), 0.5, "must be 32 wide"),
-        ((2, 32), (2, 32), (1, 32), 0.0, "lamb=0.0 must be above 0"),
+        ((2, 32), (2, 32), (1, 32), 0.0, "regularization=0.0 must be above 0"),
     ],
 )
-def test_bad_states_are_errors(tiny, erase, guide, preserve, lamb, message):
+def test_bad_states_are_errors(tiny, erase, guide, preserve, regularization, message):
     arrays = map(np.ones, (erase, guide, preserve))
+    s = uce.Uce(regularization=regularization)
     with pytest.raises(ValueError, match=message):
-        uce.edit(tiny.params["unet"], *arrays, uce.Settings(lamb=lamb))
+        uce.edit(tiny.params["unet"], *arrays, s)
+
+
+def test_replacement_prompt_may_name_the_style_only():
+    uce.Uce(replacement_prompt="{a_style} emoji").check("config.uce")
+    message = r"config.uce.replacement_prompt='\{thing\}' may use only \{style\}"
+    with pytest.raises(UserError, match=message):
+        uce.Uce(replacement_prompt="{thing}").check("config.uce")

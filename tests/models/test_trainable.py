@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from gift_jax.models.trainable import merge_params, select_trainable
+from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError
+from gift_jax.state import merge_params
 
 BLOCK = "mid_block/attentions_0/transformer_blocks_0"
 EXPECTED = {
@@ -31,6 +32,21 @@ def test_rule_selects_its_projections_in_every_block(tiny, rule):
     assert set(trainable) | set(frozen) == set(
         flatten_dict(tiny.params["unet"], sep="/")
     )
+
+
+def test_non_cross_attention_trains_what_esd_u_does(tiny):
+    """As its authors' code: neither cross-attention nor the output nor the time."""
+    trainable, _ = select_trainable(tiny.params["unet"], "non_cross_attention")
+    assert not any("/attn2/" in path for path in trainable)
+    outside = ("conv_out/", "conv_norm_out/", "time_embedding/")
+    assert not any(path.startswith(outside) for path in trainable)
+    for part in ("conv_in/", "time_emb_proj/", "/attn1/", "/norm2/", "/ff/"):
+        assert any(part in path for path in trainable), part
+
+
+def test_every_set_is_of_a_test(tiny):
+    assert set(TRAINABLE_SETS) == {*EXPECTED, "non_cross_attention", "all"}
+    assert tiny.trainable_sets == TRAINABLE_SETS
 
 
 def test_all_selects_everything(tiny):
