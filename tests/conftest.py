@@ -18,10 +18,19 @@ os.environ["XLA_FLAGS"] = (
     + quick_compile.flags()  # most of the time goes into compiling
 )
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from absl import logging  # noqa: E402
+import jax
+import numpy as np
+import pytest
+from absl import logging
+from command_runs import (  # noqa: F401 - fixtures
+    dreambooth_run,
+    image_folder,
+    immunized,
+    inversion_run,
+    lora_run,
+    run_attack,
+    run_train,
+)
 
 from gift_jax.runtime import devices
 

@@ -10,20 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from command_runs import UNET_FILE
 from tiny_model import TINY_TEXT, random_params, write_tiny
 
-from gift_jax import attack, convert, train
+from gift_jax import convert
 from gift_jax.models import safetensors_io, weights
 from gift_jax.models.sd import stable_diffusion
-from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
-
-UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-SMALL = {
-    "samples.num": 0,
-    "checkpoint_every": 1,
-    "steps": 2,
-}
 
 
 def same_files(a, b):
@@ -104,53 +97,10 @@ def test_a_dtype_is_cast_to_in_either_direction(published, whole, tmp_path, at):
     stable_diffusion.load(tmp_path / "out")
 
 
-def small(file, model, **changes):
-    cfg = load_config(f"configs/{file}.py:smoke")
-    cfg.model = str(model)
-    cfg.update_from_flattened_dict(SMALL | changes)
-    return cfg
+RUNS = ("immunized", "lora_run", "dreambooth_run", "inversion_run")
 
 
-@pytest.fixture(scope="module")
-def immunized(tiny_folder, tmp_path_factory):
-    """A run of two steps on the tiny model, with a checkpoint of each."""
-    workdir = tmp_path_factory.mktemp("immunized") / "run"
-    train.run(small("emoji_gift", tiny_folder), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def attacked(tiny_folder, tmp_path_factory):
-    """A LoRA attack of two steps on the tiny model."""
-    workdir = tmp_path_factory.mktemp("attacked") / "run"
-    attack.run(small("emoji_attack", tiny_folder), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def dreambooth(tiny_folder, tmp_path_factory):
-    """DreamBooth of the UNet and the text encoder on the tiny model."""
-    workdir = tmp_path_factory.mktemp("dreambooth") / "run"
-    changed = {"attack": "dreambooth", "dreambooth.train_text_encoder": True}
-    attack.run(small("emoji_attack", tiny_folder, **changed), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def inverted(tiny_folder, tmp_path_factory):
-    """A textual inversion of two vectors on the tiny model."""
-    workdir = tmp_path_factory.mktemp("inverted") / "run"
-    changed = {
-        "attack": "textual_inversion",
-        "inversion.initializer": "a",
-        "inversion.vectors": 2,
-        "data.template": "<thing>",
-    }
-    attack.run(small("emoji_attack", tiny_folder, **changed), workdir)
-    return workdir
-
-
-@pytest.mark.parametrize("which", ["immunized", "attacked", "dreambooth", "inverted"])
+@pytest.mark.parametrize("which", RUNS)
 def test_a_runs_checkpoint_becomes_its_export(request, which, tmp_path):
     run, out = request.getfixturevalue(which), tmp_path / "out"
     convert.main(
@@ -159,7 +109,7 @@ def test_a_runs_checkpoint_becomes_its_export(request, which, tmp_path):
     same_files(run / "export", out)
 
 
-@pytest.mark.parametrize("which", ["dreambooth", "inverted"])
+@pytest.mark.parametrize("which", ["dreambooth_run", "inversion_run"])
 def test_unet_state_of_a_run_that_trained_text_is_refused(request, which, tmp_path):
     run, out = request.getfixturevalue(which), tmp_path / "x.safetensors"
     flags = ("--checkpoint", run / "checkpoints", "--out", out)
@@ -208,14 +158,12 @@ def test_pytorch_patches_a_model_with_a_unet_state(immunized, tiny_folder, tmp_p
     patched = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
     state = {k: torch.tensor(v) for k, v in safetensors.numpy.load_file(out).items()}
     assert not patched.load_state_dict(state, strict=False).unexpected_keys
-    wanted = UNet2DConditionModel.from_pretrained(immunized / "export" / "unet")
-    for name, tensor in wanted.state_dict().items():
+    expected = UNet2DConditionModel.from_pretrained(immunized / "export" / "unet")
+    for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, patched.state_dict()[name]), name
 
 
-def test_pytorch_finds_no_key_missing_or_unexpected(
-    immunized, attacked, dreambooth, inverted
-):
+def test_pytorch_finds_no_key_missing_or_unexpected(request):
     pytest.importorskip("torch")
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -225,12 +173,26 @@ def test_pytorch_finds_no_key_missing_or_unexpected(
         "vae": AutoencoderKL,
         "text_encoder": CLIPTextModel,
     }
-    for run in (immunized, attacked, dreambooth, inverted):
+    for run in map(request.getfixturevalue, RUNS):
         for component, cls in classes.items():
             folder = run / "export" / component
             _, info = cls.from_pretrained(folder, output_loading_info=True)
             wrong = ("missing_keys", "unexpected_keys", "mismatched_keys")
             assert not any(info[key] for key in wrong), (folder, info)
+
+
+def test_a_run_is_converted_without_its_data(lora_run, tmp_path):
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    settings = safetensors_io.read_json(run / "config.json")
+    assert settings["data"]["folder"]
+    settings["data"]["folder"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    convert.main(
+        ["to-diffusers", f"--checkpoint={run / 'checkpoints'}", f"--out={out}"]
+    )
+    same_tensors = (folder / UNET_FILE for folder in (lora_run / "export", out))
+    assert len({file.read_bytes() for file in same_tensors}) == 1
 
 
 # --- mistakes -------------------------------------------------------------------------
