@@ -25,7 +25,7 @@ def encode_images(images):
 
 def encode_prompts(prompts):
     lengths = jnp.asarray([[len(p), ord(p[-1])] for p in prompts], jnp.float32)
-    return jnp.tile(lengths[:, None], (1, 3, 1))
+    return {"states": jnp.tile(lengths[:, None], (1, 3, 1))}
 
 
 def test_cache_holds_each_pair_encoded_in_order(data):
@@ -33,28 +33,30 @@ def test_cache_holds_each_pair_encoded_in_order(data):
     images = data.images / 127.5 - 1.0
     np.testing.assert_allclose(cache["mean"], images * 2, atol=1e-6)
     np.testing.assert_allclose(cache["std"], np.abs(images), atol=1e-6)
-    np.testing.assert_array_equal(cache["text"][:], encode_prompts(data.prompts))
-    assert len(cache["text"].table) == 3  # prompts, for five pairs
+    expected = encode_prompts(data.prompts)["states"]
+    np.testing.assert_array_equal(cache["cond"][:]["states"], expected)
+    table = cache["cond"].table["states"]
+    assert len(table) == 3  # prompts, for five pairs
     assert cache["concept"].tolist() == [0, 1, 0, 1, 2]
-    assert cache["mean"].dtype == cache["text"].table.dtype == np.float32
+    assert cache["mean"].dtype == table.dtype == np.float32
 
 
 def test_cache_encodes_batches_of_one_size_and_prompts_once(data):
-    sizes, seen = set(), []
+    sizes, calls = set(), []
 
     def images_spy(images):
         sizes.add(images.shape)
         return encode_images(images)
 
     def prompts_spy(prompts):
-        seen.append(prompts)
+        calls.append(prompts)
         return encode_prompts(prompts)
 
     latents.cache_latents(
         images_spy, prompts_spy, data, batch_size=2, copies=2, key=KEY
     )
     assert sizes == {(2, 8, 8, 3)}
-    assert seen == [["a owl", "a bomb"], ["a key", "a key"]]
+    assert calls == [["a owl", "a bomb"], ["a key", "a key"]]
 
 
 def test_cache_copies_are_augmented_after_the_first(data):
@@ -62,7 +64,7 @@ def test_cache_copies_are_augmented_after_the_first(data):
     cache = latents.cache_latents(
         encode_images, encode_prompts, data, copies=3, key=KEY
     )
-    assert len(cache["mean"]) == len(cache["text"]) == len(cache["concept"]) == 15
+    assert len(cache["mean"]) == len(cache["cond"]) == len(cache["concept"]) == 15
     np.testing.assert_array_equal(cache["mean"][:5], plain["mean"])
     assert not np.allclose(cache["mean"][5:10], plain["mean"], atol=1e-2)
     assert not np.allclose(cache["mean"][5:10], cache["mean"][10:], atol=1e-2)
@@ -77,7 +79,11 @@ def test_cache_does_not_depend_on_batch_size(data):
         encode_images, encode_prompts, data, batch_size=8, **kwargs
     )
     for name, array in one.items():
-        np.testing.assert_allclose(array[:], many[name][:], atol=1e-5, err_msg=name)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            array[:],
+            many[name][:],
+        )
 
 
 def test_cache_refuses_no_data_and_no_copies(data):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs and command lines: reading, overriding, and every mistake in one line."""
 
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -12,7 +14,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import gift_jax
-from gift_jax.runtime import cli
+from gift_jax import attack, train
+from gift_jax.attacks import base as attacks
+from gift_jax.defenses import base as defenses
+from gift_jax.runtime import cli, config
 from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import (
     NonFiniteError,
@@ -46,7 +51,7 @@ from ml_collections import ConfigDict
 from gift_jax.runtime.config import with_variant
 
 def get_config(name=""):
-    c = ConfigDict(dict(steps=10, rate=0.5, word="one", flag=True))
+    c = ConfigDict(dict(kind="job", steps=10, rate=0.5, word="one", flag=True))
     c.names, c.sizes, c.nothing = ("a", "b"), (1, 2), ("",)[:0]
     c.group = ConfigDict(dict(lr=1e-3, batch=4))
     return with_variant(c, name, smoke={"steps": 2, "group.batch": 1})
@@ -65,7 +70,7 @@ def parse(file, *flags):
     return cli.parse(argv, "What it does.", "job")[0]
 
 
-def said(call, *args):
+def refusal(call, *args):
     """The message of the UserError that a call must raise: one line."""
     with pytest.raises(UserError) as caught:
         call(*args)
@@ -86,7 +91,7 @@ def test_shipped_config_loads_with_its_smoke_variant(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_refuses_an_unknown_variant(path):
-    message = said(load_config, f"{path}:smok")
+    message = refusal(load_config, f"{path}:smok")
     assert "unknown variant 'smok'" in message and "smoke" in message
 
 
@@ -94,6 +99,151 @@ def test_shipped_config_refuses_an_unknown_variant(path):
 def test_shipped_config_says_how_to_run_it(path):
     text = path.read_text()
     assert f"--config configs/{path.name}" in text
+
+
+# --- the fields that dataclasses declare ----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int = config.number(2, low=1, high=4, doc="in cells")
+    rate: float = config.number(0.5, above=0, doc="of growth")
+
+    def check(self, field):
+        if self.size * self.rate > 2:
+            raise UserError(f"{field}.size={self.size} is too much")
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    word: str = config.choice("one", ("one", "two"), "how many")
+    words: tuple[str, ...] = config.choice(("one",), ("one", "two"), "which")
+    steps: tuple[int, ...] = config.numbers((), low=0, doc="when")
+    names: tuple[str, ...] = config.value((), "of anything")
+    part: Part = config.group(Part)
+    other: Part = config.group(Part(size=3))
+
+
+def test_config_of_a_dataclass_resolves_to_it_again():
+    cfg = config.to_config(Whole)
+    assert cfg.to_dict()["other"] == {"size": 3, "rate": 0.5}
+    assert config.resolve(cfg, Whole) == Whole()
+    cfg.update(words=("two", "one"), names=("a",), steps=("3", "10"))
+    cfg.part.size = 4
+    whole = config.resolve(json.loads(json.dumps(cfg.to_dict())), Whole)
+    assert whole == Whole(
+        words=("two", "one"), names=("a",), steps=(3, 10), part=Part(size=4)
+    )
+    assert config.resolve(cfg, Whole, part=Part(1)).part == Part(1)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("word", "three", "config.word='three' is not one of: one, two"),
+        ("words", ("one", "six"), "config.words='six' is not one of: one, two"),
+        ("steps", ("1", "x"), "config.steps='x' must be whole numbers; try --config"),
+        ("steps", ("-1",), "config.steps='-1' must be whole numbers"),
+        ("part.size", 0, "config.part.size=0 must be at least 1; try"),
+        ("part.size", 5, "config.part.size=5 must be at most 4; try"),
+        ("part.rate", 0.0, "config.part.rate=0.0 must be above 0; try"),
+        ("part.rate", math.nan, "config.part.rate=nan must be finite"),
+        ("other.rate", 1.0, "config.other.size=3 is too much"),
+    ],
+)
+def test_value_that_breaks_its_fields_rule_is_named(field, value, message):
+    cfg = config.to_config(Whole)
+    cfg.update_from_flattened_dict({field: value})
+    assert message in refusal(config.resolve, cfg, Whole)
+
+
+def test_missing_field_or_group_is_named():
+    cfg = config.to_config(Whole)
+    assert "config.none is missing" in refusal(config.resolve_group, cfg, "none", Part)
+    del cfg.part.size
+    assert "config.part.size is missing" in refusal(config.resolve, cfg, Whole)
+
+
+def test_description_has_every_fields_value_meaning_and_rule():
+    rows = dict(config.describe(Whole, config.to_config(Whole)))
+    assert rows["config.word=one"] == "how many (one of one, two)"
+    assert rows["config.part.size=2"] == "in cells (at least 1; at most 4)"
+    assert rows["config.other.rate=0.5"] == "of growth (above 0)"
+    assert len(rows) == 8
+
+
+# --- the fields of every defense and attack -------------------------------------------
+
+COMMANDS = [(train, name) for name in defenses.NAMES]
+COMMANDS += [(attack, name) for name in attacks.NAMES]
+
+
+def valid_config(command, name):
+    """The config of a defense or an attack with a source for every group of data."""
+    cfg = command.get_config(name)
+    cfg.samples.prompts = ("a cat",)
+    for group in ("harmful", "safe", "data", "prior"):
+        if group in cfg:
+            cfg[group].names = ("bomb",)
+    return cfg
+
+
+def declared(cls, prefix=""):
+    """Yields (path, metadata) of the fields of a dataclass and of its groups."""
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING and (
+            dataclasses.is_dataclass(default := field.default_factory())
+        ):
+            yield from declared(type(default), f"{prefix}{field.name}.")
+        elif field.metadata:
+            yield prefix + field.name, field.metadata
+
+
+def wrong_values(old, metadata):
+    """Values that break the rule of a field."""
+    is_tuple = isinstance(old, tuple)
+    if "choices" in metadata:
+        return [("no such word",) if is_tuple else "no such word"]
+    if metadata.get("low") is not None:
+        too_low = [("-1",)] if is_tuple else [type(old)(metadata["low"] - 1)]
+        high = metadata.get("high")
+        return too_low + ([type(old)(high + 1)] if high is not None else [])
+    return [] if metadata.get("above") is None else [type(old)(metadata["above"])]
+
+
+@pytest.mark.parametrize("command, name", COMMANDS)
+def test_every_rule_of_every_field_is_enforced(command, name):
+    cfg = valid_config(command, name)
+    command.resolve(cfg)
+    loaded = {train: defenses, attack: attacks}[command].load(name)
+    own, *others = command.field_groups(loaded, name).items()
+    shared = {train: train.TrainFields, attack: attack.AttackFields}[command]
+    groups = [("", shared), own, *others]
+    fields = [
+        (f"{group}.{path}".removeprefix("."), metadata)
+        for group, cls in groups
+        for path, metadata in declared(cls)
+        if group != "prior"  # not read by default
+    ]
+    cases = 0
+    for path, metadata in fields:
+        *parents, last = path.split(".")
+        node = cfg
+        for parent in parents:
+            node = node[parent]
+        old = node[last]
+        for value in wrong_values(old, metadata):
+            node[last] = value
+            message = refusal(command.resolve, cfg)
+            assert f"config.{path}" in message or f"config.{parents[0]}" in message, (
+                path,
+                message,
+            )
+            cases += 1
+        node[last] = old
+        assert metadata["doc"], path
+    assert cases > 40
+    command.resolve(cfg)
 
 
 # --- reading and overriding -----------------------------------------------------------
@@ -112,6 +262,7 @@ def test_overrides_keep_the_type_of_the_field(file):
         "--config.group.lr=1e-5",
     )
     assert cfg.to_dict() == {
+        "kind": "job",
         "steps": 20,
         "rate": 1.0,
         "word": "two words=2",
@@ -157,21 +308,21 @@ def test_flags_may_be_two_words(file):
 def test_wrong_override_is_named(file, flag, message):
     with pytest.raises(UserError, match=message):
         parse(file, flag)
-    said(parse, file, flag)
+    refusal(parse, file, flag)
 
 
 def test_wrong_config_file_is_named(file, tmp_path):
-    assert "nowhere.py is no file" in said(load_config, str(tmp_path / "nowhere.py"))
+    assert "nowhere.py is no file" in refusal(load_config, str(tmp_path / "nowhere.py"))
     empty = tmp_path / "empty.py"
     empty.write_text("")
-    assert "defines no get_config" in said(load_config, str(empty))
+    assert "defines no get_config" in refusal(load_config, str(empty))
     text = tmp_path / "a.txt"
     text.write_text("")
-    assert "is no Python file" in said(load_config, str(text))
+    assert "is no Python file" in refusal(load_config, str(text))
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config(:\n")
-    assert "broken.py" in said(load_config, str(broken))
-    assert "choices: smoke" in said(load_config, f"{file}:fast")
+    assert "broken.py" in refusal(load_config, str(broken))
+    assert "choices: smoke" in refusal(load_config, f"{file}:fast")
 
 
 @pytest.mark.parametrize(
@@ -187,15 +338,15 @@ def test_wrong_config_file_is_named(file, tmp_path):
 def test_config_of_another_command_is_named(program, other, owner):
     path = str(ROOT / "configs" / f"{other}.py")
     argv = [f"--config={path}", "--workdir=w"]
-    text = said(cli.parse, argv, "", program)
+    text = refusal(cli.parse, argv, "", program)
     assert f"no config of gift_jax.{program}" in text
     assert f"it is one of gift_jax.{owner}" in text
     assert cli.parse(argv, "", owner)[0] == load_config(path)
 
 
 def test_missing_flags_are_named(file):
-    assert "--workdir" in said(cli.parse, [f"--config={file}"], "", "job")
-    assert "--config" in said(cli.parse, ["--workdir=w"], "", "job")
+    assert "--workdir" in refusal(cli.parse, [f"--config={file}"], "", "job")
+    assert "--config" in refusal(cli.parse, ["--workdir=w"], "", "job")
 
 
 def test_help_lists_every_field(file, capsys):
@@ -214,11 +365,11 @@ def test_help_lists_every_field(file, capsys):
 
 def test_choice_and_at_least_name_the_field():
     assert choice("config.x", "a", ("a", "b")) == "a"
-    message = said(choice, "config.x", "c", ("a", "b"))
+    message = refusal(choice, "config.x", "c", ("a", "b"))
     assert message.startswith("config.x='c' is not one of") and "a, b" in message
     at_least("config.n", 0, 0)
-    assert "config.n=-1 must be at least 0" in said(at_least, "config.n", -1, 0)
-    assert "nan must be" in said(at_least, "config.n", float("nan"), 0)
+    assert "config.n=-1 must be at least 0" in refusal(at_least, "config.n", -1, 0)
+    assert "nan must be" in refusal(at_least, "config.n", float("nan"), 0)
 
 
 # --- the run's folder -----------------------------------------------------------------
@@ -237,9 +388,9 @@ def test_workdir_of_another_config_is_refused(tmp_path):
     cfg = make_config()
     cfg.group.lr = 2e-3
     before = (tmp_path / "config.json").read_text()
-    message = said(prepare_workdir, cfg, tmp_path, "123")
+    message = refusal(prepare_workdir, cfg, tmp_path, "123")
     assert "another config (group.lr was 0.001, is 0.002)" in message
-    message = said(prepare_workdir, make_config(), tmp_path, "456")
+    message = refusal(prepare_workdir, make_config(), tmp_path, "456")
     assert "base_sha256 was 123, is 456" in message
     assert (tmp_path / "config.json").read_text() == before
 
@@ -253,9 +404,9 @@ def test_workdir_goes_on_with_the_same_model_in_another_place(tmp_path):
     prepare_workdir(moved, tmp_path, base="123")
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model"] == "/elsewhere/a/export"
-    message = said(prepare_workdir, first, tmp_path, "456")
+    message = refusal(prepare_workdir, first, tmp_path, "456")
     assert "base_sha256 was 123, is 456; model was /elsewhere/a/export" in message
-    assert "model was" in said(prepare_workdir, first, tmp_path)
+    assert "model was" in refusal(prepare_workdir, first, tmp_path)
 
 
 def test_workdir_may_go_on_for_more_steps(tmp_path):
@@ -272,17 +423,17 @@ def test_steps_of_a_group_are_no_pace(tmp_path):
         with cfg.unlocked():
             cfg.samples = ConfigDict({"steps": steps})
     prepare_workdir(first, tmp_path)
-    message = said(prepare_workdir, second, tmp_path)
+    message = refusal(prepare_workdir, second, tmp_path)
     assert "samples.steps was 25, is 50" in message
 
 
 def test_workdir_that_cannot_be_used_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    message = said(prepare_workdir, make_config(), file)
+    message = refusal(prepare_workdir, make_config(), file)
     assert f"--workdir={file} cannot be written" in message
     (tmp_path / "config.json").write_text("{")
-    message = said(prepare_workdir, make_config(), tmp_path)
+    message = refusal(prepare_workdir, make_config(), tmp_path)
     assert "config.json" in message
 
 

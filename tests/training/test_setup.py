@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training and attacking share: optimisers, splits, batches, samples."""
+"""What training and attacking share: optimizers, splits, batches, data groups."""
 
-import pathlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,40 +9,28 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 from PIL import Image
 
-import gift_jax
 from gift_jax.data import cache, pipeline
-from gift_jax.models.load import (
-    EMBEDDED,
-    kernels_of,
-    load_model,
-    make_denoiser,
-    model_folder,
-    split_unet,
-)
-from gift_jax.models.sd import stable_diffusion
-from gift_jax.runtime.config import load_config
+from gift_jax.data.cache import DataGroup, Generation
+from gift_jax.models.load import EMBEDDED, kernels_of, load_model, model_folder
+from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling.generated import load_group
 from gift_jax.state import run_key
 from gift_jax.training import setup
-from gift_jax.training.optimizer import make_optimizer
+from gift_jax.training.optimizer import Optimizer, make_optimizer
 
-CONFIG = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_gift.py"
+# --- the optimizer --------------------------------------------------------------------
 
 
-def level(**changes):
-    c = ConfigDict(dict(lr=0.1, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.999))
-    c.weight_decay, c.clip_norm = 0.0, 0.0
-    c.update(changes)
-    return c
+def adamw(**fields):
+    return Optimizer(**{"lr": 0.1, "weight_decay": 0.0, "clip_norm": 0.0} | fields)
 
 
 def rates(settings, steps):
     """The sizes of the updates under a gradient that never changes."""
-    tx = make_optimizer(settings, steps, "lower")
+    tx = make_optimizer(settings, steps)
     params, grads = {"w": jnp.ones(())}, {"w": jnp.float32(2.0)}
     state, sizes = tx.init(params), []
     update = jax.jit(tx.update)
@@ -53,7 +41,7 @@ def rates(settings, steps):
 
 
 def test_optimizer_is_adamw():
-    ours = make_optimizer(level(weight_decay=0.3), 10, "lower")
+    ours = make_optimizer(adamw(weight_decay=0.3), 10)
     theirs = optax.adamw(0.1, 0.9, 0.999, weight_decay=0.3)
     params = {"w": jnp.asarray([1.0, -2.0, 3.0])}
     states = ours.init(params), theirs.init(params)
@@ -69,11 +57,11 @@ def test_optimizer_is_adamw():
 
 
 def test_schedules():
-    np.testing.assert_allclose(rates(level(), 4), 0.1, rtol=1e-4)
-    cosine = rates(level(schedule="cosine"), 4)
+    np.testing.assert_allclose(rates(adamw(), 4), 0.1, rtol=1e-4)
+    cosine = rates(adamw(schedule="cosine"), 4)
     expected = 0.05 * (1 + np.cos(np.pi * np.arange(4) / 4))
     np.testing.assert_allclose(cosine, expected, rtol=1e-3)
-    warm = rates(level(warmup_frac=0.5), 8)
+    warm = rates(adamw(warmup_frac=0.5), 8)
     expected = [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1]
     np.testing.assert_allclose(warm, expected, rtol=1e-3, atol=1e-7)
 
@@ -83,28 +71,22 @@ def test_gradients_are_clipped_by_their_global_norm():
     grads = {"a": jnp.full(2, 300.0), "b": jnp.full(2, 400.0)}
 
     def first_moment(clip_norm):
-        tx = make_optimizer(level(clip_norm=clip_norm), 1, "lower")
+        tx = make_optimizer(adamw(clip_norm=clip_norm), 1)
         _, state = tx.update(grads, tx.init(params), params)
-        found = optax.tree_utils.tree_get(state, "mu")
-        return np.concatenate([found["a"], found["b"]])
+        mean = optax.tree_utils.tree_get(state, "mu")
+        return np.concatenate([mean["a"], mean["b"]])
 
     free, clipped = first_moment(0.0), first_moment(1.0)
     np.testing.assert_allclose(np.linalg.norm(clipped), 0.1, rtol=1e-5)
     np.testing.assert_allclose(clipped / 0.1, free / np.linalg.norm(free), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [("schedule", "linear"), ("lr", -1.0), ("warmup_frac", -0.1), ("clip_norm", -1.0)],
-)
-def test_optimizer_names_a_wrong_field(field, value):
-    with pytest.raises(UserError, match=rf"config\.upper\.{field}="):
-        make_optimizer(level(**{field: value}), 10, "upper")
+# --- the model ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_split_keeps_what_trains_in_float32_as_it_is_on_disk(tiny, tiny_folder, dtype):
-    parts = split_unet(load_model(str(tiny_folder), dtype), "cross_attention")
+    parts = load_model(str(tiny_folder), dtype).split("cross_attention")
     assert {a.dtype for a in parts.trainable.values()} == {jnp.dtype(jnp.float32)}
     assert {a.dtype for a in parts.frozen.values()} == {jnp.dtype(dtype)}
     exact = flatten_dict(tiny.params["unet"], sep="/")
@@ -113,56 +95,12 @@ def test_split_keeps_what_trains_in_float32_as_it_is_on_disk(tiny, tiny_folder, 
         np.testing.assert_array_equal(array, exact[path])
 
 
-def test_denoiser_knows_the_models_schedule(tiny):
-    denoiser = make_denoiser(tiny)
-    assert denoiser.prediction_type == "epsilon"
-    assert denoiser.train_timesteps == 1000
-    config = tiny.scheduler_config | {"prediction_type": "v_prediction"}
-    config |= {"num_train_timesteps": 50}
-    denoiser = make_denoiser(tiny.replace(scheduler_config=config))
-    assert denoiser.prediction_type == "v_prediction"
-    assert denoiser.train_timesteps == 50
-
-
-def test_batches_of_several_sources_have_their_sizes_and_orders():
-    source = pipeline.ArraySource({"x": np.arange(12)})
-    sources = {"safe": source, "harmful": source}
-    seed = ConfigDict({"seed": 0})
-    batches = setup.batches(sources, {"safe": 6, "harmful": 3}, seed, "defence")
-    safe, harmful = [], []
-    for _ in range(4):
-        batch = next(batches)
-        assert {name: len(b["x"]) for name, b in batch.items()} == {
-            "safe": 6,
-            "harmful": 3,
-        }
-        safe += batch["safe"]["x"].tolist()
-        harmful += batch["harmful"]["x"].tolist()
-    assert sorted(safe[:12]) == sorted(harmful) == list(range(12))
-    assert safe[:12] != harmful
-    assert safe[:12] != safe[12:]
-
-
-def test_a_defence_and_an_attack_of_one_seed_draw_independently():
-    source = pipeline.ArraySource({"x": np.arange(64)})
-
-    def order(seed, role):
-        cfg = ConfigDict({"seed": seed})
-        batches = setup.batches({"data": source}, {"data": 64}, cfg, role)
-        return next(batches)["data"]["x"].tolist()
-
-    def noise(seed, purpose):
-        key = run_key(ConfigDict({"seed": seed}), purpose)
-        return jax.random.normal(key, (400,))
-
-    assert order(5, "attack") == order(5, "attack")
-    orders = [order(5, "attack"), order(5, "defence"), order(6, "attack")]
-    assert len(set(map(tuple, orders))) == 3
-    np.testing.assert_array_equal(noise(5, "attack/steps"), noise(5, "attack/steps"))
-    other = [(5, "defence/steps"), (5, "attack/cache/data"), (6, "attack/steps")]
-    for seed, purpose in other:
-        found = np.corrcoef(noise(5, "attack/steps"), noise(seed, purpose))[0, 1]
-        assert abs(found) < 0.2
+def test_noise_process_is_the_models_schedule(tiny):
+    noise = tiny.denoiser.noise
+    assert (noise.prediction_type, noise.num_timesteps) == ("epsilon", 1000)
+    fields = {"prediction_type": "v_prediction", "num_train_timesteps": 50}
+    other = tiny.replace(scheduler_config=tiny.scheduler_config | fields).noise
+    assert (other.prediction_type, other.num_timesteps) == ("v_prediction", 50)
 
 
 def test_unknown_model_and_dtype_are_named(tiny_folder):
@@ -171,20 +109,6 @@ def test_unknown_model_and_dtype_are_named(tiny_folder):
         load_model("nowhere")
     with pytest.raises(UserError, match="config.compute_dtype='half' is not one of"):
         load_model(str(tiny_folder), "half")
-
-
-def group(**fields):
-    """A data group of the shipped config: without a source, with other fields."""
-    spec = load_config(str(CONFIG)).safe
-    spec.update(dict(names=(), prompt_dropout=0.0, nonce_prompts=0.0) | fields)
-    return spec
-
-
-def folder_spec(folder, rng, **fields):
-    """A config group for one random picture in a folder, its prompt "a dog"."""
-    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "a.png")
-    return group(folder=str(folder), prompt="a dog", **fields)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +123,87 @@ def folder_spec(folder, rng, **fields):
 )
 def test_attention_fits_the_devices(monkeypatch, attention, platform, dtype, message):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    cfg = ConfigDict({"attention": attention, "compute_dtype": dtype})
+    hardware = setup.Hardware(attention=attention)
+    run = setup.Run(compute_dtype=dtype, hardware=hardware)
     if message:
-        with pytest.raises(UserError, match="^config.attention=" + message):
-            kernels_of(cfg, None)
+        with pytest.raises(UserError, match="^config.hardware.attention=" + message):
+            kernels_of(run, None)
     else:
-        assert kernels_of(cfg, None).attention == attention
+        assert kernels_of(run, None).attention == attention
+
+
+# --- devices and batches --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch, devices", [(4, 2), (3, 1)])
+def test_a_batch_that_does_not_divide_goes_to_fewer_devices(
+    monkeypatch, batch, devices
+):
+    monkeypatch.setattr("gift_jax.runtime.devices.num_cores", lambda: 2)
+    group = DataGroup(names=("bomb",), batch=batch)
+    assert setup.make_run_mesh(setup.Run(), {"safe": group}).size == devices
+
+
+def test_devices_that_a_batch_does_not_divide_by_are_named():
+    run = setup.Run(hardware=setup.Hardware(cpu_devices=2))
+    with pytest.raises(UserError, match="safe.batch=3 must divide by 2 devices.*=2"):
+        setup.make_run_mesh(run, {"safe": DataGroup(names=("bomb",), batch=3)})
+
+
+def test_a_batch_divides_by_its_parts():
+    run = setup.Run(hardware=setup.Hardware(grad_accum_steps=3))
+    setup.check_batches(run, {"safe": DataGroup(batch=6)})
+    message = "config.safe.batch=7 must divide by config.hardware.grad_accum_steps=3"
+    with pytest.raises(UserError, match=message + "; try --config.safe.batch=6"):
+        setup.check_batches(run, {"safe": DataGroup(batch=7)})
+
+
+def test_batches_of_several_sources_have_their_sizes_and_orders():
+    source = pipeline.ArraySource({"x": np.arange(12)})
+    sources = {"safe": source, "harmful": source}
+    batches = setup.make_batches(sources, {"safe": 6, "harmful": 3}, 0, "defense")
+    safe, harmful = [], []
+    for _ in range(4):
+        batch = next(batches)
+        assert {name: len(b["x"]) for name, b in batch.items()} == {
+            "safe": 6,
+            "harmful": 3,
+        }
+        safe += batch["safe"]["x"].tolist()
+        harmful += batch["harmful"]["x"].tolist()
+    assert sorted(safe[:12]) == sorted(harmful) == list(range(12))
+    assert safe[:12] != harmful
+    assert safe[:12] != safe[12:]
+
+
+def test_a_defense_and_an_attack_of_one_seed_draw_independently():
+    source = pipeline.ArraySource({"x": np.arange(64)})
+
+    def order(seed, role):
+        batches = setup.make_batches({"data": source}, {"data": 64}, seed, role)
+        return next(batches)["data"]["x"].tolist()
+
+    def noise(seed, purpose):
+        return jax.random.normal(run_key(seed, purpose), (400,))
+
+    assert order(5, "attack") == order(5, "attack")
+    orders = [order(5, "attack"), order(5, "defense"), order(6, "attack")]
+    assert len(set(map(tuple, orders))) == 3
+    np.testing.assert_array_equal(noise(5, "attack/steps"), noise(5, "attack/steps"))
+    other = [(5, "defense/steps"), (5, "attack/cache/data"), (6, "attack/steps")]
+    for seed, purpose in other:
+        both = noise(5, "attack/steps"), noise(seed, purpose)
+        assert abs(np.corrcoef(*both)[0, 1]) < 0.2
+
+
+# --- data groups ----------------------------------------------------------------------
+
+
+def folder_spec(folder, rng, **fields):
+    """A data group of one random image in a folder, its prompt "a dog"."""
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    return DataGroup(folder=str(folder), prompt="a dog", **fields)
 
 
 def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
@@ -214,17 +213,20 @@ def test_cached_pairs_hold_what_the_steps_read(tiny, tmp_path, rng):
     row = source[0]
     assert len(source) == 2
     assert row["mean"].shape == row["std"].shape == tiny.latent_shape
-    text = stable_diffusion.encode_prompts(tiny, ["a dog"])[0]
-    np.testing.assert_allclose(row["text"], text, atol=1e-5)
+    text = tiny.encode_text(["a dog"])["states"][0]
+    np.testing.assert_allclose(row["cond"]["states"], text, atol=1e-5)
+    ids = cache.cached_source(tiny, data, spec, jax.random.key(0), ids=True)[0]
+    assert set(row) - set(ids) == {"cond"}
+    np.testing.assert_array_equal(ids["ids"], tiny.tokenize(["a dog"])[0])
 
 
 def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, augmented_copies=40, prompt_dropout=0.25)
     data = load_group(tiny, spec, "safe", tiny.image_size)
     source = cache.cached_source(tiny, data, spec, jax.random.key(0))
-    dog, empty = stable_diffusion.encode_prompts(tiny, ["a dog", ""])
+    dog, empty = tiny.encode_text(["a dog", ""])["states"]
     assert np.abs(dog - empty).max() > 0.01
-    texts = [source[i]["text"] for i in range(len(source))]
+    texts = [source[i]["cond"]["states"] for i in range(len(source))]
     is_empty = [np.allclose(text, empty, atol=1e-5) for text in texts]
     is_dog = [np.allclose(text, dog, atol=1e-5) for text in texts]
     assert 3 <= sum(is_empty) <= 20
@@ -234,7 +236,6 @@ def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
 def test_a_share_of_pairs_goes_by_nonce_words(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, augmented_copies=40, nonce_prompts=0.5)
     data = load_group(tiny, spec, "harmful", tiny.image_size)
-    spec.nonce_template = "a photo of {nonce}"
     prompts = cache.augment_prompts(data, spec, jax.random.key(0))
     assert prompts == cache.augment_prompts(data, spec, jax.random.key(0))
     assert prompts != cache.augment_prompts(data, spec, jax.random.key(1))
@@ -244,19 +245,16 @@ def test_a_share_of_pairs_goes_by_nonce_words(tiny, tmp_path, rng):
     assert all(prompt.startswith("a photo of ") for prompt in renamed)
     source = cache.cached_source(tiny, data, spec, jax.random.key(2))
     called = cache.augment_prompts(data, spec, jax.random.fold_in(jax.random.key(2), 0))
-    texts = np.stack([source[i]["text"] for i in range(len(source))])
-    wanted = stable_diffusion.encode_prompts(tiny, called)
-    np.testing.assert_allclose(texts, wanted, atol=1e-5)
+    texts = np.stack([source[i]["cond"]["states"] for i in range(len(source))])
+    expected = tiny.encode_text(called)["states"]
+    np.testing.assert_allclose(texts, expected, atol=1e-5)
 
 
 def test_nonce_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
     both = folder_spec(
         tmp_path, rng, augmented_copies=40, nonce_prompts=1.0, prompt_dropout=0.25
     )
-    both.nonce_template = "a photo of {nonce}"
-    empty = group(
-        folder=both.folder, prompt="a dog", augmented_copies=40, prompt_dropout=0.25
-    )
+    empty = dataclasses.replace(both, nonce_prompts=0.0)
     data = load_group(tiny, both, "safe", tiny.image_size)
     prompts = [
         cache.augment_prompts(data, spec, jax.random.key(0)) for spec in (both, empty)
@@ -266,18 +264,17 @@ def test_nonce_and_empty_prompts_share_the_rows(tiny, tmp_path, rng):
     assert "a dog" not in prompts[0] and "a dog" in prompts[1]
 
 
-def test_nonce_words_keep_a_pairs_style(monkeypatch, pytestconfig):
-    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
-    spec = group(names=("bomb",), nonce_prompts=1.0)
+def test_nonce_words_keep_a_pairs_style():
+    template = "{a_style} emoji of {nonce}"
+    spec = DataGroup(names=("bomb",), nonce_prompts=1.0, nonce_template=template)
     data = load_group(None, spec, "harmful", 64)
     prompts = cache.augment_prompts(data, spec, jax.random.key(0))
     for prompt, style in zip(prompts, data.styles * spec.augmented_copies, strict=True):
         assert f" {style} emoji of " in prompt and "bomb" not in prompt
 
 
-def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
-    monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
-    spec = group(names=("bomb",), styles=("noto",), template="{concept}")
+def test_embedded_images_get_the_models_size():
+    spec = DataGroup(names=("bomb",), styles=("noto",), template="{concept}")
     small, whole = (load_group(None, spec, "safe", size) for size in (16, 64))
     assert small.images.shape == (1, 16, 16, 3) and small.images.dtype == np.uint8
     assert small.prompts == whole.prompts == ["bomb"]
@@ -301,10 +298,24 @@ def test_embedded_pictures_get_the_models_size(monkeypatch, pytestconfig):
         ("template", "{thing}", "may use only"),
     ],
 )
-def test_check_names_a_wrong_data_field(field, value, message):
-    cfg = load_config(str(CONFIG))
-    checked = dict(data=("harmful", "safe"), optimizers=("lower",))
-    setup.check(cfg, **checked)
-    cfg.safe.update_from_flattened_dict({field: value})
+def test_wrong_field_of_a_data_group_is_named(field, value, message):
+    cfg = config.to_config(DataGroup(names=("bomb",), generation=Generation()))
+    assert config.resolve(cfg, DataGroup, "config.safe").names == ("bomb",)
+    cfg.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=rf"config\.safe.*{message}"):
-        setup.check(cfg, **checked)
+        config.resolve(cfg, DataGroup, "config.safe")
+
+
+@pytest.mark.parametrize(
+    "template, source, message",
+    [
+        ("{a_style} emoji of {nonce}", {"folder": ".", "prompt": "y"}, "has a style"),
+        ("a photo", {"names": ("bomb",)}, "nonce_template"),
+        ("{thing}", {"names": ("bomb",)}, "nonce_template"),
+    ],
+)
+def test_wrong_template_of_nonce_words_is_named(template, source, message):
+    DataGroup(nonce_template=template, **source).check("config.safe")  # not in use
+    spec = DataGroup(nonce_template=template, nonce_prompts=0.5, **source)
+    with pytest.raises(UserError, match=rf"config\.safe.*{message}"):
+        spec.check("config.safe")
