@@ -51,8 +51,8 @@ def chunked_attention(q_BNHD, k_BMHD, v_BMHD, mesh: Mesh | None = None):
 
     For CPUs: the scores of one head, of some of its queries at a time, stay in the
     cache. On the way back they are computed again. Forward and backward for 4,096
-    tokens and 8 heads of 40 channels: 0.43 s instead of 2.2 s on two cores
-    (`python perf/layers.py`).
+    tokens and 8 heads of 40 channels: 0.7 s instead of 1.3 s on two busy cores
+    (`python perf/layers.py --parts attention`).
     """
     B, N, H, _ = q_BNHD.shape
     if B * H * N * k_BMHD.shape[1] * 4 <= _WHOLE_SCORES_BYTES:
