@@ -74,16 +74,14 @@ def train(popen, tiny_folder, pictures, pytestconfig):
 
     def train(workdir, steps, count):
         argv = [sys.executable, "-m", "gift_jax.train", f"--workdir={workdir}"]
-        argv += ["--config=configs/emoji_gift.py:smoke", f"--config.steps={steps}"]
+        argv += ["--config=configs/emoji_baselines.py:maximize_smoke"]
+        argv += [f"--config.steps={steps}", "--config.upper.warmup_frac=0"]
+        argv += ["--config.upper.schedule=constant"]  # does not depend on the steps
         argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
-        for group in ("harmful", "safe"):
-            argv += [f"--config.{group}.names=()", f"--config.{group}.prompt=a {group}"]
-            argv += [f"--config.{group}.folder={pictures}"]
+        argv += ["--config.harmful.names=()", "--config.harmful.prompt=a picture"]
+        argv += [f"--config.harmful.folder={pictures}"]
         argv += ["--config.checkpoints.every=2"]
         argv += [f"--config.hardware.cpu_devices={4 // count}"]
-        for level in ("lower", "upper"):  # a rate that does not depend on the steps
-            argv += [f"--config.{level}.warmup_frac=0"]
-            argv += [f"--config.{level}.schedule=constant"]
         cache = str(pytestconfig.cache.mkdir("hosts"))
         env = {"GIFT_JAX_CACHE": cache, "XLA_FLAGS": quick_compile.flags()}
         group = {"coordinator": free_address(), "count": count}
