@@ -43,7 +43,7 @@ def make_mesh(devices, shape: Mapping[str, int] | None = None) -> Mesh:
     Raises: UserError if the number of devices does not fit the shape.
     """
     shape = dict(shape or {"data": 0, "fsdp": 1, "tensor": 1})
-    # In their order: a process's devices are neighbours, so its rows of a batch are.
+    # In order: a process's devices are neighbors, and so its rows of a batch are.
     return Mesh(np.asarray(devices).reshape(_sizes(shape, len(devices))), AXES)
 
 

@@ -26,7 +26,7 @@ def trained(tiny_folder, tmp_path_factory, pytestconfig):
     cache = pytestconfig.cache.mkdir("devices")
     env = os.environ | {"GIFT_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     env |= {"XLA_FLAGS": quick_compile.flags()}
-    found = {}
+    params = {}
     for name, devices in (("one", 1), ("eight", 8), ("again", 8)):
         workdir = tmp_path_factory.mktemp(name)
         argv = [sys.executable, "-m", "gift_jax.train", f"--workdir={workdir}"]
@@ -38,19 +38,19 @@ def trained(tiny_folder, tmp_path_factory, pytestconfig):
             argv += [f"--config.{group}.folder={pictures}"]
             argv += [f"--config.{group}.batch={BATCH}"]
         subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
-        _, found[name] = checkpoint.read_params(workdir / "checkpoints")
-    return found
+        _, params[name] = checkpoint.read_params(workdir / "checkpoints")
+    return params
 
 
 def test_one_and_eight_devices_agree(trained):
-    differs = [
+    differences = [
         np.linalg.norm(a - b) / np.linalg.norm(a)
         for a, b in zip(
             *(jax.tree.leaves(trained[name]) for name in ("one", "eight")), strict=True
         )
     ]
-    assert len(differs) > 10
-    assert 0 < max(differs) < 1e-5  # sums in another order
+    assert len(differences) > 10
+    assert 0 < max(differences) < 1e-5  # sums in another order
 
 
 def test_the_same_devices_give_the_same_bits(trained):

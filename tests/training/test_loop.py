@@ -471,10 +471,10 @@ def test_state_is_donated_and_frozen_is_not(tmp_path):
 
 
 def test_result_does_not_depend_on_the_number_of_devices(tmp_path):
-    one = run(tmp_path / "a", 5)
-    two = run(tmp_path / "b", 5, devices=2)
-    assert len(two.params["w"].sharding.device_set) == 2
-    np.testing.assert_allclose(two.params["w"], one.params["w"], atol=1e-5)
+    single = run(tmp_path / "a", 5)
+    double = run(tmp_path / "b", 5, devices=2)
+    assert len(double.params["w"].sharding.device_set) == 2
+    np.testing.assert_allclose(double.params["w"], single.params["w"], atol=1e-5)
 
 
 def test_batches_advance_and_resume_together():
