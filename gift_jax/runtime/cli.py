@@ -2,6 +2,7 @@
 """The frame of every command line: flags, logging, exit codes."""
 
 import argparse
+import itertools
 import json
 import logging as std_logging
 import os
@@ -67,7 +68,7 @@ def parse_config(
         f"--config.lower.lr=1e-5. {flags.epilog or ''}"
     )
     specs = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    specs += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
+    specs += [b for a, b in itertools.pairwise(argv) if a == "--config"]
     if specs and {"-h", "--help"} & set(argv):
         fields = json.dumps(load_config(specs[0]).to_dict(), indent=2)
         flags.epilog += f"\n\nFields of {specs[0]} and their values:\n{fields}"

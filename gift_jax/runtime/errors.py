@@ -12,7 +12,7 @@ LARGEST = 2**31 - 1  # of a config's whole numbers: JAX counts in 32 bits
 MAX_SHOWN = 120  # characters of a wrong value in its message
 
 
-class CommandExit(BaseException):  # noqa: N818 - signals are no errors
+class CommandExit(BaseException):
     """Ends a command with one line on stderr and an exit code of its own."""
 
     exit_code = 1
