@@ -366,6 +366,8 @@ def tokenize(model, prompts):
     A word added for several vectors ("<a>", with "<a>_1" ... beside it) becomes them
     all.
     """
+    # half a surrogate pair, as of bytes on a command line, is no text
+    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
     prompts = [_with_every_vector(model.tokenizer, prompt) for prompt in prompts]
     encoded = model.tokenizer(
         list(prompts),
