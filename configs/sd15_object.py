@@ -10,7 +10,7 @@ token: attack with `--config.data.prompt="a photo of a &m purse"`.
 
 Hardware: not yet run on an accelerator. On two CPU cores in float32, with latents of
 32x32, a step takes 20 s and 8.8 GB of memory, of which 3.3 GB are the frozen UNet and
-0.9 GB the trained parameters with their moments (perf/full_size_cost.py).
+0.9 GB the trained parameters with their moments (perf/memory.py).
 
 Published (IMMA's code, GIFT's figures): the model, 512 pixels, batch 1, AdamW with
 weight decay 1e-2 at constant rates of 5e-6 and 2e-5, 1,000 updates, the prompts. Ours:

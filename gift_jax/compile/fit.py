@@ -10,7 +10,7 @@ import numpy as np
 GB = 1e9
 
 
-class DoesNotFit(Exception):  # noqa: N818 - not an error where a size is searched
+class DoesNotFit(Exception):
     """The program needs more memory than the chip has.
 
     Attributes: used: bytes, as far as the compiler says (of temporaries alone, where
@@ -57,9 +57,7 @@ def _guess(reports, sizes) -> float:
     """Returns the batch at which memory is full."""
     memory = reports[max(reports)]["hbm_bytes"]
     *_, a, b = sorted({0, *sizes})
-    if a:
-        slope = (sizes[b] - sizes[a]) / (b - a)
-    else:  # one size alone: as if its temporaries were in proportion to the batch
-        slope = memory["temporaries"] / b
-    start = a or b
-    return start + (memory["capacity"] - sizes[start]) / max(1.0, slope)
+    # one size alone: as if its temporaries were in proportion to the batch
+    known = sizes | ({0: sizes[b] - memory["temporaries"]} if not a else {})
+    slope = (known[b] - known[a]) / (b - a)
+    return b + (memory["capacity"] - sizes[b]) / max(1.0, slope)

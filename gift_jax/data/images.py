@@ -13,11 +13,11 @@ from gift_jax.runtime import progress
 from gift_jax.runtime.errors import UserError, one_line
 
 CROPS = ("center", "random", "none")
-SUFFIXES = frozenset(
-    # Pillow may lack some of these: then the file is an error, not overlooked.
-    ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tga "
-    ".tif .tiff .webp".split()
+# Pillow may lack some of these: then the file is an error, not overlooked.
+_KINDS = (
+    "avif bmp gif heic heif jfif jp2 jpe jpeg jpg pgm png pnm ppm tga tif tiff webp"
 )
+SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split(" "))
 _MAX_SIDE = 100_000  # pixels: to resize takes memory by the side, not by the area
 # What Pillow raises for files that are no image, cut short or damaged.
 _BROKEN = (

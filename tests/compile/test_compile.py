@@ -30,7 +30,7 @@ BASELINES = ROOT / "configs" / "emoji_baselines.py"
 # --- the step -------------------------------------------------------------------------
 
 
-class Taken(Exception):  # noqa: N818 - stops a run where its first step would be
+class Taken(Exception):
     pass
 
 

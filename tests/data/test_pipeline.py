@@ -19,6 +19,10 @@ def source():
     )
 
 
+def flat(batches):
+    return list(itertools.chain.from_iterable(batches))
+
+
 def ids(iterator, count):
     return [batch["id"].tolist() for batch in itertools.islice(iterator, count)]
 
@@ -45,10 +49,10 @@ def test_batches_keep_rows_together(source):
 def test_batches_drop_the_remainder_or_run_on(source):
     dropped = ids(pipeline.batches(source, 4, seed=0), 4)
     for epoch in (dropped[:2], dropped[2:]):  # of ten, eight are read
-        assert len(set(sum(epoch, []))) == 8
-    assert set(sum(dropped[:2], [])) != set(sum(dropped[2:], []))
+        assert len(set(flat(epoch))) == 8
+    assert set(flat(dropped[:2])) != set(flat(dropped[2:]))
     run_on = ids(pipeline.batches(source, 4, seed=0, drop_remainder=False), 5)
-    order = sum(run_on, [])
+    order = flat(run_on)
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(SIZE))
     (small,) = ids(pipeline.batches(source, 16, seed=0, drop_remainder=False), 1)
     assert sorted(small[:10]) == list(range(SIZE)) and len(small) == 16

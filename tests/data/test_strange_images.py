@@ -35,7 +35,7 @@ def encoded(image, kind, **options):
 def read(data):
     """Returns uint8 "8 8 3", or None if the file is refused."""
     image, _ = outcome(lambda: read_image(io.BytesIO(data), SIZE, name="odd.png"))
-    assert image is None or image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
+    assert image is None or (image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8)
     return image
 
 

@@ -13,6 +13,7 @@ Images are stored as PNG in ArrayRecord files, which `as_data_source()` and Grai
 import contextlib
 import io
 import pathlib
+import types
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,7 +26,7 @@ class Emoji64(tfds.core.GeneratorBasedBuilder):
     """2,880 images of 480 concepts by six artists, 64x64, RGB over white."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    RELEASE_NOTES = types.MappingProxyType({"1.0.0": "First release."})
 
     def _info(self):
         image = tfds.features.Image(
