@@ -3,13 +3,9 @@
 
 import gc
 import os
-import pathlib
-import sys
 
 import quick_compile
 
-# random_sd.py, a command that writes model folders, is also what writes the tests'
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "perf"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads
 os.environ["XLA_FLAGS"] = (

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from properties import outcome, tries
 
 import gift_jax
-from gift_jax import attack, train
+from gift_jax import attack, evaluate, train
+from gift_jax.benchmark import settings as benchmark
 from gift_jax.data import captions
 from gift_jax.data.pairs import PairsSpec, check_pairs
 from gift_jax.models.load import load_model
@@ -20,7 +21,12 @@ from gift_jax.runtime import cli, config, errors
 from gift_jax.runtime.config import load_config
 
 CONFIGS = pathlib.Path(gift_jax.__file__).parents[1] / "configs"
-RESOLVE = {"train": train.resolve, "attack": attack.resolve}
+RESOLVE = {
+    "train": train.resolve,
+    "attack": attack.resolve,
+    "evaluate": evaluate.resolve,
+    "benchmark": benchmark.resolve,
+}
 NAMES = {  # of config files
     "emoji_gift": "train",
     "emoji_gift_adversarial": "train",
@@ -29,6 +35,8 @@ NAMES = {  # of config files
     "emoji_attack": "attack",
     "emoji_attack:dreambooth": "attack",
     "emoji_attack:textual_inversion": "attack",
+    "emoji_evaluate": "evaluate",
+    "emoji_benchmark:smoke": "benchmark",
 }
 
 
@@ -117,6 +125,11 @@ def test_any_flags_are_taken_or_refused(name, words):
         ("emoji_attack:dreambooth", ["dreambooth.prior_weight=1", "prior.prompt="]),
         ("emoji_attack", ["attack=textual_inversion"]),
         ("emoji_attack", ["samples.at_steps=1,-2"]),
+        ("emoji_evaluate", ["samples.num=0"]),
+        ("emoji_evaluate", ["metrics.names=()"]),
+        ("emoji_evaluate", ["reference_images.folder=x"]),
+        ("emoji_benchmark:smoke", ["methods=()"]),
+        ("emoji_benchmark:smoke", ["attacks=x"]),
     ],
 )
 def test_what_contradicts_itself_is_refused(name, overrides):
