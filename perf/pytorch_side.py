@@ -35,9 +35,8 @@ def peak_bytes() -> int:
 
 
 def _pipeline(folder: str):
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, safety_checker=None
-    ).to(DEVICE)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = pipe.to(DEVICE, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -34,6 +34,16 @@ CHIPS = {  # Google Cloud's pages "TPU v4", "v5e", "v5p" and "v6e (Trillium)"
     "v5p": Chip(95 * 2**30, 459e12, 2765e9),
     "v6e": Chip(32 * 2**30, 918e12, 1640e9),
 }
+_NO_DATA = {  # a source that needs no files: a step does not depend on what is in it
+    "names": (),
+    "folder": "",
+    "tfds": "",
+    "caption_key": "",
+    "label_key": "",
+    "num_generated": 1,
+    "prompt": "anything",
+    "nonce_prompts": 0.0,
+}
 _TOO_LARGE = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([GM])")
 
 
@@ -185,8 +195,10 @@ def report(cfg, topology: str, batch_per_chip: int = 0, step: str = "train") -> 
     mesh = sharding.make_mesh(devices_of(topology), cfg.hardware.mesh.to_dict())
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     groups = base.load(cfg.method).groups
-    for group in groups if batch_per_chip else ():
-        cfg[group].batch = batch_per_chip * parts
+    for group in groups:
+        cfg[group].update(_NO_DATA)
+        if batch_per_chip:
+            cfg[group].batch = batch_per_chip * parts
     run = train.resolve(cfg)
     for name, group in run.data.items():
         accumulated = run.hardware.grad_accum_steps

@@ -304,7 +304,8 @@ def export(
 ):
     """Writes the base model folder with some tensors replaced, atomically.
 
-    Untouched tensors, the other components and the file layout stay byte for byte.
+    Untouched tensors, the other components and the file layout stay byte for byte, but
+    for the dtype that the config of a half-precision text encoder names: float32.
     Left out, since they would hold the original weights or cannot be checked: pickles,
     single-file checkpoints, and further variants of the UNet, or of the text encoder
     where that changed. (A component that has only pickles, as some safety checkers,
@@ -360,6 +361,33 @@ def export(
             for component in COMPONENTS:
                 for file in sorted((temp / component).glob("*.safetensors")):
                     _recast_file(file, dtype)
+        for file in sorted(temp.glob("*/config.json")):
+            _load_as_float32(file)
+
+
+def _load_as_float32(file):
+    """Has transformers 5 load half-precision weights as diffusers does: in float32.
+
+    Its default is the config's dtype, else the stored one; a text encoder of another
+    dtype than the UNet stops diffusers' pipelines. An explicit dtype still decides.
+    """
+    config = safetensors_io.read_json(file)
+    if "model_type" not in config:  # a component of diffusers
+        return
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    dtype = config.get(key) or _stored_dtype(file.parent)
+    if dtype not in ("float32", ""):
+        text = json.dumps(config | {key: "float32"}, indent=2)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def _stored_dtype(directory):
+    """Returns "half" if a tensor is in 16 bits, else ""."""
+    for file in directory.glob("*.safetensors"):
+        entries = safetensors_io.read_header(file).values()
+        if any(entry.dtype in ("F16", "BF16") for entry in entries):
+            return "half"
+    return ""
 
 
 def _write_tokenizer(tokenizer, folder):

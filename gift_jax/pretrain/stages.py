@@ -237,7 +237,7 @@ def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> No
     folder = workdir / "emoji-sd"
     text_config = {
         "architectures": ["CLIPTextModel"],
-        "torch_dtype": STORED,
+        "torch_dtype": "float32",  # to load as, whatever is stored
         **clip_config["text_config"],
     }
     text_params = {"text_model": clip_params["text_model"]}

@@ -86,9 +86,7 @@ def test_pytorch_draws_the_exported_model_alike(model, tmp_path):
     changed = {path: np.float16(1.05) * array for path, array in trainable.items()}
     weights.export(EMBEDDED, changed, tmp_path / "export")
     exported = load_model(str(tmp_path / "export"))
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        str(tmp_path / "export"), torch_dtype=torch.float32
-    )
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "export"))
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a noto emoji of a bomb", "a fluent emoji of a cat face"]
     latents = sampler.initial_latents(jax.random.key(3), 2, model.latent_shape)
