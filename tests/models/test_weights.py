@@ -446,3 +446,19 @@ def test_content_hash_follows_weights_and_configs_only(tiny_folder, folder):
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     assert weights.content_hash(folder) not in (before, changed)
+
+
+def test_export_of_a_half_precision_text_encoder_loads_as_float32(folder, tmp_path):
+    text = folder / "text_encoder"
+    _, params, config = weights.load_component(text, "text_encoder")
+    config |= {"model_type": "clip_text_model", "torch_dtype": "float16"}
+    weights.save_model_folder(text, config, params, dtype="float16")
+    out = tmp_path / "out"
+    weights.export(folder, {}, out)
+    exported = json.loads((out / "text_encoder" / "config.json").read_text())
+    assert exported == config | {"torch_dtype": "float32"}
+    files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    different = [
+        f for f in files if (out / f).read_bytes() != (folder / f).read_bytes()
+    ]
+    assert [str(f) for f in different] == ["text_encoder/config.json"]
