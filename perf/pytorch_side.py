@@ -36,7 +36,8 @@ def peak_bytes() -> int:
 
 def _pipeline(folder: str):
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipe = pipe.to(DEVICE, torch.float32)
+    pipe = pipe.to(DEVICE)
+    pipe.text_encoder.float()  # transformers loads it in the dtype that is stored
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
