@@ -8,7 +8,6 @@ the command line edit; `resolve` checks it and returns the dataclass.
 
 import dataclasses
 import difflib
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
