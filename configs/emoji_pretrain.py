@@ -3,7 +3,7 @@
 
     python -m gift_jax.pretrain --config configs/emoji_pretrain.py --workdir RUN
 
-Hardware: two CPU cores. Cost and result: docs/emoji_sd.md. Every constant is ours.
+Hardware: two CPU cores. Cost and result: docs/lab/emoji_sd.md. Every constant is ours.
 """
 
 from ml_collections import ConfigDict
