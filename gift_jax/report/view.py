@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gift_jax.benchmark.table import seconds
 from gift_jax.report import images, plots, results, tables
@@ -103,7 +103,7 @@ class View:
         Args: choices: of a control, divided by spaces; "" for any.
         """
         given = {key: value for key, value in choices.items() if value}
-        text = "".join(f' data-{key}="{value}"' for key, value in given.items())
+        text = "".join(f' data-{key}="{escape(value)}"' for key, value in given.items())
         known = all(
             self.start[k] in v.split() for k, v in given.items() if k in self.start
         )
