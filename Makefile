@@ -48,7 +48,7 @@ lint: $(VENV)/.installed-test large-files ## check style, formatting, types, fil
 	$(BIN)/ruff format --check .
 	$(BIN)/deptry gift_jax
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Results and weights do not belong into git; the package's own assets are older.
 large-files:
