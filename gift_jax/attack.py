@@ -194,8 +194,17 @@ def _save_samples(model, run: AttackRun, path: pathlib.Path) -> None:
         save_image_grid(model, unet, run.samples.prompts, run.samples, path)
 
 
+def describe(cfg: ConfigDict) -> list[tuple[str, str]]:
+    """Returns (field=value, its meaning) of every field of a config, for --help."""
+    rows = config.describe(AttackFields, cfg)
+    groups = field_groups(base.load(cfg.attack), cfg.attack)
+    for name, fields in groups.items():
+        rows += config.describe(fields, cfg[name], f"config.{name}")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
-    cfg, folder = cli.parse(argv, __doc__, "attack")
+    cfg, folder = cli.parse(argv, __doc__, "attack", describe)
     run(cfg, folder)
     return 0
 

@@ -158,7 +158,14 @@ def _save_grids(samples, workdir, suite: MetricSuite, eval_set: base.EvalSet) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    run(*cli.parse(argv, __doc__, "evaluate"))
+    run(
+        *cli.parse(
+            argv,
+            __doc__,
+            "evaluate",
+            lambda cfg: config.describe(EvaluateFields, cfg),
+        )
+    )
     return 0
 
 

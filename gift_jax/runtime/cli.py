@@ -35,24 +35,34 @@ def parser(doc: str, program: str) -> argparse.ArgumentParser:
     )
 
 
+# the config -> (field=value, its meaning) of its fields
+Describe = Callable[[ConfigDict], list[tuple[str, str]]]
+
+
 def parse(
-    argv: Sequence[str] | None, doc: str, program: str
+    argv: Sequence[str] | None,
+    doc: str,
+    program: str,
+    describe: Describe | None = None,
 ) -> tuple[ConfigDict, pathlib.Path]:
     """Returns (the config with its overrides, the workdir) of a command line.
 
     Reads --config FILE[:variant], --workdir DIR and --config.field=value ...; the
     config is locked, so an unknown field is an error. With --help, the fields of the
-    config given are listed too.
+    config given are listed too, as `describe` says.
     """
     flags = parser(doc, program)
     flags.add_argument("--workdir", required=True, help="the run's folder")
     flags.epilog = "Running the same command again resumes."
-    cfg, args = parse_config(argv, flags, program)
+    cfg, args = parse_config(argv, flags, program, describe)
     return cfg, pathlib.Path(args.workdir)
 
 
 def parse_config(
-    argv: Sequence[str] | None, flags: argparse.ArgumentParser, program: str
+    argv: Sequence[str] | None,
+    flags: argparse.ArgumentParser,
+    program: str,
+    describe: Describe | None = None,
 ) -> tuple[ConfigDict, argparse.Namespace]:
     """Returns (the config with its overrides, the other flags) of a command line.
 
@@ -70,7 +80,7 @@ def parse_config(
     specs = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
     specs += [b for a, b in itertools.pairwise(argv) if a == "--config"]
     if specs and {"-h", "--help"} & set(argv):
-        fields = json.dumps(load_config(specs[0]).to_dict(), indent=2)
+        fields = _describe_fields(load_config(specs[0], program), describe)
         flags.epilog += f"\n\nFields of {specs[0]} and their values:\n{fields}"
     overrides = [a for a in argv if a.startswith("--config.")]
     args = flags.parse_args([a for a in argv if a not in overrides])
@@ -78,6 +88,13 @@ def parse_config(
     for text in overrides:
         override(cfg, text.removeprefix("--config."))
     return cfg, args
+
+
+def _describe_fields(cfg: ConfigDict, describe: Describe | None) -> str:
+    if describe is None:
+        return json.dumps(cfg.to_dict(), indent=2)
+    rows = [(f"--{field}", meaning) for field, meaning in describe(cfg)]
+    return "\n".join(f"  {field}\n      {meaning}" for field, meaning in rows)
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
