@@ -24,7 +24,7 @@ def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
         cell.body = [line for line in cell.body if not isinstance(line, ast.Expr)]
         exec(compile(cell, str(PATH), "exec"), names)
     assert names["SHORT"]
-    assert set(names["recognition"]) == set(names["models"])
+    assert set(names["recognized"]) == set(names["models"])
     # a row for each model: it draws something, and not the same as the others
     drawn = {name: images.tobytes() for name, images in names["images"].items()}
     assert len(drawn) == 4 and len(set(drawn.values())) == 4
@@ -38,5 +38,5 @@ def test_quickstart_uses_public_names_only():
             used.add(node.attr)
         if isinstance(node, ast.ImportFrom | ast.Import):
             imported |= {alias.name for alias in node.names}
-    assert {"run", "draw", "load_model"} <= used | imported
+    assert {"run", "draw_images", "load_model"} <= used | imported
     assert not [name for name in used | imported if name.startswith("_")]
