@@ -123,7 +123,7 @@ def draw_random(fields: Any, defined: Mapping[str, Concept]) -> dict[str, Concep
       left out.
     Raises: UserError if there are not so many.
     """
-    taken = {
+    other_names = {
         name
         for concept in defined.values()
         for side in summary.ATTACKED_SIDES
@@ -131,8 +131,8 @@ def draw_random(fields: Any, defined: Mapping[str, Concept]) -> dict[str, Concep
     }
     known = emoji.known_concepts()
     unseen = emoji.unseen_concepts(emoji.all_concepts())
-    things = [name for name in known if name not in taken]
-    new = [name for name in unseen if name not in taken]
+    things = [name for name in known if name not in other_names]
+    new = [name for name in unseen if name not in other_names]
     most = min(len(things), len(new))
     if fields.count > most:
         raise UserError(
@@ -153,11 +153,11 @@ def _fill(concept: Concept, thing: str, benign: str, known) -> Concept:
     safe = tuple(name for name in known if name not in (thing, *emoji.HARMFUL))
     names = {"defense_data": (thing,), summary.HARMFUL: (thing,)}
     names |= {summary.BENIGN: (benign,), "safe": safe, summary.RETAINED: safe}
-    filled = {
-        name: dataclasses.replace(getattr(concept, name), names=chosen)
-        for name, chosen in names.items()
+    groups = {
+        name: dataclasses.replace(getattr(concept, name), names=group_names)
+        for name, group_names in names.items()
     }
-    return dataclasses.replace(concept, **filled)
+    return dataclasses.replace(concept, **groups)
 
 
 def prompts_for(images: Images, num: int, template: str = "") -> list[Prompt]:

@@ -52,12 +52,14 @@ def publish(
     files.write(workdir / "results.md", text)
     for concept in dict.fromkeys(cell.concept for cell in by_cell):
         for side in summary.SIDES:
-            chosen = {
+            side_results = {
                 cell: result
                 for cell, result in by_cell.items()
                 if (cell.concept, cell.side) == (concept, side)
             }
-            _save_grid(cfg, workdir, chosen, f"{concept}_{side}.png".replace(" ", "_"))
+            _save_grid(
+                cfg, workdir, side_results, f"{concept}_{side}.png".replace(" ", "_")
+            )
     Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
     return path
 

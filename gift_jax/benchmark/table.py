@@ -45,11 +45,11 @@ def markdown(results: dict[str, Any]) -> str:
     cells, parts = results["cells"], []
     methods = tuple(dict.fromkeys(cell["method"] for cell in cells))
     for concept in dict.fromkeys(cell["concept"] for cell in cells):
-        chosen = [cell for cell in cells if cell["concept"] == concept]
-        counts = {cell["points"][-1]["num"] for cell in chosen}
+        group = [cell for cell in cells if cell["concept"] == concept]
+        counts = {cell["points"][-1]["num"] for cell in group}
         parts.append(f"{concept}: recognized, of {', '.join(map(str, counts))} each")
         rows: dict[str, dict[str, str]] = {}
-        for cell in chosen:
+        for cell in group:
             rows.setdefault(_row_label(cell), {})[cell["method"]] = recognized(cell)
         lines = [
             (label, *(row.get(m, "") for m in methods)) for label, row in rows.items()

@@ -37,9 +37,9 @@ def environment() -> dict[str, str]:
     Without what is set for this machine's own devices.
     """
     ours = ("JAX_", "XLA_", "TPU_", "CLOUD_TPU_", "PJRT_")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    kept |= {k: v for k, v in os.environ.items() if k == "TPU_LIBRARY_PATH"}
-    return kept | {
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    variables |= {k: v for k, v in os.environ.items() if k == "TPU_LIBRARY_PATH"}
+    return variables | {
         "JAX_PLATFORMS": "cpu",  # or JAX looks for the TPU
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -112,7 +112,7 @@ def table(report: dict) -> str:
     """Returns a report as lines to read."""
     hbm = {name: size / GB for name, size in report["hbm_bytes"].items()}
     batches = report["batch_per_chip"].items()
-    sent = [
+    traffic = [
         f"{kind} {total['count']} x, {total['bytes'] / GB:.4f} GB"
         for kind, total in report["collectives"].items()
     ]
@@ -129,7 +129,7 @@ def table(report: dict) -> str:
         f"{report['flops_per_byte']} FLOP a byte",
         "roofline": f"{report['roofline_ms']} ms a step, limited by "
         f"{report['limited_by']}; compute alone {report['compute_fraction']:.0%} of it",
-        "sent": "; ".join(sent) or "nothing",
+        "sent": "; ".join(traffic) or "nothing",
         "compiled in": f"{report['seconds']['compile']} s",
     }
     if "tried" in report:

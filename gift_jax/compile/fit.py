@@ -34,9 +34,9 @@ def fit(attempt: Callable[[int], dict], low: int = 1, limit: int = 4096) -> dict
     """
     reports: dict[int, dict[str, Any]] = {}
     sizes: dict[int, float] = {}  # bytes by batch
-    tried, batch, ceiling = set(), low, limit + 1
+    batches, batch, ceiling = set(), low, limit + 1
     while True:
-        tried.add(batch)
+        batches.add(batch)
         try:
             reports[batch] = attempt(batch)
             sizes[batch] = reports[batch]["hbm_bytes"]["used"]
@@ -48,7 +48,7 @@ def fit(attempt: Callable[[int], dict], low: int = 1, limit: int = 4096) -> dict
                 sizes[batch] = error.used
         best = max(reports, default=0)
         if ceiling == best + 1:
-            return reports[best] | {"tried": sorted(tried)}
+            return reports[best] | {"tried": sorted(batches)}
         guess = _guess(reports, sizes) if best else ceiling // 2
         batch = int(np.clip(guess, best + 1, ceiling - 1))
 

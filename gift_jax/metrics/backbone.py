@@ -92,7 +92,7 @@ def load(spec: str, protocol: str = "standard") -> Backbone:
     Args: spec: "judge", which ships with the package; a folder of transformers'
         CLIPModel, ViTModel (DINO) or Dinov2Model; or the hub id of one, "org/name" or
         "org/name@revision": openai/clip-vit-base-patch32, facebook/dino-vits16 ...
-      protocol: "standard": short side resized with the model's filter, centre crop, its
+      protocol: "standard": short side resized with the model's filter, center crop, its
         mean and std; DINO: to 256/224 of the model's side, bicubic. "imma-64px": see
         `preprocessing.imma_64px`. The judge has "standard" only: its own 64 px, in
         [-1, 1].

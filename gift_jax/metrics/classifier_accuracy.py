@@ -23,9 +23,9 @@ def accuracy(
     """
     if len(accepted) != len(images):
         raise UserError(f"{len(images)} images, but {len(accepted)} sets of names")
-    meant = classifier.labels_meant(model.labels, set().union(*accepted))
+    labels_of = classifier.labels_meant(model.labels, set().union(*accepted))
     samples = [
-        any(label in meant[name] for name in names)
+        any(label in labels_of[name] for name in names)
         for label, names in zip(model.classify(images), accepted, strict=True)
     ]
     higher_means = "more often recognized"

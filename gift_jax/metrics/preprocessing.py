@@ -50,7 +50,7 @@ def read(folder: Path, dino_side: int = 0) -> Preprocessing:
     """Returns what a folder's preprocessor_config.json asks for.
 
     Args: dino_side: not 0: where the file crops nothing, as DINO's, the short side is
-      resized to 256/224 of this many pixels and the centre cropped, bicubic, as
+      resized to 256/224 of this many pixels and the center cropped, bicubic, as
       DINO's authors evaluate it.
     Raises: UserError for a file that is malformed or asks for anything else.
     Source: transformers' CLIPImageProcessor and BitImageProcessor (DINOv2's);
@@ -80,7 +80,7 @@ def read_classifier(folder: Path, default: str) -> Preprocessing:
     Raises: UserError for another processor, and for a file that is malformed.
     Source: transformers' ViTImageProcessor (squeezed to the square) and
       ConvNextImageProcessor, which ResNets use (below 384 pixels the short side is
-      resized to size / crop_pct and the centre cropped, from there on squeezed).
+      resized to size / crop_pct and the center cropped, from there on squeezed).
     """
     file = folder / _FILE
     config = safetensors_io.read_json(file)
@@ -121,7 +121,7 @@ def standard(images: np.ndarray, steps: Preprocessing) -> np.ndarray:
     """Returns uint8 "B H W 3" images as float32 "B 3 side side".
 
     Source: transformers' image processors with PIL: resized in bytes, the long side
-      rounded down, the centre cropped with the odd pixel at the end.
+      rounded down, the center cropped with the odd pixel at the end.
     """
     squares = np.stack([_square(image, steps) for image in images])
     return _normalize(squares.astype(np.float32) / 255.0, steps.mean, steps.std)
@@ -154,8 +154,8 @@ def cubic_matrix(before: int, after: int) -> np.ndarray:
       cubic with a = -0.75 between the four nearest, the ends repeated.
     """
     a = -0.75
-    centre = np.arange(after, dtype=np.float32) + np.float32(0.5)
-    place = centre * np.float32(before / after) - np.float32(0.5)  # rounded as there
+    center = np.arange(after, dtype=np.float32) + np.float32(0.5)
+    place = center * np.float32(before / after) - np.float32(0.5)  # rounded as there
     first, matrix = np.floor(place), np.zeros((after, before))
     for tap in (-1, 0, 1, 2):
         d = np.abs(place - first - tap)

@@ -52,7 +52,7 @@ def fetch(
             ignore_patterns=None if variant else list(marked),
         )
     except errors.GatedRepoError:
-        reason = "its licence must be accepted first; then log in (hf auth login)"
+        reason = "its license must be accepted first; then log in (hf auth login)"
     except errors.RevisionNotFoundError:
         reason = f"has no revision {revision!r}; name a branch, tag or commit"
     except errors.RepositoryNotFoundError:

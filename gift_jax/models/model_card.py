@@ -178,8 +178,8 @@ def _pairs(group: Mapping[str, Any]) -> str:
     if group["names"]:
         names, styles = list(group["names"]), ", ".join(group["styles"]) or "all"
         more = f" and {len(names) - 5} more" if len(names) > 6 else ""
-        told = ", ".join(names[:5] if more else names) + more
-        return f"{told} (styles: {styles}) of the embedded emoji"
+        text = ", ".join(names[:5] if more else names) + more
+        return f"{text} (styles: {styles}) of the embedded emoji"
     if group["num_generated"]:
         count, prompt = group["num_generated"], group["prompt"]
         return f"{count} pictures that it drew itself: {prompt!r}"
@@ -196,7 +196,7 @@ def license_of(folder: pathlib.Path) -> str:
         return ""
     text = file.read_text(encoding="utf-8", errors="replace")
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = (
+    match = (
         re.search(r"^license: *([\w.+-]+) *$", head[1], re.MULTILINE) if head else None
     )
-    return found[1] if found else ""
+    return match[1] if match else ""

@@ -38,12 +38,12 @@ def save(model_dir, out, *, variant="", dtype=None):
     Raises: UserError naming file and tensor, before anything is written.
     """
     root = Path(model_dir)
-    found = {
+    names_of = {
         kind: _component(root / kind, kind, variant) for kind in weights.COMPONENTS
     }
     with files.atomic_folder(out) as temp:
         layout = {"format": _FORMAT, "components": {}}
-        for kind, (names, paths) in found.items():
+        for kind, (names, paths) in names_of.items():
             layout["components"][kind] = _layout(names, paths, dtype)
             tree = _read(paths, dtype)
             handler = ocp.StandardCheckpointHandler(

@@ -282,13 +282,13 @@ def _variants(directory, stem):
         rf"{re.escape(stem)}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
     )
     matches = [pattern.fullmatch(p.name) for p in sorted(directory.glob("*"))]
-    found = sorted({m[1] or m[2] for m in matches if m})
-    if len(found) > 1:
+    variants = sorted({m[1] or m[2] for m in matches if m})
+    if len(variants) > 1:
         raise UserError(
-            f"{directory}: has only the variants {', '.join(found)}; choose one with "
-            f"--config.variant={found[0]}"
+            f"{directory}: has only the variants {', '.join(variants)}; choose one "
+            f"with --config.variant={variants[0]}"
         )
-    return found
+    return variants
 
 
 def has_variant(directory, stem, variant):

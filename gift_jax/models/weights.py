@@ -114,7 +114,7 @@ def entries_by_path(directory, kind, variant=""):
         for name in header.keys() & entries.keys():
             raise UserError(f"{file}: {name} is also in {entries[name].file.name}")
         entries |= header
-    found, missing = {}, []
+    entry_of, missing = {}, []
     for path, shape in shapes.items():
         name = safetensors_io.torch_name(path)
         if name not in entries:
@@ -129,8 +129,8 @@ def entries_by_path(directory, kind, variant=""):
                 f"{entry.file}: {name} has shape {list(entry.shape)}, but config.json "
                 f"says {list(expected)}; weights and config are of different models"
             )
-        found[path] = (name, entry)
-    used = {name for name, _ in found.values()} | set(_UNREAD.get(kind, ()))
+        entry_of[path] = (name, entry)
+    used = {name for name, _ in entry_of.values()} | set(_UNREAD.get(kind, ()))
     extra = [n for n in entries if n not in used and not n.endswith(_COUNTS)]
     for what, names in (("missing", missing), ("unexpected", extra)):
         if names:
@@ -138,7 +138,7 @@ def entries_by_path(directory, kind, variant=""):
                 f"{directory}: {len(names)} {what} tensors, e.g. {sorted(names)[0]}; "
                 "weights and config.json are of different models"
             )
-    return found
+    return entry_of
 
 
 def load_component(
@@ -327,12 +327,12 @@ def export(
     for kind, arrays in by_component(changed).items():
         if kind != "unet" and not arrays:
             continue
-        found = entries_by_path(base / kind, kind, variant)
-        unknown = sorted(set(arrays) - set(found))
+        entry_of = entries_by_path(base / kind, kind, variant)
+        unknown = sorted(set(arrays) - set(entry_of))
         if unknown:
-            called = {"unet": "UNet", "text_encoder": "text encoder"}[kind]
-            raise UserError(f"{base}: its {called} has no parameter {unknown[0]!r}")
-        entries |= found
+            label = {"unet": "UNet", "text_encoder": "text encoder"}[kind]
+            raise UserError(f"{base}: its {label} has no parameter {unknown[0]!r}")
+        entries |= entry_of
         kept[kind] = set(
             safetensors_io.weight_files(base / kind, KINDS[kind].stem, variant)
         )
@@ -441,13 +441,13 @@ def cast(name, array, dtype):
 
     Raises: UserError if a finite value becomes infinite.
     """
-    wanted = np.dtype(safetensors_io.DTYPES[dtype])
-    if array.dtype == wanted or array.dtype not in map(
+    disk_dtype = np.dtype(safetensors_io.DTYPES[dtype])
+    if array.dtype == disk_dtype or array.dtype not in map(
         np.dtype, safetensors_io.DTYPES.values()
     ):
         return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
-        result = np.ascontiguousarray(array, wanted)
+        result = np.ascontiguousarray(array, disk_dtype)
     if not np.isfinite(result.astype(np.float32)).all():
         raise UserError(
             f"{name}: not finite as {dtype}; keep it in a wider dtype (F32 or BF16)"

@@ -32,19 +32,19 @@ def comparison(runs: Sequence[Run], first: str, second: str, metric: str, over: 
     rows = [row for run in runs for row in run.data["summary"]]
     sides = summary.compare(rows, first, second, metric, over)
     parts = [f"Gap ratios of {md.escape(metric)}, {md.escape(over)} of the trajectory"]
-    for side, found in sides.items():
-        if found is None:
+    for side, side_stats in sides.items():
+        if side_stats is None:
             parts.append(f"{side}: the two methods share no attack and concept")
             continue
         rows = [
             (f"{attack} ({prompt})", form(one), form(two), form(two - one))
-            for (attack, prompt), (one, two) in found["by_attack"].items()
+            for (attack, prompt), (one, two) in side_stats["by_attack"].items()
         ]
-        one, two = found["means"]
-        interval = f"[{form(found['low'])}, {form(found['high'])}]"
-        change = f"{form(found['difference'])} {interval}"
+        one, two = side_stats["means"]
+        interval = f"[{form(side_stats['low'])}, {form(side_stats['high'])}]"
+        change = f"{form(side_stats['difference'])} {interval}"
         rows.append(("all attacks", form(one), form(two), md.Markdown(change)))
-        parts.append(f"{side}, {len(found['concepts'])} concepts")
+        parts.append(f"{side}, {len(side_stats['concepts'])} concepts")
         heads = ("attack", first, second, "difference")
         parts.append(md.table(heads, rows, numbers=True))
     return "\n\n".join(parts) + "\n"

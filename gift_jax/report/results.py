@@ -42,7 +42,7 @@ class Match(NamedTuple):
 
 
 def load_all(folders: Sequence[str]) -> list[Run]:
-    """Returns the runs of benchmark folders, labelled by name.
+    """Returns the runs of benchmark folders, labeled by name.
 
     Raises: UserError naming the file that is missing, no JSON, or lacks a key.
     """
@@ -169,15 +169,15 @@ def concepts(data) -> list[str]:
 def matches(data) -> list[Match]:
     """Returns every attack under each of its prompts, families and attacks together."""
     rows = (*data["cells"], *data["summary"])
-    unordered = dict.fromkeys(
+    all_matches = dict.fromkeys(
         Match(row["family"], row["attack"], row["prompt"])
         for row in rows
         if row["attack"] != summary.BEFORE
     )
-    families = list(dict.fromkeys(match.family for match in unordered))
-    attacks = list(dict.fromkeys(match.attack for match in unordered))
+    families = list(dict.fromkeys(match.family for match in all_matches))
+    attacks = list(dict.fromkeys(match.attack for match in all_matches))
     return sorted(
-        unordered, key=lambda m: (families.index(m.family), attacks.index(m.attack))
+        all_matches, key=lambda m: (families.index(m.family), attacks.index(m.attack))
     )
 
 

@@ -102,10 +102,12 @@ class View:
 
         Args: choices: of a control, divided by spaces; "" for any.
         """
-        given = {key: value for key, value in choices.items() if value}
-        text = "".join(f' data-{key}="{escape(value)}"' for key, value in given.items())
+        attributes = {key: value for key, value in choices.items() if value}
+        text = "".join(
+            f' data-{key}="{escape(value)}"' for key, value in attributes.items()
+        )
         known = all(
-            self.start[k] in v.split() for k, v in given.items() if k in self.start
+            self.start[k] in v.split() for k, v in attributes.items() if k in self.start
         )
         return Markup(text if known else text + " hidden")
 

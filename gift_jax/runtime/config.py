@@ -208,12 +208,12 @@ def find_config(path: str) -> pathlib.Path:
     if os.path.isfile(path):  # unlike pathlib's, of any name
         return pathlib.Path(path)
     package = pathlib.Path(__file__).resolve().parents[1]
-    installed = package / "configs"
-    folder = installed if installed.is_dir() else package.parent / "configs"
+    wheel_configs = package / "configs"
+    folder = wheel_configs if wheel_configs.is_dir() else package.parent / "configs"
     if os.path.dirname(path) == "configs":
-        packaged = os.path.join(folder, os.path.basename(path))
-        if os.path.isfile(packaged):
-            return pathlib.Path(packaged)
+        path_here = os.path.join(folder, os.path.basename(path))
+        if os.path.isfile(path_here):
+            return pathlib.Path(path_here)
     raise UserError(f"--config={one_line(path)} is no file; try configs/emoji_gift.py")
 
 

@@ -100,10 +100,10 @@ class MetricsLog:
     def _error(self, step: int, name: str, value: float, bad_params: list[str]):
         latest = self._latest_checkpoint()
         checkpoint = f"last checkpoint: {latest}" if latest else "no checkpoint yet"
-        shown = value if not math.isfinite(value) else "not finite"
+        text = value if not math.isfinite(value) else "not finite"
         parameter = f"; so is the parameter {bad_params[0]}" if bad_params else ""
         return NonFiniteError(
-            f"step {step}: {name} is {shown}{parameter} ({checkpoint}). Lower the "
+            f"step {step}: {name} is {text}{parameter} ({checkpoint}). Lower the "
             "learning rate, or bound the ascent, and use another --workdir."
         )
 

@@ -44,16 +44,16 @@ def test_augment_shift_keeps_mass_and_enters_white(images):
     ink = (1.0 - images).sum((1, 2, 3))  # nothing leaves the frame here
     np.testing.assert_allclose((1.0 - out).sum((1, 2, 3)), ink, rtol=1e-4)
     np.testing.assert_allclose(out[:, 0], 1.0, atol=1e-6)
-    centre = _centre(out) - _centre(images)
-    assert np.abs(centre).max() <= 4.01
-    assert np.abs(centre).max() > 2.0
+    center = _center(out) - _center(images)
+    assert np.abs(center).max() <= 4.01
+    assert np.abs(center).max() > 2.0
 
 
-def test_augment_scale_keeps_the_centre_and_changes_the_size(images):
+def test_augment_scale_keeps_the_center_and_changes_the_size(images):
     ink = (1.0 - images).sum((1, 2, 3))
-    flat = jnp.where(images < 1.0, -1.0, images)  # one colour: the centre is exact
+    flat = jnp.where(images < 1.0, -1.0, images)  # one color: the center is exact
     out = augment.augment(KEY, flat, YES, flip=0, shift=0, scale=0.2)
-    np.testing.assert_allclose(_centre(out), _centre(flat), atol=0.05)
+    np.testing.assert_allclose(_center(out), _center(flat), atol=0.05)
     area = (1.0 - out).sum((1, 2, 3)) / (1.0 - flat).sum((1, 2, 3))
     assert area.min() < 0.9 < 1.1 < area.max()
     assert area.min() > 0.8**2 - 0.05 and area.max() < 1.2**2 + 0.05
@@ -75,8 +75,8 @@ def test_augment_runs_under_jit_and_stays_in_range(images):
     assert out.min() >= -1.0001 and out.max() <= 1.0001
 
 
-def _centre(images):
-    """Centre of ink of each picture, "B 2", pixels."""
+def _center(images):
+    """Center of ink of each picture, "B 2", pixels."""
     ink = np.asarray(1.0 - images).sum(-1)
     rows = (ink.sum(2) * np.arange(ink.shape[1])).sum(1) / ink.sum((1, 2))
     cols = (ink.sum(1) * np.arange(ink.shape[2])).sum(1) / ink.sum((1, 2))

@@ -101,7 +101,7 @@ def test_pairs_have_the_model_draw_what_is_to_be_generated():
         (dict(names=("guitr",)), "'guitr' is not in the data; did you mean 'guitar'"),
         (dict(names=("xyzzy",)), "'xyzzy' is not in the data"),
         (dict(names=("owl",), styles=("cubist",)), "choose from twemoji, noto"),
-        (dict(names=("owl",), template="{colour} owl"), "may use only"),
+        (dict(names=("owl",), template="{color} owl"), "may use only"),
         (dict(names=("owl",), template="{"), "may use only"),
         (dict(), "give one of names, folder, tfds and num_generated"),
         (dict(names=("owl",), folder="x"), "give only one of.*not names and folder"),

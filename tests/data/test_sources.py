@@ -19,9 +19,9 @@ from gift_jax.runtime.errors import UserError
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
 
-def save(path, colour=RED, size=(8, 8)):
+def save(path, color=RED, size=(8, 8)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
@@ -73,7 +73,7 @@ def test_images_are_upright():
     assert (image[:4] == 0).all() and (image[4:] == 255).all()
 
 
-def test_sixteen_bit_grey_keeps_its_range():
+def test_sixteen_bit_gray_keeps_its_range():
     values = np.tile(np.arange(0, 65536, 257, dtype=np.uint16), (256, 1))
     expected = np.tile(np.arange(256), (256, 1))
     for name in ("a.png", "a.tif", "a.ppm"):
@@ -86,7 +86,7 @@ def test_sixteen_bit_grey_keeps_its_range():
     np.testing.assert_array_equal(turned[..., 0], expected[:, ::-1])
 
 
-def test_palette_grey_alpha_and_cmyk_give_their_colours():
+def test_palette_gray_alpha_and_cmyk_give_their_colors():
     see_through = Image.new("P", (8, 8), 1)
     see_through.putpalette([*RED, *BLUE])
     assert (read_image(stored(see_through), 8) == BLUE).all()
@@ -100,7 +100,7 @@ def test_palette_grey_alpha_and_cmyk_give_their_colours():
 
 
 def test_an_animation_counts_as_its_first_frame():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     file = stored(frames[0], "a.gif", save_all=True, append_images=frames[1:])
     with Image.open(file) as image:
         assert image.n_frames == 2
@@ -334,7 +334,7 @@ def test_links_may_lead_about_the_folder_but_not_out(captioned, tmp_path_factory
 
 # --- prepared datasets ----------------------------------------------------------------
 
-COLOURS = [(i * 60, 0, 0) for i in range(4)]
+COLORS = [(i * 60, 0, 0) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def prepared(tmp_path_factory):
     )
 
     def example(i, label):
-        file = stored(Image.new("RGBA", (12, 8), (*COLOURS[i], 255)))
+        file = stored(Image.new("RGBA", (12, 8), (*COLORS[i], 255)))
         return {"image": file, "label": label, "text": f"number {i}"}
 
     class TinyThings(tfds.core.GeneratorBasedBuilder):
@@ -399,14 +399,14 @@ def test_dataset_gives_images_with_their_texts_or_labels(prepared):
     assert data.concepts == data.prompts
     order = [int(prompt[-1]) for prompt in data.prompts]
     for image, i in zip(data.images, order, strict=True):
-        assert (image == COLOURS[i]).all()
-    labelled = load_pairs(
+        assert (image == COLORS[i]).all()
+    labeled = load_pairs(
         dataset(prepared, label_key="label", template="a photo of {a_concept}")
     )
     names = [("tiger cat", "owl")[i % 2] for i in order]
     articles = {"tiger cat": "a tiger cat", "owl": "an owl"}
-    assert labelled.concepts == names
-    assert labelled.prompts == [f"a photo of {articles[name]}" for name in names]
+    assert labeled.concepts == names
+    assert labeled.prompts == [f"a photo of {articles[name]}" for name in names]
     prompted = load_pairs(dataset(prepared, prompt="p", tfds="tiny_things", limit=3))
     assert prompted.prompts == ["p"] * 3
     np.testing.assert_array_equal(prompted.images, data.images[:3])

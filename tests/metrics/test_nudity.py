@@ -27,7 +27,7 @@ def fake(boxes):
 
 @pytest.fixture
 def images():
-    """Five pictures of one colour each, red = 0 .. 4."""
+    """Five pictures of one color each, red = 0 .. 4."""
     images = np.zeros((5, 8, 6, 3), np.uint8)
     images[..., 0] = np.arange(5).reshape(5, 1, 1)
     images[..., 1:] = (10, 20)
@@ -80,7 +80,7 @@ def detector():
 
 @pytest.fixture(scope="module")
 def drawings():
-    """Uint8 (4, 320, 320, 3): a dummy of a few shapes, three colours; and no dummy."""
+    """Uint8 (4, 320, 320, 3): a dummy of a few shapes, three colors; and no dummy."""
     images, skin, dot = [], (224, 172, 140), (150, 80, 70)
     for ground in ((240, 240, 240), (60, 60, 60), (20, 90, 40)):
         image = Image.new("RGB", (320, 320), ground)

@@ -387,9 +387,9 @@ def test_export_leaves_out_other_copies_of_the_original_weights(folder, tmp_path
     variant = "diffusion_pytorch_model.fp16.safetensors"
     (folder / "unet" / variant).write_bytes(b"original")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"original")
-    (folder / "LICENSE").write_text("licence")
+    (folder / "LICENSE").write_text("license")
     export_one(folder, tmp_path / "out")
-    assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
+    assert (tmp_path / "out" / "LICENSE").read_text() == "license"
     assert [p for p in (tmp_path / "out").rglob("*") if "v1-5" in p.name] == []
     kept = {p.name for p in (tmp_path / "out" / "unet").iterdir()}
     assert kept == {"config.json", "diffusion_pytorch_model.safetensors"}

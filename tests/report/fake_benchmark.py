@@ -32,7 +32,7 @@ def write(
 ) -> dict:
     """Writes results.json, cell.json files and sheets; returns what results.json holds.
 
-    Sample i of a sheet is grey of 20 times i. Args: edit: changes what is written.
+    Sample i of a sheet is gray of 20 times i. Args: edit: changes what is written.
     """
     rng = np.random.default_rng(0)
     cells = []
@@ -68,7 +68,7 @@ def _fill(folder, cell, steps, num, rng) -> dict:
     """Writes a cell's sheets and cell.json; returns it as results.json has it."""
     place = [cell[key] for key in ("concept", "method", "side", "attack", "prompt")]
     home = pathlib.Path("cells", *("".join(filter(str.isalnum, p)) for p in place))
-    greys = 20 * np.arange(num, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    grays = 20 * np.arange(num, dtype=np.uint8).reshape(-1, 1, 1, 1)
     points, full = [], []
     for step in steps:
         value = _reached(cell, step, rng)
@@ -80,7 +80,7 @@ def _fill(folder, cell, steps, num, rng) -> dict:
         points.append(point)
         full.append(point | {"labels": {"concept": labels}})
         full[-1]["samples"] = {METRICS[0]: list(right), METRICS[1]: [value] * num}
-        images = np.broadcast_to(greys, (num, 8, 8, 3))
+        images = np.broadcast_to(grays, (num, 8, 8, 3))
         grid.save_sheet(images, folder / point["sheet"])
     (folder / home / "cell.json").write_text(json.dumps(cell | {"points": full}))
     times = {"seconds": 31.2}

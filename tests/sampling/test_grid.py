@@ -8,7 +8,7 @@ from PIL import Image
 from gift_jax.sampling import grid
 
 
-def colours(n):
+def colors(n):
     return np.stack([np.full((8, 8, 3), 20 * i, np.uint8) for i in range(n)])
 
 
@@ -18,7 +18,7 @@ def pixels(file):
 
 
 def test_grid_places_pictures_row_by_row(tmp_path):
-    path = grid.save_grid(colours(5), tmp_path / "new" / "grid.png", columns=3, cell=16)
+    path = grid.save_grid(colors(5), tmp_path / "new" / "grid.png", columns=3, cell=16)
     page = pixels(path)
     assert page.shape == (2 * 20, 3 * 20, 3)
     for i in range(5):
@@ -29,7 +29,7 @@ def test_grid_places_pictures_row_by_row(tmp_path):
 
 
 def test_grid_makes_room_for_labels(tmp_path):
-    rows = [colours(2), colours(1)]
+    rows = [colors(2), colors(1)]
     labels = {"row_labels": ["original", "immunized"], "column_labels": ["a b", "c"]}
     plain = pixels(grid.save_grid(rows, tmp_path / "a.png"))
     page = pixels(grid.save_grid(rows, tmp_path / "b.png", **labels))

@@ -68,11 +68,12 @@ def unet_config(channels: Sequence[int], **fields) -> dict:
 
     Args: channels: of each resolution; the last has no cross-attention. fields: others.
     """
-    crossed = len(channels) - 1
+    attention_blocks = len(channels) - 1
     blocks = {
         "block_out_channels": list(channels),
-        "down_block_types": ["CrossAttnDownBlock2D"] * crossed + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * crossed,
+        "down_block_types": ["CrossAttnDownBlock2D"] * attention_blocks
+        + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * attention_blocks,
     }
     return _UNET | blocks | fields
 

@@ -192,10 +192,11 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
     root, dtype = _local_folder(path), jnp.dtype(dtype)
     index = safetensors_io.read_json(root / "model_index.json")
     for name, expected in _CLASSES.items():
-        found = (index.get(name) or [None, None])[-1]
-        if found != expected:
+        class_name = (index.get(name) or [None, None])[-1]
+        if class_name != expected:
             raise UserError(
-                f"{root / 'model_index.json'}: {name} is {found}; must be {expected}"
+                f"{root / 'model_index.json'}: {name} is {class_name}; must be "
+                f"{expected}"
             )
     if variant and not safetensors_io.has_variant(
         root / "unet", weights.KINDS["unet"].stem, variant

@@ -210,8 +210,10 @@ def apply_unet(unet: UNet, params, z_BCHW, t_B, c_BLD, capture=(), text=None):
         capture_intermediates=lambda module, _: isinstance(module, classes),
         mutable=["intermediates"],
     )
-    found = flatten_dict(state.get("intermediates", {}))
-    return out, {"/".join(path[:-1]): values[0] for path, values in found.items()}
+    intermediates = flatten_dict(state.get("intermediates", {}))
+    return out, {
+        "/".join(path[:-1]): values[0] for path, values in intermediates.items()
+    }
 
 
 def _capture_class(kind):
