@@ -2,7 +2,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Bytecode is written on first import, which saves compiling what is never imported.
+# Bytecode is written on first import, which saves compiling what is never imported;
+# without it each process compiles all that it imports, JAX alone for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) install --no-compile --prefer-binary
 
 # PYTHON=... picks an interpreter; otherwise the first of these that runs and fits.
