@@ -287,9 +287,11 @@ def _images_part(spec, where, root, names, prompt, own_name=""):
             f"{spec.field}.prompt for all"
         )
     else:
+        count = f"{len(with_caption)} of {len(images)} images"
+        others_are = f"; the others are {own_name!r}"
         notes.append(
-            f"{root}: {len(with_caption)} of {len(images)} images have a caption in a "
-            f"text file" + (f"; the others are {own_name!r}" if own_name else "")
+            f"{root}: {count} have a caption in a text file"
+            f"{others_are if len(with_caption) < len(images) else ''}"
         )
     if data:
         warnings.append(f"{root}: not read, though maybe captions: {_some(data)}")

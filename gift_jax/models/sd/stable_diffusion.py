@@ -402,7 +402,8 @@ def tokenize(model, prompts):
 def _is_truncated(model, prompt, ids):
     if ids[-2] == model.tokenizer.pad_token_id:  # room was left
         return False
-    return len(model.tokenizer(prompt)["input_ids"]) > model.max_length
+    ids = model.tokenizer(prompt, verbose=False)["input_ids"]
+    return len(ids) > model.max_length
 
 
 def encode_prompts(model, prompts, batch_size=32):
