@@ -17,16 +17,19 @@ _COPY = "copy it again from the base model"
 _OPTIONAL = ("special_tokens_map.json", "added_tokens.json")
 
 
-def load_tokenizer(directory) -> Any:
+def load_tokenizer(directory, *, any_length: bool = False) -> Any:
     """Returns transformers' fast CLIPTokenizer of a folder.
 
     Its words are in tokenizer.json, which transformers 5 writes, or in vocab.json and
     merges.txt, or in both.
 
+    Args: any_length: the caller knows how long a text is; else the folder must say it,
+      as for a pipeline of PyTorch.
     Raises: UserError naming the file that is missing, damaged or contradicts another.
     """
     folder = Path(directory)
-    _check_files(folder)
+    names = _check_config(folder, any_length)
+    _check_files(folder, names)
     from transformers import CLIPTokenizerFast  # a second, which --help need not wait
 
     try:
@@ -90,16 +93,23 @@ def _write_json(file, value):
 # --- checks of the files --------------------------------------------------------------
 
 
-def _check_files(folder):
-    config = _read_object(folder / "tokenizer_config.json")
-    length = config.get("model_max_length")
-    if not isinstance(length, int) or not 3 <= length <= LARGEST:
+def _check_config(folder, any_length):
+    """Returns every text in the small files: the names of marks and added tokens."""
+    config = folder / "tokenizer_config.json"
+    small = [folder / name for name in _OPTIONAL if (folder / name).exists()]
+    if config.exists() or not any_length:
+        small.append(config)
+    contents = {file: _read_object(file) for file in small}
+    length = contents.get(config, {}).get("model_max_length")
+    if not any_length and not (type(length) is int and 3 <= length <= LARGEST):
         raise UserError(
-            f"{one_line(folder / 'tokenizer_config.json')}: model_max_length="
-            f"{shown(length)} must be the number of tokens of a prompt; write 77"
+            f"{one_line(config)}: model_max_length={shown(length)} must be the number "
+            "of tokens of a prompt; write 77"
         )
-    others = [_read_object(folder / n) for n in _OPTIONAL if (folder / n).exists()]
-    names = _texts([config, *others])
+    return _texts(list(contents.values()))
+
+
+def _check_files(folder, names):
     fast, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
     words = None
     if fast.exists():

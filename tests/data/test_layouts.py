@@ -94,6 +94,16 @@ def test_text_files_that_are_not_whole_are_refused(make):
     refused("b.txt is a link out of the folder", folder)
 
 
+def test_captions_may_be_optional(make):
+    folder = make("a.png", "b.png")
+    refused("config.data.prompt is empty; a folder without metadata", folder)
+    assert load(folder, captions_optional=True).prompts == ["", ""]
+    make(a_dot_txt="x")
+    refused("b.png has no caption", folder, captions_optional=True)
+    make(b_dot_txt="y")
+    assert load(folder, captions_optional=True).prompts == ["x", "y"]
+
+
 # --- kohya's folders ------------------------------------------------------------------
 
 

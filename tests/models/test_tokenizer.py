@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from gift_jax.models import weights
 from gift_jax.models.load import EMBEDDED
+from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.tokenizer import every_vector, load_tokenizer, write_added_tokens
 from gift_jax.runtime.errors import UserError
 
@@ -141,6 +143,27 @@ def test_added_tokens_are_read_again_and_the_words_stay(layout, listed, request)
         assert ids[0] == ids[1]
     words = len(json.loads((EMBEDDED / "tokenizer" / "vocab.json").read_text()))
     assert padded(again, [every_vector(again, "<é>")])[0][1:3] == [words, words + 1]
+
+
+def test_exports_keep_the_tokenizer_as_it_is(tiny_folder, tmp_path):
+    base, out, inverted = (tmp_path / name for name in ("base", "out", "inverted"))
+    shutil.copytree(tiny_folder, base)
+    load_tokenizer(base / "tokenizer").save_pretrained(str(base / "tokenizer"))
+    (base / "tokenizer" / "vocab.json").unlink()
+    (base / "tokenizer" / "merges.txt").unlink()
+    weights.export(base, {}, out)
+    before = {f.name: f.read_bytes() for f in (base / "tokenizer").iterdir()}
+    assert "tokenizer.json" in before
+    assert {f.name: f.read_bytes() for f in (out / "tokenizer").iterdir()} == before
+    tokenizer = load_tokenizer(out / "tokenizer")
+    assert stable_diffusion.load(out).tokenize(SOME).shape == (len(SOME), 16)
+    tokenizer.add_tokens(["<a>"])
+    weights.export(base, {}, inverted, tokenizer=tokenizer)
+    ids = [
+        padded(t, ["a <a> 猫"])
+        for t in (tokenizer, load_tokenizer(inverted / "tokenizer"))
+    ]
+    assert ids[0] == ids[1]
 
 
 # --- damage ---------------------------------------------------------------------------
@@ -278,6 +301,12 @@ def test_message_names_the_file_and_the_remedy(split, name, content, message):
     (split / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(split)
+
+
+def test_length_may_be_the_callers(split):
+    expected = padded(load_tokenizer(split), SOME)
+    (split / "tokenizer_config.json").unlink()
+    assert padded(load_tokenizer(split, any_length=True), SOME) == expected
 
 
 def test_folder_without_words_is_refused(split):

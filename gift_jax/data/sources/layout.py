@@ -273,20 +273,20 @@ def _images_part(spec, where, root, names, prompt, own_name=""):
         own_name = ""
         if with_caption:
             notes.append(f"{spec.field}: the prompt given replaces all captions")
-    elif not with_caption and not own_name:
+    elif not with_caption and not own_name and not spec.captions_optional:
         seen = f" ({one_line(data[0])} is none of these)" if data else ""
         raise UserError(
             f"{spec.field}.prompt is empty; a folder without metadata.csv, metadata."
             f"jsonl or a .txt beside each image{seen} needs one prompt"
         )
-    elif len(with_caption) < len(images) and not own_name:
+    elif 0 < len(with_caption) < len(images) and not own_name:
         image = next(name for name in images if not files[name])
         raise UserError(
             f"{where}: {one_line(image)} has no caption, but others have; write "
             f"{one_line(pathlib.PurePath(image).with_suffix('.txt'))}, or set "
             f"{spec.field}.prompt for all"
         )
-    else:
+    elif with_caption or own_name:
         count = f"{len(with_caption)} of {len(images)} images"
         others_are = f"; the others are {own_name!r}"
         notes.append(
