@@ -102,6 +102,8 @@ def resolve(config: Any, cls: type, prefix: str = "config", **others) -> Any:
         if kind is not None:
             values[field.name] = resolve(content, kind, name)
         else:
+            if isinstance(field.default, tuple) and isinstance(content, str):
+                content = (content,)  # or it would be read letter by letter
             content = _as_declared(name, content, field.metadata)
             _check_field(name, content, field.metadata)
             values[field.name] = content

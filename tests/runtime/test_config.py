@@ -308,6 +308,11 @@ def test_prompt_that_starts_as_a_list_is_named(text):
     assert cfg.samples.prompts == (text,)
 
 
+def test_one_text_in_a_config_file_is_one_prompt():
+    cfg = config.to_config(Samples).to_dict() | {"prompts": "a cat, 4k"}
+    assert config.resolve(cfg, Samples).prompts == ("a cat, 4k",)
+
+
 def test_a_list_may_hold_names_with_commas(file):
     cfg = parse(file, '--config.names=["x, y", "[z]"]')
     assert cfg.names == ("x, y", "[z]")
