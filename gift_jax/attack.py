@@ -149,7 +149,7 @@ def train(
         name: load_group(model, group, name, model.image_size, run.seed)
         for name, group in run.data.items()
     }
-    attack.check_prompts(run.settings, data["data"].prompts)
+    attack.check_prompts(run.settings, data["data"].every_caption)
     workdir.prepare_workdir(cfg, folder, base=weights.content_hash(model.path))
     sources = {
         name: cached_source(

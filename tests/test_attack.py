@@ -261,11 +261,11 @@ def test_mistake_of_the_prior_counts_where_it_is_read(
     "flag, message",
     [
         ("textual_inversion.token=a b", "token='a b' must be one word"),
-        ("textual_inversion.token=sks", "'a <thing>' has no sks"),
+        ("textual_inversion.token=<x>", "'a <thing>' has no <x>"),
         ("data.prompt=a sks thing", "'a sks thing' has no <thing>"),
         (
-            "textual_inversion.initializer=ab",
-            "initializer='ab' is 2 tokens .a b</w>.",
+            "textual_inversion.initializer=abc",
+            "initializer='abc' is 3 tokens .a b c</w>. .* or 2, one",
         ),
         (
             "textual_inversion.token=a</w>",

@@ -83,6 +83,7 @@ class Tokenizer:
     """Every word of its vocabulary is one token, as are words that are added."""
 
     eos_token_id = WORDS.index("]")
+    added_tokens_encoder: dict = {}  # no word of several vectors
 
     def __init__(self):
         self.vocabulary = {word: i for i, word in enumerate(WORDS)}
@@ -100,11 +101,14 @@ class Tokenizer:
     def tokenize(self, text):
         return [word if word in self.vocabulary else "thing" for word in text.split()]
 
-    def convert_tokens_to_ids(self, token):
-        return self.vocabulary[token]
+    def convert_tokens_to_ids(self, tokens):
+        return [self.vocabulary[token] for token in tokens]
 
-    def __call__(self, prompts):
-        """int32 "B L": the start, the first word, and the end."""
+    def __call__(self, prompts, add_special_tokens=True):
+        """int32 "B L": the start, the first word, and the end; or a prompt's words."""
+        if not add_special_tokens:
+            ids = self.convert_tokens_to_ids(self.tokenize(prompts))
+            return {"input_ids": ids}
         rows = []
         for prompt in prompts:
             ids = [self.vocabulary[word] for word in self.tokenize(prompt)[-1:]]

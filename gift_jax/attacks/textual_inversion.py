@@ -6,6 +6,7 @@ examples/textual_inversion/textual_inversion.py.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers.pre_tokenizers import ByteLevel
 
 from gift_jax.attacks import base
 from gift_jax.attacks.dreambooth import EncodeIds
 from gift_jax.diffusion import Denoiser
+from gift_jax.models.tokenizer import every_vector
 from gift_jax.models.weights import TOKEN_TABLE
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, shown
 from gift_jax.state import Step, make_descent
+
+_FIELD = "config.textual_inversion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,9 @@ class TextualInversion:
     """The fields of textual inversion."""
 
     token: str = config.value("<thing>", "new to the model; the prompts have it")
-    initializer: str = config.value("thing", "a word that is one token: the start")
+    initializer: str = config.value(
+        "thing", "the start: a word that is one token, or as many tokens as vectors"
+    )
     vectors: int = config.number(1, low=1, doc="embeddings that the token stands for")
 
     def check(self, field: str) -> None:
@@ -47,41 +54,75 @@ def names(token: str, vectors: int) -> list[str]:
 def add_tokens(tokenizer, token: str, vectors: int) -> None:
     """Adds the token's names to a transformers tokenizer, in place.
 
-    Raises: UserError if one is in its vocabulary, or it does not keep them whole.
+    Raises: UserError if one is known to it, as diffusers' load_textual_inversion does.
     """
     added, vocabulary = names(token, vectors), tokenizer.get_vocab()
-    for name in added:
+    stem = re.sub(r"_\d+$", "", token)  # of a token of several vectors
+    for name in (*added, f"{token}_1", *([stem] if stem != token else [])):
         if name in vocabulary:
             raise UserError(
-                f"config.textual_inversion.token={token!r}: {name!r} is in the model's "
+                f"{_FIELD}.token={shown(token)}: {shown(name)} is in the model's "
                 "vocabulary already; choose another word"
             )
+    first = len(tokenizer)
     tokenizer.add_tokens(added)
-    if tokenizer.tokenize(f"a {' '.join(added)} b")[1:-1] != added:
+    ids = tokenizer.convert_tokens_to_ids(added)
+    if ids != list(range(first, first + vectors)):
         raise UserError(
-            f"config.textual_inversion.token={token!r} is cut by the model's "
-            "tokenizer; choose a word in lower case, such as '<thing>'"
+            f"{_FIELD}.token={shown(token)} becomes the ids {shown(ids)}, not those "
+            f"from {first} on; the model's tokenizer numbers its words with gaps"
         )
 
 
-def initializer_id(tokenizer, word: str) -> int:
-    """Returns the id of the one token that a word is; UserError if it is not one."""
-    tokens = tokenizer.tokenize(word)
-    if len(tokens) != 1:
+def check_token(tokenizer, token: str, vectors: int) -> None:
+    """Raises UserError for a token that other words have, or that loses its vectors.
+
+    What a prompt becomes is what diffusers' pipelines make of it, once they have loaded
+    the token. Args: tokenizer: with the token's names added.
+    """
+    letters = ByteLevel(add_prefix_space=False, use_regex=False)
+    text = "".join(part for part, _ in letters.pre_tokenize_str(token.lower()))
+    vocabulary = set(tokenizer.get_vocab()) - set(names(token, vectors))
+    if re.fullmatch(r"\w+", token) or any(text in word for word in vocabulary):
+        bare = token.strip("<>_*") or "thing"
+        raise UserError(
+            f"{_FIELD}.token={shown(token)} would be found inside other words too; "
+            f"write it as '<{bare.lower()}>'"
+        )
+    new = tokenizer.convert_tokens_to_ids(names(token, vectors))
+    prompt = every_vector(tokenizer, f"a {token} b")
+    if tokenizer(prompt, add_special_tokens=False)["input_ids"][1:-1] != new:
+        lower = token.lower()
+        fix = f"'{lower}'" if lower != token else "'<thing>', of plain letters"
+        raise UserError(
+            f"{_FIELD}.token={shown(token)} is not kept whole by the model's "
+            f"tokenizer, so that diffusers would lose vectors; write it as {fix}"
+        )
+
+
+def initializer_ids(tokenizer, words: str, vectors: int) -> list[int]:
+    """Returns the id that each vector starts from: one for all, or one for each.
+
+    Raises: UserError if the initializer is another number of tokens.
+    """
+    tokens = tokenizer.tokenize(words)
+    if len(tokens) not in (1, vectors):
         count = f"{len(tokens)} tokens ({' '.join(tokens)})" if tokens else "no token"
+        each = f", or {vectors}, one for each vector" if vectors > 1 else ""
         raise UserError(
-            f"config.textual_inversion.initializer={word!r} is {count} to this "
-            "model; choose a word that is one"
+            f"{_FIELD}.initializer={shown(words)} is {count} to this model; choose a "
+            f"word that is one{each}"
         )
-    return tokenizer.convert_tokens_to_ids(tokens[0])
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    return ids * vectors if len(ids) == 1 else ids
 
 
-def start(table_VD: np.ndarray, word: int, vectors: int) -> jax.Array:
+def start(table_VD: np.ndarray, ids: Sequence[int]) -> jax.Array:
     """Returns the new tokens' embeddings at their start, float32 "vectors D".
 
-    Each is that of the initializer's token: row `word` of table_VD, float32 "V D".
+    Each is that of an initializer's token: rows `ids` of table_VD, float32 "V D".
     """
-    return jnp.tile(jnp.asarray(table_VD[word], jnp.float32)[None], (vectors, 1))
+    return jnp.asarray(table_VD[np.asarray(ids)], jnp.float32)
 
 
 def make_step(
@@ -119,7 +160,7 @@ def plan(task: base.Task) -> base.Plan:
     """
     s, model = task.settings, task.model
     table_VD = token_table(model.folder)
-    word = initializer_id(model.tokenizer, s.initializer)
+    ids = initializer_ids(model.tokenizer, s.initializer, s.vectors)
     attacked = model.with_tokenizer(tokenizer(s, model.folder))
     text: dict[str, Any] = flatten_dict(model.params["text_encoder"], sep="/")
     text[TOKEN_TABLE] = table_VD
@@ -132,7 +173,7 @@ def plan(task: base.Task) -> base.Plan:
         step=make_step(
             model.denoiser, attacked.encode_ids, task.tx, task.micro_batches
         ),
-        params={"embeddings": start(table_VD, word, s.vectors)},
+        params={"embeddings": start(table_VD, ids)},
         frozen={"unet": flatten_dict(model.params["unet"], sep="/"), "text": text},
         reads_ids=True,
         files=files,
@@ -143,6 +184,7 @@ def tokenizer(s: TextualInversion, folder):
     """Returns the tokenizer of a model folder with the new tokens."""
     words = folder.load_tokenizer()
     add_tokens(words, s.token, s.vectors)
+    check_token(words, s.token, s.vectors)
     return words
 
 

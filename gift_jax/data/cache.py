@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from gift_jax.data import captions, latents, pipeline
 from gift_jax.data.images import CROPS
@@ -38,7 +39,9 @@ class DataGroup:
         captions.TEMPLATES[0], "caption of names and labels: {concept}, {a_concept}"
     )
     folder: str = config.value(
-        "", "images under `prompt`, or with a metadata.csv or metadata.jsonl"
+        "",
+        "images under `prompt`, or with captions: metadata.csv, metadata.jsonl, a .txt "
+        """each, or kohya's "10_sks dog" folders; several as '["A", "B"]'""",
     )
     caption_column: str = config.value("text", "of the folder's metadata")
     tfds: str = config.value("", 'a prepared TFDS dataset, "name" or "name:version"')
@@ -51,7 +54,10 @@ class DataGroup:
         0, low=0, doc="images that the model draws for `prompt`, cached"
     )
     generation: Generation = config.group(Generation)
-    prompt: str = config.value("", "of every image; replaces a folder's captions")
+    prompt: str = config.value(
+        "",
+        """of every image, whatever its captions; for several folders '["a", "b"]'""",
+    )
     limit: int = config.number(
         0, low=0, doc="images, the first in the source's order; 0: all"
     )
@@ -116,14 +122,13 @@ def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
 def augment_prompts(data: Pairs, spec: Any, key: jax.Array) -> list[str]:
     """Returns what the spec.augmented_copies of every pair are called, copy by copy.
 
-    A share `nonce_prompts` goes by a made-up word, another one each time, under which
+    Of an image with several captions each copy has another, the first one drawn. A
+    share `nonce_prompts` goes by a made-up word, another one each time, under which
     an attacker may hide what a picture shows. A share `prompt_dropout` is left empty:
     what a model draws depends on these too, through classifier-free guidance.
     """
-    prompts, styles = (
-        data.prompts * spec.augmented_copies,
-        data.styles * spec.augmented_copies,
-    )
+    prompts = _draw_captions(data, spec.augmented_copies, jax.random.fold_in(key, 2))
+    styles = data.styles * spec.augmented_copies
     if spec.nonce_prompts:
         k_rows, k_words = jax.random.split(jax.random.fold_in(key, 1))
         rows = _random_subset(k_rows, spec.nonce_prompts, len(prompts))
@@ -135,6 +140,24 @@ def augment_prompts(data: Pairs, spec: Any, key: jax.Array) -> list[str]:
     for row in _random_subset(key, spec.prompt_dropout, len(prompts)):
         prompts[row] = ""
     return prompts
+
+
+def _draw_captions(data: Pairs, copies: int, key: jax.Array) -> list[str]:
+    """Returns a caption for every copy of every pair, copy by copy."""
+    most = max(map(len, data.captions or ()), default=1)
+    if most == 1:
+        return data.prompts * copies
+    logging.info(
+        "images have up to %d captions; each of augmented_copies=%d takes one",
+        *(most, copies),
+    )
+    starts = np.asarray(jax.random.randint(key, (len(data),), 0, 2**30))
+    rows = list(zip(data.captions, starts.tolist(), strict=True))
+    return [
+        texts[(start + copy) % len(texts)]
+        for copy in range(copies)
+        for texts, start in rows
+    ]
 
 
 def _random_subset(key: jax.Array, share: float, count: int) -> np.ndarray:

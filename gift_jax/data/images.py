@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files as square uint8 arrays: upright, over white, of one size."""
 
+import importlib
+import io
 import os
 import struct
 import warnings
@@ -11,6 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gift_jax.runtime import progress
 from gift_jax.runtime.errors import UserError, one_line
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+# Text that may say which way is up.
+_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_HEIF_BRANDS = frozenset(b"heic heim heis heix hevc hevx mif1 msf1".split())
 
 CROPS = ("center", "random", "none")
 # Pillow may lack some of these: then the file is an error, not overlooked.
@@ -35,6 +43,10 @@ _BROKEN = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+class _NoHeifError(OSError):
+    """A phone's photo, which Pillow alone does not read."""
 
 
 def read_images(files, count, size, *, crop="center", seed=0):
@@ -74,11 +86,13 @@ def read_image(file, size, *, crop="center", rng=None, name=""):
                 rgb = _over_white(_eight_bit(image))
     except _BROKEN as error:
         reason = one_line(error) or type(error).__name__
+        fix = "remove it or replace it"
         if isinstance(error, UnidentifiedImageError):
             reason = "of no known kind"
+        if isinstance(error, _NoHeifError):
+            fix = "pip install pillow-heif, or save it as a JPEG or PNG"
         raise UserError(
-            f"{one_line(name or file)} cannot be read as an image ({reason}); "
-            "remove it or replace it"
+            f"{one_line(name or file)} cannot be read as an image ({reason}); {fix}"
         ) from error
     if crop == "none":
         return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS))
@@ -95,12 +109,57 @@ def _open(file):
     on_disk = isinstance(file, (str, os.PathLike))
     if on_disk and os.path.exists(file) and not os.path.isfile(file):
         raise OSError("no regular file")  # to open a pipe would wait for a writer
+    head = _head(file)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and b"avif" not in head:
+        _register_heif()
+    if head[:8] == _PNG:
+        file = _without_text(file)
     kinds = Image.registered_extensions()
     image = Image.open(file, formats=sorted({kinds[s] for s in SUFFIXES & set(kinds)}))
     if max(image.size) > _MAX_SIDE:
         image.close()
         raise ValueError(f"a side of {max(image.size)} pixels")
     return image
+
+
+def _head(file):
+    """Returns a file's first bytes; a file object stays where it is."""
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return opened.read(64)
+    place = file.tell()
+    head = file.read(64)
+    file.seek(place)
+    return head
+
+
+def _register_heif():
+    """Has Pillow read HEIC and HEIF; raises _NoHeifError if pillow-heif is missing."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError as error:
+        raise _NoHeifError("HEIC, which needs pillow-heif") from error
+    heif.register_heif_opener()
+
+
+def _without_text(file):
+    """Returns a PNG without its text, of which Pillow reads a megabyte at most.
+
+    Programs that draw store their whole workflow there.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            data = opened.read()
+    else:
+        data = file.read()
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        kind, start = data[place + 4 : place + 8], data[place + 8 : place + 40]
+        if kind not in _TEXT_CHUNKS or start.startswith(_ORIENTATION):
+            kept.append(data[place:end])
+        place = end
+    return io.BytesIO(b"".join(kept))
 
 
 def _eight_bit(image):

@@ -30,8 +30,9 @@ class PairsSpec:
     Attributes: names: concepts and `KEYWORDS`, mixed freely, of the embedded set.
       styles: those to use, empty for all six. template: a caption with {concept} or
       {a_concept}, for names and label_key; with names optionally {style} or {a_style}.
-      folder: images on disk, all under `prompt` or, with a metadata.csv or .jsonl,
-      each under its text in `caption_column`. tfds: "name", "name:version" or
+      folder: images on disk, all under `prompt` or each under its captions, see
+      `sources.layout`; of metadata those in `caption_column`. Several folders are a
+      JSON list, whose prompts may be one too. tfds: "name", "name:version" or
       "name/config:version" of a prepared dataset; tfds_data_dir: where it is, "" for
       the library's own place; split, image_key: what to read; caption_key, label_key
       or else `prompt`: what an image is called. num_generated: how many images the
@@ -39,7 +40,8 @@ class PairsSpec:
       limit: use at most this many images, the first in the source's order; 0: all.
       crop: see `images.read_image`; the embedded images are square. size: side of the
       images, in pixels. held_out: True also uses the embedded images that pretraining
-      left out. seed: of random crops. field: the config group to name in an error.
+      left out. seed: of random crops. captions_optional: the prompts of a folder
+      without any are "". field: the config group to name in an error.
     """
 
     names: tuple[str, ...] = ()
@@ -60,10 +62,12 @@ class PairsSpec:
     size: int = 64
     held_out: bool = False
     seed: int = 0
+    captions_optional: bool = False
     field: str = "concepts"
 
 
-_OF_CALLER = ("size", "held_out", "seed", "field")  # what no config group has
+# what no config group has
+_OF_CALLER = ("size", "held_out", "seed", "captions_optional", "field")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Pairs:
 
     Attributes: images: uint8 "N H W 3". prompts: N captions. concepts, styles: N names
       (outside the embedded set the label or else the prompt, and ""). may_flip: bool
-      "N", whether the mirror image would be as good.
+      "N", whether the mirror image would be as good. captions: N tuples of one caption
+      or more, whose first is the prompt; None: of that one each.
     """
 
     images: np.ndarray
@@ -80,9 +85,16 @@ class Pairs:
     concepts: list[str]
     styles: list[str]
     may_flip: np.ndarray
+    captions: list[tuple[str, ...]] | None = None
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def every_caption(self):
+        """The distinct captions of all images, in order of appearance."""
+        captions = self.captions or [(prompt,) for prompt in self.prompts]
+        return list(dict.fromkeys(text for texts in captions for text in texts))
 
     @property
     def concept_names(self):
@@ -143,17 +155,17 @@ def load_pairs(spec: PairsSpec, draw=None) -> Pairs:
     Raises: UserError as `check_pairs` does, for an unknown concept or style, and for
       images, captions or a dataset that cannot be read.
     """
-    source = check_pairs(spec)
+    source, several = check_pairs(spec), None
     if source == "names":
         return _load_emoji(spec, emoji.load())
     if source == "folder":
-        paths, prompts = folder.list_images(spec)
+        paths, several = folder.list_images(spec)
         files = ((path, path) for path in paths)
         images = read_images(
             files, len(paths), spec.size, crop=spec.crop, seed=spec.seed
         )
         logging.info("read %d images from %s", len(images), spec.folder)
-        concepts = prompts
+        prompts = concepts = [texts[0] for texts in several]
     elif source == "tfds":
         images, prompts, concepts = tfds_source.read(spec)
     else:
@@ -166,6 +178,7 @@ def load_pairs(spec: PairsSpec, draw=None) -> Pairs:
         concepts=concepts,
         styles=[""] * len(images),
         may_flip=np.ones(len(images), bool),
+        captions=several,
     )
 
 

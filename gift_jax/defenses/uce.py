@@ -160,10 +160,12 @@ def edit_model(task: base.Task) -> base.Flat:
 
     end = model.tokenizer.eos_token_id
     guides = [captions.fill(s.replacement_prompt, "", name) for name in harmful.styles]
-    pairs = list(dict.fromkeys(zip(harmful.prompts, guides, strict=True)))
+    texts = harmful.captions or [(prompt,) for prompt in harmful.prompts]
+    rows = zip(texts, guides, strict=True)
+    pairs = list(dict.fromkeys((t, guide) for several, guide in rows for t in several))
     erase, erase_ids = states([prompt for prompt, _ in pairs])
     guide, guide_ids = states([guide for _, guide in pairs])
-    keep, keep_ids = states(list(dict.fromkeys(task.data["safe"].prompts)))
+    keep, keep_ids = states(task.data["safe"].every_caption)
     if s.token_states == "tail":
         erase, guide = tail_states(erase, erase_ids, guide, guide_ids, end)
         keep = keep.reshape(-1, keep.shape[-1])

@@ -42,10 +42,14 @@ _REQUIRED = pretrained.Requirements(
         "dino": ("config.json", "preprocessor_config.json"),
         "dinov2": ("config.json", "preprocessor_config.json"),
     },
-    optional=("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    optional=(
+        *("tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json"),
+    ),
+    instead={"vocab.json": "tokenizer.json", "merges.txt": "tokenizer.json"},
     description=(
         "config.json, preprocessor_config.json, model.safetensors and, for CLIP, "
-        "vocab.json and merges.txt"
+        "vocab.json and merges.txt, or tokenizer.json"
     ),
 )
 

@@ -24,7 +24,7 @@ class Requirements(NamedTuple):
       field: what names the model, to begin an error's message with.
       kinds: {architecture in config.json: kind of model}. files: {kind: files that it
       must have besides the weights}. optional: further files to fetch. description: all
-      of it in words.
+      of it in words. instead: {file: another that makes it needless}.
     """
 
     field: str
@@ -32,6 +32,7 @@ class Requirements(NamedTuple):
     files: dict[str, tuple[str, ...]]
     optional: tuple[str, ...]
     description: str
+    instead: dict[str, str] = {}
 
 
 def check_spec(field: str, spec: str) -> None:
@@ -74,7 +75,8 @@ def check(folder: Path, spec: str, required: Requirements) -> str:
 
 def _check_present(folder, names, spec, required):
     for name in names:
-        if not (folder / name).is_file():
+        other = required.instead.get(name, name)
+        if not (folder / name).is_file() and not (folder / other).is_file():
             raise UnavailableError(
                 f"{required.field}={spec!r}: {folder / name} is missing; needed are "
                 f"{required.description}"

@@ -61,7 +61,7 @@ def judge_folders(folder: Path) -> list[Path]:
 def _clip(module, params, tokenizer_folder):
     logit_scale = float(np.exp(params["logit_scale"]))
     params = jax.tree.map(jnp.asarray, params)
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, any_length=True)
     length = module.config.text_config.max_position_embeddings
     image = jax.jit(lambda p, x_BCHW: vision.apply_clip_image(module, p, x_BCHW))
     text = jax.jit(lambda p, ids_BL: vision.apply_clip_text(module, p, ids_BL))

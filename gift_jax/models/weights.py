@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gift_jax.models import safetensors_io, sd, vision
 from gift_jax.models.ops.activations import ACTIVATIONS
 from gift_jax.models.params import parameter_shapes
+from gift_jax.models.tokenizer import write_added_tokens
 from gift_jax.runtime import files
 from gift_jax.runtime.errors import UserError
 
@@ -316,8 +317,8 @@ def export(
         `TOKEN_TABLE` may have another number of rows; vocab_size follows. out_dir:
         replaced if it exists. variant: which of the base's files the model was read
         from. dtype: name of `tensors.DTYPES` to cast every weight of UNet, VAE and
-        text encoder to; None keeps each tensor's own. tokenizer: of transformers, to
-        be saved in place of the base's. readme: README.md, in place of the base's.
+        text encoder to; None keeps each tensor's own. tokenizer: of transformers, whose
+        tokens beyond the base's are added. readme: README.md, in place of the base's.
     Raises: UserError for an unknown path, a wrong shape, a value that does not fit.
     """
     base, out = Path(base_dir).absolute(), Path(out_dir).absolute()
@@ -354,7 +355,7 @@ def export(
             name, entry = entries[path]
             _resize(temp / entry.file.relative_to(base), name, changed[path])
         if tokenizer is not None:
-            _write_tokenizer(tokenizer, temp / "tokenizer")
+            write_added_tokens(tokenizer, temp / "tokenizer")
         if readme:
             (temp / "README.md").write_text(readme, encoding="utf-8")
         if dtype is not None:
@@ -388,19 +389,6 @@ def _stored_dtype(directory):
         if any(entry.dtype in ("F16", "BF16") for entry in entries):
             return "half"
     return ""
-
-
-def _write_tokenizer(tokenizer, folder):
-    """Writes a tokenizer that has more words than the one in the folder.
-
-    transformers 5 reads and writes tokenizer.json alone; older versions read the
-    vocabulary, which stays as it is, and added_tokens.json.
-    """
-    for name in ("tokenizer.json", "added_tokens.json"):
-        (folder / name).unlink(missing_ok=True)  # of the old one
-    tokenizer.save_pretrained(str(folder))
-    added = json.dumps(tokenizer.get_added_vocab(), indent=2, sort_keys=True)
-    (folder / "added_tokens.json").write_text(added + "\n", encoding="utf-8")
 
 
 def _resized_table(changed, entries):

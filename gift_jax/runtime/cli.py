@@ -75,7 +75,9 @@ def parse_config(
     )
     flags.epilog = (
         "Any field of the config can be set: --config.steps=200, "
-        f"--config.lower.lr=1e-5. {flags.epilog or ''}"
+        "--config.lower.lr=1e-5, several values as --config.harmful.names=bomb,gear, "
+        """several prompts as --config.samples.prompts='["a cat, 4k", "a dog"]'. """
+        f"{flags.epilog or ''}"
     )
     specs = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
     specs += [b for a, b in itertools.pairwise(argv) if a == "--config"]

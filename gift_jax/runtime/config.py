@@ -9,8 +9,10 @@ the command line edit; `resolve` checks it and returns the dataclass.
 import dataclasses
 import difflib
 import importlib.util
+import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -22,10 +24,14 @@ from gift_jax.runtime.errors import (
     at_least,
     check_number,
     one_line,
+    parse_json,
     shown,
 )
 from gift_jax.runtime.errors import above as check_above
 from gift_jax.runtime.errors import choice as check_choice
+
+# A field of texts with commas: without brackets its value is one of them.
+PROMPTS = "samples.prompts"
 
 # --- declaring fields -----------------------------------------------------------------
 
@@ -96,6 +102,8 @@ def resolve(config: Any, cls: type, prefix: str = "config", **others) -> Any:
         if kind is not None:
             values[field.name] = resolve(content, kind, name)
         else:
+            if isinstance(field.default, tuple) and isinstance(content, str):
+                content = (content,)  # or it would be read letter by letter
             content = _as_declared(name, content, field.metadata)
             _check_field(name, content, field.metadata)
             values[field.name] = content
@@ -182,7 +190,12 @@ def describe(cls: type, config: Any, prefix: str = "config") -> list[tuple[str, 
 
 
 def _written(content: Any) -> str:
-    return ",".join(map(str, content)) if _is_many(content) else str(content)
+    if not _is_many(content):
+        return str(content)
+    plain = [re.fullmatch(r"[\w.-]+", str(item)) for item in content]
+    if not all(plain):  # as a list, which the shell is to leave alone
+        return f"'{json.dumps(list(content), ensure_ascii=False)}'"
+    return ",".join(map(str, content))
 
 
 # --- files ----------------------------------------------------------------------------
@@ -283,8 +296,11 @@ def override(cfg: ConfigDict, text: str) -> None:
             f"config.{field}={shown(value)} must be of a field, not of a group of "
             f"them; name one, such as {some}"
         )
+    if field == PROMPTS:
+        node[name] = _prompts(f"config.{field}", value)
+        return
     try:
-        new = _typed(old, value)
+        new = _json_texts(old, value) or _typed(old, value)
     except (ValueError, TypeError) as error:
         kind, was = type(old).__name__, str(old).replace("'", "")
         kind += f" of {type(old[0]).__name__}" if isinstance(old, tuple) and old else ""
@@ -296,6 +312,31 @@ def override(cfg: ConfigDict, text: str) -> None:
         if isinstance(number, (int, float)):
             check_number(f"config.{field}", number, old)
     node[name] = new
+
+
+def _json_texts(old: Any, value: str) -> tuple[str, ...] | None:
+    """Returns the texts of a JSON list, for a field of several; None if it is none."""
+    if not isinstance(old, tuple) or not value.lstrip().startswith("["):
+        return None
+    try:
+        texts = parse_json(value)
+    except (ValueError, RecursionError):
+        return None
+    return tuple(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def _prompts(field: str, value: str) -> tuple[str, ...]:
+    """Returns one prompt, the whole value, or those of a JSON list."""
+    if not value.lstrip().startswith("["):
+        return (value,) if value.strip() not in ("", "()") else ()
+    texts = _json_texts((), value)
+    if texts is None:
+        example = json.dumps([value[:MAX_SHOWN]], ensure_ascii=False)
+        raise UserError(
+            f"{field}={shown(value)} starts as a JSON list, but is no list of texts; "
+            f"for one prompt that starts with [ write --{field}='{example}'"
+        )
+    return texts
 
 
 def _typed(old: Any, value: str) -> Any:

@@ -22,7 +22,9 @@ from gift_jax.sampling import grid, sampler
 class Samples:
     """The fields of the images that a run draws of its model."""
 
-    prompts: tuple[str, ...] = config.value((), "a row of the grid each")
+    prompts: tuple[str, ...] = config.value(
+        (), """a row of the grid each: one text, or a list '["a cat, 4k", "a dog"]'"""
+    )
     num: int = config.number(8, low=0, doc="images a prompt; 0: none")
     seed: int = config.number(1, low=0, doc="of the noise")
     guidance: float = config.number(7.5, low=1, doc="scale; 1: none")

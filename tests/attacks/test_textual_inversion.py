@@ -9,9 +9,9 @@ import pytest
 import toy_denoiser
 
 from gift_jax.attacks import textual_inversion
-from gift_jax.models import weights
+from gift_jax.models import safetensors_io, weights
 from gift_jax.models.load import EMBEDDED
-from gift_jax.models.tokenizer import load_tokenizer
+from gift_jax.models.tokenizer import every_vector, load_tokenizer
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import init_state
 
@@ -32,8 +32,8 @@ def test_step_trains_the_new_rows_only(rng):
     tx = optax.adam(1e-2)
     step = textual_inversion.make_step(toy_denoiser.denoiser(), encode, tx)
     table = jnp.asarray(rng.normal(size=(7, toy_denoiser.D)), jnp.float32)
-    params = {"embeddings": textual_inversion.start(table, 2, 3)}
-    np.testing.assert_array_equal(params["embeddings"], table[np.asarray([2, 2, 2])])
+    params = {"embeddings": textual_inversion.start(table, [2, 3, 2])}
+    np.testing.assert_array_equal(params["embeddings"], table[np.asarray([2, 3, 2])])
     state = init_state(params, {"attack": tx.init(params)})
     text = {weights.TOKEN_TABLE: table}
     frozen = {"unet": toy_denoiser.params(), "text": text}
@@ -81,9 +81,90 @@ def test_prompts_without_the_token_are_refused():
 def test_words_of_the_vocabulary_are_refused(tokenizer):
     with pytest.raises(UserError, match="'guitar</w>' is in the model's vocabulary"):
         textual_inversion.add_tokens(tokenizer, "guitar</w>", 1)
-    with pytest.raises(UserError, match="initializer='toy' is 2 tokens .to y</w>."):
-        textual_inversion.initializer_id(tokenizer, "toy")
-    with pytest.raises(UserError, match="initializer='' is no token"):
-        textual_inversion.initializer_id(tokenizer, "")
-    word = textual_inversion.initializer_id(tokenizer, "guitar")
-    assert tokenizer.convert_ids_to_tokens(word) == "guitar</w>"
+    textual_inversion.add_tokens(tokenizer, "<a>", 2)
+    for token, known in (("<a>", "<a>"), ("<a>_1", "<a>_1"), ("<a>_7", "<a>")):
+        with pytest.raises(UserError, match=f"{token}': '{known}' is in the model's"):
+            textual_inversion.add_tokens(tokenizer, token, 1)
+
+
+def test_initializer_is_a_token_for_all_vectors_or_one_for_each(tokenizer):
+    ids = textual_inversion.initializer_ids(tokenizer, "guitar", 3)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["guitar</w>"] * 3
+    ids = textual_inversion.initializer_ids(tokenizer, "guitar of water", 3)
+    words = ["guitar</w>", "of</w>", "water</w>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == words
+    for words, vectors, message in (
+        ("toy", 1, "initializer='toy' is 2 tokens .to y</w>. to this model; choose a"),
+        ("guitar of", 3, "is 2 tokens .* that is one, or 3, one for each vector"),
+        ("", 1, "initializer='' is no token"),
+    ):
+        with pytest.raises(UserError, match=message):
+            textual_inversion.initializer_ids(tokenizer, words, vectors)
+
+
+@pytest.mark.parametrize(
+    ("token", "vectors", "message"),
+    [
+        ("sks", 1, "'sks' would be found inside other words too; write it as '<sks>'"),
+        ("guitar", 1, "inside other words too; write it as '<guitar>'"),
+        ("Guitar_2", 1, "inside other words too; write it as '<guitar_2>'"),
+        ("__metadata__", 1, "inside other words too; write it as '<metadata>'"),
+        ("猫", 1, "inside other words too; write it as '<猫>'"),
+        ("<My-Cat>", 4, "is not kept whole by .*; write it as '<my-cat>'"),
+        ("<É>", 2, "is not kept whole by .*; write it as '<é>'"),
+        ("<e\u0301>", 2, "is not kept whole by .*; write it as '<thing>'"),
+    ],
+)
+def test_tokens_that_words_have_or_that_lose_vectors_are_refused(
+    tokenizer, token, vectors, message
+):
+    textual_inversion.add_tokens(tokenizer, token, vectors)
+    with pytest.raises(UserError, match=message):
+        textual_inversion.check_token(tokenizer, token, vectors)
+
+
+ACCEPTED = {
+    "<thing>": 1, "<cat-toy>": 4, "<My-Cat>": 1, "<a.b>": 12, "s*": 2, "[v]": 2,
+    "<é>": 3, "<猫>": 2, "<🐱>": 2, "<<x>>": 2, "{x}": 2, "cat-toy": 2, "<a>_b": 2,
+}  # fmt: skip
+
+
+def test_accepted_tokens_have_all_their_vectors_in_diffusers(tiny_folder, tmp_path):
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    config = CLIPTextConfig.from_pretrained(tiny_folder / "text_encoder")
+    folder = tiny_folder / "tokenizer"
+    parts = dict.fromkeys(("vae", "unet", "scheduler"))
+    for token, vectors in ACCEPTED.items():
+        words = load_tokenizer(folder)
+        textual_inversion.add_tokens(words, token, vectors)
+        textual_inversion.check_token(words, token, vectors)
+        rows = np.arange(vectors * 32, dtype=np.float32).reshape(vectors, 32) + 1
+        file = tmp_path / "learned_embeds.safetensors"
+        safetensors_io.write_float32(file, {token: rows})
+        pipeline = StableDiffusionPipeline(
+            tokenizer=CLIPTokenizer.from_pretrained(folder),
+            text_encoder=CLIPTextModel(config).eval(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **parts,
+        )
+        pipeline.load_textual_inversion(str(file))
+        table = pipeline.text_encoder.get_input_embeddings().weight
+        for prompt in (
+            token,
+            f"a {token} b",
+            f"({token}), a {token}'s b",
+            f"x{token}y",
+        ):
+            text = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
+            theirs = pipeline.tokenizer(text)["input_ids"]
+            ours = words(every_vector(words, prompt))["input_ids"]
+            assert ours == theirs, (token, prompt)
+            with torch.no_grad():
+                learned = table[[i for i in theirs if i >= 514]].numpy()
+            count = prompt.count(token)
+            np.testing.assert_array_equal(learned, np.tile(rows, (count, 1)))

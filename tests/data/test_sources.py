@@ -181,7 +181,7 @@ def test_folder_gives_its_images_sorted_and_ignores_the_rest(tmp_path, logged):
     save(tmp_path / "b.png", BLUE)
     save(tmp_path / "a.JPG", RED)
     save(tmp_path / "sub" / "c.png")
-    for name in ("a.txt", "settings.json", ".hidden.png"):
+    for name in ("a.cfg", "LICENSE", ".hidden.png"):
         (tmp_path / name).write_text("not an image")
     data = load_pairs(spec(tmp_path, prompt="sks thing"))
     assert data.images.shape == (2, 8, 8, 3)
@@ -189,7 +189,7 @@ def test_folder_gives_its_images_sorted_and_ignores_the_rest(tmp_path, logged):
     assert data.prompts == data.concepts == ["sks thing"] * 2
     assert data.may_flip.tolist() == [True] * 2
     (line,) = (line for line in logged if "ignored" in line)
-    assert "ignored 3" in line and "a.txt" in line
+    assert "ignored 3" in line and "a.cfg" in line
     assert (
         load_pairs(spec(tmp_path, prompt="p", limit=1)).images == data.images[:1]
     ).all()
@@ -293,8 +293,8 @@ def test_images_that_metadata_leaves_out_are_logged(captioned, logged):
         ("file_name,text\ntrain/../b.png,x\n", "line 2: file_name=.* must stay inside"),
         ("file_name,text\n/etc/hosts,x\n", "line 2: file_name='/etc/hosts' must stay"),
         (
-            "file_name,text\nb.png,x\n./b.png,y\n",
-            "line 3: file_name='./b.png' is on line 2 too",
+            "file_name,text\nb.png,x\n./b.png,x\n",
+            "line 3: 'x' is the image's caption on line 2 too",
         ),
         ("file_name,text\nb.png,a dog, sitting\n", "line 2: more values than.*quote"),
         ('file_name,text\nb.png,"a dog\n', "line [23]: malformed CSV"),

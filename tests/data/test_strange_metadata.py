@@ -16,7 +16,7 @@ from PIL import Image
 from properties import audited, outcome, tries
 
 from gift_jax.data.pairs import PairsSpec, load_pairs
-from gift_jax.data.sources import folder
+from gift_jax.data.sources import folder, layout
 
 INSIDE = ("a.png", "b.png", "sub/c.png", "a b,ü.png", "-.png")
 
@@ -39,7 +39,7 @@ def root():
 
 
 def listed(root, name, content, **fields):
-    """Returns (paths, prompts) of a metadata file, or None if it is refused."""
+    """Returns (paths, captions) of a metadata file, or None if it is refused."""
     spec = PairsSpec(folder=str(root), size=4, **fields)
     (root / name).write_bytes(content)
     try:
@@ -52,12 +52,13 @@ def listed(root, name, content, **fields):
     if result is None:
         assert name in message
         return None
-    paths, prompts = result
+    paths, captions = result
     real = [pathlib.Path(os.path.realpath(path)) for path in paths]
-    assert len(prompts) == len(set(real)) == len(paths) > 0
+    assert len(captions) == len(set(real)) == len(paths) > 0
     assert all(path.is_file() and path.is_relative_to(root) for path in real)
-    assert all(prompt.strip() and prompt.encode() for prompt in prompts)
-    return paths, prompts
+    texts = [text for several in captions for text in several]
+    assert all(captions) and all(text.strip() and text.encode() for text in texts)
+    return paths, captions
 
 
 def as_jsonl(*rows):
@@ -79,7 +80,7 @@ def test_what_is_written_is_read(root, names, data):
     captions = [data.draw(TEXT.filter(str.strip)) for _ in names]
     rows = zip(names, captions, strict=True)
     content = as_jsonl(*({"file_name": n, "more": 1, "text": t} for n, t in rows))
-    expected = [root / name for name in names], captions
+    expected = [root / name for name in names], [(text,) for text in captions]
     assert listed(root, "metadata.jsonl", content) == expected
     assert listed(root, "metadata.jsonl", b"\xef\xbb\xbf" + content) == expected
 
@@ -98,7 +99,7 @@ def test_links_out_of_the_folder_are_refused(root):
     spec = PairsSpec(folder=str(root), prompt="p", size=4)
     (_, message), opened, _ = audited(lambda: outcome(lambda: load_pairs(spec)))
     assert message and str(root.parent / "secret.png") not in opened
-    for name in folder.METADATA:
+    for name in layout.METADATA:
         (root / name).symlink_to("../metadata.csv")
         (_, message), opened, _ = audited(lambda: outcome(lambda: folder.check(spec)))
         (root / name).unlink()
@@ -126,7 +127,7 @@ def test_any_table_is_listed_or_refused(root, rows, end):
 
 
 @tries(150)
-@given(st.sampled_from(folder.METADATA), st.binary(max_size=60), st.booleans())
+@given(st.sampled_from(layout.METADATA), st.binary(max_size=60), st.booleans())
 def test_any_bytes_are_listed_or_refused(root, name, noise, partial):
     head = {
         "csv": b"file_name,text\na.png,",
@@ -143,7 +144,7 @@ ROW = b'{"file_name": "a.png", "text": '
     [
         ("metadata.csv", b""),
         ("metadata.csv", b"file_name,text,text\na.png,x,y\n"),
-        ("metadata.csv", b"file_name,text\na.png,x\nin.png,y\n"),  # one image twice
+        ("metadata.csv", b"file_name,text\na.png,x\nin.png,x\n"),  # one pair twice
         ("metadata.csv", b",".join(b"c%d" % i for i in range(9999)) + b"\n1\n"),
         ("metadata.csv", b"file_name,text\na.png," + b"x" * 10**6),
         ("metadata.jsonl", ROW + b"1e999}"),

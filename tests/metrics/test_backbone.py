@@ -13,6 +13,7 @@ from tiny_model import TINY_TEXT
 from gift_jax.metrics import backbone, judge, preprocessing
 from gift_jax.metrics.base import UnavailableError
 from gift_jax.models import safetensors_io, vision
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-4
@@ -284,6 +285,16 @@ def copy_with(folder, out, **changed):
         file = out / f"{name}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     return str(out)
+
+
+def test_tokenizer_json_is_enough(clip, tmp_path):
+    texts = ["a photo", "一只猫", ""]
+    spec = copy_with(clip[1], tmp_path / "copy")
+    expected = backbone.load(spec).texts(texts)
+    load_tokenizer(spec, any_length=True).save_pretrained(spec)
+    (tmp_path / "copy" / "vocab.json").unlink(missing_ok=True)
+    (tmp_path / "copy" / "merges.txt").unlink(missing_ok=True)
+    np.testing.assert_array_equal(backbone.load(spec).texts(texts), expected)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gift_jax import attack, train
 from gift_jax.attacks import base as attacks
 from gift_jax.defenses import base as defenses
 from gift_jax.runtime import cli, config
-from gift_jax.runtime.config import load_config
+from gift_jax.runtime.config import load_config, override
 from gift_jax.runtime.errors import (
     NonFiniteError,
     StoppedBySignal,
@@ -27,6 +27,7 @@ from gift_jax.runtime.errors import (
     choice,
 )
 from gift_jax.runtime.workdir import config_diff, prepare_workdir
+from gift_jax.sampling.images import Samples
 
 ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -274,6 +275,58 @@ def test_overrides_keep_the_type_of_the_field(file):
     }
     assert isinstance(cfg.rate, float)
     assert parse(file, "--config.names=()").names == ()
+
+
+TEXTS = (
+    *("a photo of a dog, oil painting", "(red:1.3), {a} <b>", 'it\'s "so"', "a\nb"),
+    *("('a', 'b')", "猫、犬", "{'a': 1}", " a ", "5", "null", "a]", "a=b, c=d", "-1"),
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompts_are_texts_whatever_they_hold(text):
+    cfg = ConfigDict({"samples": {"prompts": ("a", "b")}}).lock()
+    override(cfg, f"samples.prompts={text}")
+    assert cfg.samples.prompts == (text,)
+    several = (text, "[b]", "a, b")
+    for listed in (json.dumps(several), json.dumps(several, ensure_ascii=False)):
+        override(cfg, f"samples.prompts={listed}")
+        assert cfg.samples.prompts == several
+    for nothing in ("", "()", "[]"):
+        override(cfg, f"samples.prompts={nothing}")
+        assert cfg.samples.prompts == ()
+
+
+@pytest.mark.parametrize("text", ["[a] cat", '["a", 5]', '["a"', "[red|blue] car"])
+def test_prompt_that_starts_as_a_list_is_named(text):
+    cfg = ConfigDict({"samples": {"prompts": ("a",)}}).lock()
+    with pytest.raises(
+        UserError, match=r"config.samples.prompts='.* write --config.sa"
+    ):
+        override(cfg, f"samples.prompts={text}")
+    override(cfg, f"samples.prompts={json.dumps([text])}")
+    assert cfg.samples.prompts == (text,)
+
+
+def test_one_text_in_a_config_file_is_one_prompt():
+    cfg = config.to_config(Samples).to_dict() | {"prompts": "a cat, 4k"}
+    assert config.resolve(cfg, Samples).prompts == ("a cat, 4k",)
+
+
+def test_a_list_may_hold_names_with_commas(file):
+    cfg = parse(file, '--config.names=["x, y", "[z]"]')
+    assert cfg.names == ("x, y", "[z]")
+    assert parse(file, "--config.names=[x,y]").names == ("x", "y")
+
+
+def test_help_shows_prompts_as_they_are_given():
+    cfg = ConfigDict({"prompts": ("a, b", 'say "c"')})
+    ((row, meaning), *_) = config.describe(Samples, cfg, "config.samples")
+    assert row == """config.samples.prompts='["a, b", "say \\"c\\""]'"""
+    assert '\'["a cat, 4k", "a dog"]\'' in meaning
+    read = ConfigDict({"samples": {"prompts": ()}}).lock()
+    override(read, row.removeprefix("config.").replace("'", ""))
+    assert read.samples.prompts == cfg.prompts
 
 
 def test_variant_then_overrides(file):

@@ -18,7 +18,7 @@ from gift_jax.models.base import Split
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
-from gift_jax.models.tokenizer import load_tokenizer
+from gift_jax.models.tokenizer import every_vector, load_tokenizer
 from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError, shown
 
@@ -198,6 +198,12 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
                 f"{root / 'model_index.json'}: {name} is {class_name}; must be "
                 f"{expected}"
             )
+    class_name = (index.get("tokenizer") or [None, None])[-1]
+    if class_name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise UserError(
+            f"{root / 'model_index.json'}: tokenizer is {class_name}; must be "
+            "CLIPTokenizer"
+        )
     if variant and not safetensors_io.has_variant(
         root / "unet", weights.KINDS["unet"].stem, variant
     ):
@@ -369,7 +375,7 @@ def tokenize(model, prompts):
     """
     # half a surrogate pair, as of bytes on a command line, is no text
     prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
-    prompts = [_with_every_vector(model.tokenizer, prompt) for prompt in prompts]
+    prompts = [every_vector(model.tokenizer, prompt) for prompt in prompts]
     encoded = model.tokenizer(
         list(prompts),
         padding="max_length",
@@ -393,25 +399,11 @@ def tokenize(model, prompts):
     return ids_BL
 
 
-def _with_every_vector(tokenizer, prompt):
-    # Source: diffusers `TextualInversionLoaderMixin.maybe_convert_prompt`.
-    added = tokenizer.added_tokens_encoder
-    if not any(name.endswith("_1") for name in added):
-        return prompt
-    for token in dict.fromkeys(tokenizer.tokenize(prompt)):
-        if token in added:
-            names, i = [token], 1
-            while f"{token}_{i}" in added:
-                names.append(f"{token}_{i}")
-                i += 1
-            prompt = prompt.replace(token, " ".join(names))
-    return prompt
-
-
 def _is_truncated(model, prompt, ids):
     if ids[-2] == model.tokenizer.pad_token_id:  # room was left
         return False
-    return len(model.tokenizer(prompt)["input_ids"]) > model.max_length
+    ids = model.tokenizer(prompt, verbose=False)["input_ids"]
+    return len(ids) > model.max_length
 
 
 def encode_prompts(model, prompts, batch_size=32):
