@@ -269,6 +269,11 @@ def _read_embeddings(file: Path, token: str, width: int) -> tuple[str, np.ndarra
             "one, named by its token"
         )
     ((name, entry),) = entries.items()
+    if name.endswith((".weight", ".bias")):
+        raise UserError(
+            f"{one_line(file)}: {one_line(name)} is no token, but a tensor of a "
+            "network; a textual inversion has one tensor, named by its token"
+        )
     if not token and name == _UNNAMED:
         raise UserError(
             f"{one_line(file)}: names no token; give one, as FILE:TOKEN, such as "
@@ -307,8 +312,10 @@ def _add_word(tokenizer: Any, file: Path, token: str, vectors: int) -> None:
             f"{at} has capitals, of which diffusers reads the first of {vectors} "
             f"vectors only; {fix}"
         )
+    ids = list(range(len(tokenizer), len(tokenizer) + vectors))
     tokenizer.add_tokens(names)
-    if tokenizer.tokenize(f"a {' '.join(names)} b")[1:-1] != names:
+    text = f"a {' '.join(names)} b"
+    if tokenizer(text, add_special_tokens=False)["input_ids"][1:-1] != ids:
         raise UserError(f"{at} is cut by the model's tokenizer; {fix}")
 
 

@@ -444,6 +444,10 @@ def test_tensors_of_two_files_do_not_hide_each_other(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     "arrays, message",
     [
+        (
+            {f"{NAME}.weight": np.ones((64, 32))},
+            "to_q.weight is no token, but a tensor",
+        ),
         ({"<a>": A, "<b>": A}, "has 2 tensors; a textual inversion has one"),
         ({"<a>": A}, "<a> has shape .2, 64., but this model's embeddings are 32 wide"),
         ({"<a>": np.ones((0, 32))}, r"shape \[0, 32\]"),
