@@ -39,7 +39,8 @@ class PairsSpec:
       limit: use at most this many images, the first in the source's order; 0: all.
       crop: see `images.read_image`; the embedded images are square. size: side of the
       images, in pixels. held_out: True also uses the embedded images that pretraining
-      left out. seed: of random crops. field: the config group to name in an error.
+      left out. seed: of random crops. captions_optional: the prompts of a folder
+      without any are "". field: the config group to name in an error.
     """
 
     names: tuple[str, ...] = ()
@@ -60,10 +61,12 @@ class PairsSpec:
     size: int = 64
     held_out: bool = False
     seed: int = 0
+    captions_optional: bool = False
     field: str = "concepts"
 
 
-_OF_CALLER = ("size", "held_out", "seed", "field")  # what no config group has
+# what no config group has
+_OF_CALLER = ("size", "held_out", "seed", "captions_optional", "field")
 
 
 @dataclasses.dataclass(frozen=True)

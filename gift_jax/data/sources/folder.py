@@ -41,7 +41,7 @@ def check(spec):
             f"{spec.field}.folder={one_line(spec.folder)} has both "
             f"{' and '.join(METADATA)}; it must have at most one: remove the other"
         )
-    if not files and not spec.prompt.strip():
+    if not files and not spec.prompt.strip() and not spec.captions_optional:
         raise UserError(
             f"{spec.field}.prompt is empty; a folder without metadata.csv or "
             "metadata.jsonl needs one prompt"
