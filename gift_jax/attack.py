@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from gift_jax.attacks import base
 from gift_jax.data.cache import DataGroup, cached_source
-from gift_jax.models import load, model_card, safetensors_io, weights
+from gift_jax.models import load, model_card, safetensors_io
 from gift_jax.runtime import cli, config, processes, workdir
 from gift_jax.sampling.generated import load_group
 from gift_jax.sampling.images import Samples, check_samples, save_image_grid
@@ -150,7 +150,7 @@ def train(
         for name, group in run.data.items()
     }
     attack.check_prompts(run.settings, data["data"].every_caption)
-    workdir.prepare_workdir(cfg, folder, base=weights.content_hash(model.path))
+    workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())
     sources = {
         name: cached_source(
             plan.model, data[name], group, task.key(f"cache/{name}"), ids=plan.reads_ids

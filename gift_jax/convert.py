@@ -24,6 +24,7 @@ from gift_jax.models import model_card, safetensors_io, weights
 from gift_jax.models import orbax as orbax_model
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.load import model_folder
+from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime import cli, config, files
 from gift_jax.runtime.errors import UserError
@@ -64,7 +65,7 @@ def to_diffusers(args) -> None:
             run.variant,
             dtype,
             run.tokenizer,
-            model_card.of_run(run.workdir, run.base, run.summary, args.step),
+            model_card.of_run(run.workdir, run.base_folder, run.summary, args.step),
         )
     logging.info("wrote the model folder %s", args.out)
 
@@ -77,7 +78,7 @@ def to_unet_state(args) -> None:
     run, dtype = Run(args.checkpoint, args.step, args.base), DTYPES.get(args.dtype)
     if weights.by_component(run.changed)["text_encoder"]:
         raise UserError(
-            f"--checkpoint={args.checkpoint}: this run trained the text encoder; "
+            f"--checkpoint={args.checkpoint}: this run changed the text encoder; "
             "its UNet alone would not draw alike: use to-diffusers"
         )
     entries = run.base_entries()
@@ -105,9 +106,10 @@ class Run:
     """What a run's checkpoint changed, and in which model.
 
     Attributes: workdir: the run's folder. base: the model folder that it started from;
-      variant: of its files. base_sha256: its content. step: of the checkpoint. changed:
-      {Flax path of the UNet or the text encoder: float32 array}, LoRA factors merged.
-      tokenizer: with the words that the run added, or None.
+      variant: of its files; base_folder: with the files that the run added to it.
+      base_sha256: its content. step: of the checkpoint. changed: {Flax path of the UNet
+      or the text encoder: float32 array}, LoRA factors and added files merged.
+      tokenizer: with the words that the run or an added file has, or None.
     Raises: UserError if the checkpoint, the run's config or the base cannot be found,
       or the base is not what it was.
     """
@@ -130,12 +132,15 @@ class Run:
                 f"--checkpoint={folder}: neither a whole-model checkpoint "
                 f"({orbax_model.LAYOUT}) nor the checkpoints of a run ({file})"
             )
-        cfg = safetensors_io.read_json(file)
+        cfg = _complete(safetensors_io.read_json(file))
         if "base_sha256" not in cfg:
             raise UserError(f"{file}: this run started from no model; its folder says")
         self.base, self.variant = _find_base(cfg, base), cfg["variant"]
         self.base_sha256 = cfg["base_sha256"]
-        content = weights.content_hash(self.base)
+        added = config.resolve_group(cfg, "adapters", AdapterFiles)
+        own = read_adapters(added, self.base, self.variant) if added else None
+        self.base_folder = base_folder = ModelFolder(self.base, self.variant, own)
+        content = base_folder.content_hash()
         if content != self.base_sha256:
             raise UserError(
                 f"{self.base}: its content ({content[:12]}) is not what the run "
@@ -143,9 +148,8 @@ class Run:
             )
         self.step, params = checkpoint.read_params(folder, step)
         command = {"train": train, "attack": attack}[cfg["kind"]]
-        run = command.resolve(_with_processes(cfg), with_data=False)
+        run = command.resolve(cfg, with_data=False)
         self.summary, self.tokenizer = command.summary(run), None
-        base_folder = ModelFolder(self.base, self.variant)
         if command is attack:
             method = attacks_base.load(run.attack)
             self.changed = method.changed(run.settings, base_folder, params)
@@ -155,17 +159,21 @@ class Run:
             paths = [path for path in params if path in self.base_entries()]
             selected = select_trainable(dict.fromkeys(paths), run.trainable)[0]
             self.changed = method.exported(params, tuple(selected))
+        self.changed = base_folder.adapted_params() | self.changed
+        self.tokenizer = self.tokenizer or base_folder.added_tokenizer()
 
     def base_entries(self):
         """Returns {Flax path: (name, entry)} of the base's UNet."""
         return weights.entries_by_path(self.base / "unet", "unet", self.variant)
 
 
-def _with_processes(cfg):
-    """Returns a config.json's content with the group that it leaves out."""
+def _complete(cfg):
+    """Returns a config.json's content with the groups that it leaves out."""
     cfg = ConfigDict(cfg)
-    if "processes" not in cfg.hardware:
+    if "hardware" in cfg and "processes" not in cfg.hardware:
         cfg.hardware.processes = config.to_config(setup.Processes)
+    if "adapters" not in cfg:  # of an older run
+        cfg.adapters = config.to_config(AdapterFiles)
     return cfg
 
 

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what a model draws.
+"""Measures what a model draws, or images drawn elsewhere.
 
     python -m gift_jax.evaluate --config configs/emoji_evaluate.py \\
         --config.model=runs/attacked/export --workdir runs/evaluated
+    python -m gift_jax.evaluate --config configs/emoji_evaluate.py \\
+        --config.images.folder=DIR --workdir runs/evaluated
+
+Images of a folder are measured as they are, and no model is loaded; what each should
+show is images.prompt, or the folder's captions, and without either what needs a prompt
+is skipped.
 
 Every number comes with its backbone, version, protocol, threshold and scale. Writes
 results.json, results.md, samples.png, nearest.png (each image beside the training image
 nearest to it) and the images, which are drawn once: the same command resumes. A metric
-whose weights or package are missing is skipped, and says what it needs.
+whose weights or package are missing, or for which there are too few images, is skipped,
+and says what it needs.
 """
 
 import dataclasses
@@ -20,14 +27,17 @@ from absl import logging
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from gift_jax.data import image_folder
 from gift_jax.data.cache import DataGroup
+from gift_jax.data.image_folder import ImageFolder
 from gift_jax.data.pairs import SOURCES
 from gift_jax.metrics import backbone, base, nearest, table
 from gift_jax.metrics.settings import Settings
 from gift_jax.metrics.suite import MetricSuite
-from gift_jax.models import load, weights
+from gift_jax.models import load
 from gift_jax.runtime import cli, config, files
-from gift_jax.runtime.errors import at_least
+from gift_jax.runtime.devices import num_cores
+from gift_jax.runtime.errors import UserError, at_least
 from gift_jax.runtime.versions import versions
 from gift_jax.runtime.workdir import prepare_workdir
 from gift_jax.sampling import grid
@@ -39,6 +49,7 @@ from gift_jax.training import sharding
 # either may be left without a source
 GROUPS = ("reference_images", "training_images")
 _NUM_NEAREST = 16  # images in nearest.png
+_NUM_SHOWN = 64  # of a folder's images in samples.png
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +61,7 @@ class EvaluateFields(load.ModelFields):
     cpu_devices: int = config.number(
         0, low=0, doc="to make of a machine without accelerator; 0: one a core"
     )
+    images: ImageFolder = config.group(ImageFolder)
     samples: Samples = config.group(Samples(num=25))
     accepted_labels: tuple[str, ...] = config.value(
         (), "that the classifier may give; none: the references' names"
@@ -69,39 +81,65 @@ def get_config() -> ConfigDict:
 def resolve(cfg: Any) -> tuple[EvaluateFields, dict[str, DataGroup]]:
     """Returns a config, every field checked, and those of `GROUPS` with a source."""
     fields = config.resolve(cfg, EvaluateFields)
-    at_least("config.samples.num", fields.samples.num, 1)
-    return fields, {
+    groups = {
         group: config.resolve_group(cfg, group, DataGroup)
         for group in GROUPS
         if any(cfg[group][source] for source in SOURCES)
     }
+    if not fields.images.folder:
+        at_least("config.samples.num", fields.samples.num, 1)
+        return fields, groups
+    of_model = [
+        f"{name}.num_generated" for name in groups if groups[name].num_generated
+    ]
+    of_model += ["adapters"] if fields.adapters else []
+    if of_model:
+        raise UserError(
+            f"config.{of_model[0]} is for a model, and config.images.folder takes "
+            "images in place of one; clear either"
+        )
+    return fields, groups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where the images come from: a model, or a folder of images.
+
+    Attributes: name: the folder's. sha256: of its content. model: that draws them, or
+      None. size: side of all images in pixels. images: uint8 "N H W 3", or None as long
+      as the model has not drawn them. prompts: theirs, or None.
+    """
+
+    name: str
+    sha256: str
+    model: Any
+    size: int
+    images: np.ndarray | None
+    prompts: list[str] | None
+    count: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it as results.json holds it."""
+        names = "model", "model_sha256", "images_folder", "images_sha256"
+        own, others = (self.name, self.sha256), (None, None)
+        values = own + others if self.model else others + own
+        return dict(zip(names, values, strict=True))
 
 
 def run(cfg: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Draws, measures, writes; returns the path of results.json."""
+    """Draws or reads, measures, writes; returns the path of results.json."""
     run, groups = resolve(cfg)
-    cfg.revision = load.pin_revision(run, workdir)
-    sharding.make_default_mesh(run.cpu_devices or load.cpu_devices_to_draw(run.model))
-    model = load.load_model(
-        run.model,
-        run.compute_dtype,
-        revision=cfg.revision,
-        variant=run.variant,
-        resolution=run.resolution,
-    )
-    check_samples(model, run.samples)
-    suite, sha256 = MetricSuite(run.metrics), weights.content_hash(model.path)
-    eval_set = _eval_set(run, groups, model)
-    suite.check(eval_set)
-    prepare_workdir(cfg, workdir, base=sha256)
-    prompts, folder = eval_set.prompts, workdir / "images"
-    images = draw_to_folder(model, prompts, run.samples, folder)
-    eval_set = eval_set.replace(images=images)
-    results = {
-        "model": str(model.path),
-        "model_sha256": sha256,
-        "prompts": prompts,
-        "images": len(images),
+    source = _folder(run) if run.images.folder else _model(cfg, run, workdir)
+    suite, eval_set = MetricSuite(run.metrics), _eval_set(run, groups, source)
+    suite.check(eval_set, source.count)
+    prepare_workdir(cfg, workdir, base=source.sha256)
+    if source.model:
+        images = workdir / "images"
+        images = draw_to_folder(source.model, source.prompts, run.samples, images)
+        eval_set = eval_set.replace(images=images)
+    results = source.as_json() | {
+        "prompts": source.prompts,
+        "images": source.count,
         "metrics": [result.as_json() for result in suite.measure(eval_set)],
         "skipped": suite.skipped,
         "config": json.loads(json.dumps(cfg.to_dict())),
@@ -111,39 +149,73 @@ def run(cfg: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     files.write_json(path, results)
     text = table.markdown(results)
     files.write(workdir / "results.md", text)
-    _save_grids(run.samples, workdir, suite, eval_set)
+    _save_grids(run.samples if source.model else None, workdir, suite, eval_set)
     logging.info("results: %s", path)
     Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
     return path
 
 
-def _eval_set(run: EvaluateFields, groups, model) -> base.EvalSet:
-    """Returns what the images, not yet drawn, are to be measured against."""
-    size = model.image_size
+def _model(cfg: ConfigDict, run: EvaluateFields, workdir: pathlib.Path) -> _Source:
+    """Returns the model that is to draw, loaded."""
+    cfg.revision = load.pin_revision(run, workdir)
+    sharding.make_default_mesh(run.cpu_devices or load.cpu_devices_to_draw(run.model))
+    model = load.load_model(
+        run.model,
+        run.compute_dtype,
+        revision=cfg.revision,
+        variant=run.variant,
+        resolution=run.resolution,
+        added=run.adapters,
+    )
+    check_samples(model, run.samples)
     prompts = [p for p in run.samples.prompts for _ in range(run.samples.num)]
+    sha256 = model.folder.content_hash()
+    name, size, count = str(model.path), model.image_size, len(prompts)
+    return _Source(name, sha256, model, size, None, prompts, count)
+
+
+def _folder(run: EvaluateFields) -> _Source:
+    """Returns the images of a folder, read."""
+    sharding.make_default_mesh(run.cpu_devices or num_cores())
+    images, prompts = run.images.read("config.images", run.resolution, run.seed)
+    logging.info("measuring %d images of %s", len(images), run.images.folder)
+    sha256 = image_folder.content_hash(images, prompts)
+    name, size, count = run.images.folder, images.shape[1], len(images)
+    return _Source(name, sha256, None, size, images, prompts, count)
+
+
+def _eval_set(run: EvaluateFields, groups, source: _Source) -> base.EvalSet:
+    """Returns what the images, which may not be drawn yet, are measured against."""
+    size = source.size
     data = {
-        name: load_group(model, group, name, size, run.seed)
+        name: load_group(source.model, group, name, size, run.seed)
         for name, group in groups.items()
     }
     labels, references = run.accepted_labels, groups.get("reference_images")
     if not labels and references and references.names:  # captions are no labels
         pairs = data["reference_images"]
         labels = pairs.concepts if run.label_kind == "concept" else pairs.styles
+    no_images = np.empty((0, size, size, 3), np.uint8)
     return base.EvalSet(
-        np.empty((0, size, size, 3), np.uint8),
-        prompts,
-        [set(labels)] * len(prompts) if labels else None,
+        no_images if source.images is None else source.images,
+        source.prompts,
+        [set(labels)] * source.count if labels else None,
         run.label_kind,
         **{name: pairs.images for name, pairs in data.items()},
     )
 
 
 def _save_grids(samples, workdir, suite: MetricSuite, eval_set: base.EvalSet) -> None:
-    """Writes samples.png, and nearest.png if there are training images."""
+    """Writes samples.png, and nearest.png if there are training images.
+
+    Args: samples: what the model drew, a row for each prompt; None: images of a folder.
+    """
     images, training = eval_set.images, eval_set.training_images
-    rows = images.reshape(-1, samples.num, *images.shape[1:])
-    path = workdir / "samples.png"
-    grid.save_grid(list(rows), path, row_labels=list(samples.prompts))
+    rows, labels = images[:_NUM_SHOWN], ()
+    if samples:
+        rows = list(images.reshape(-1, samples.num, *images.shape[1:]))
+        labels = list(samples.prompts)
+    grid.save_grid(rows, workdir / "samples.png", row_labels=labels)
     backbones = suite.backbones("nearest.png", backbone.IMAGES)
     if training is None or not backbones:
         return

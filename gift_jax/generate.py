@@ -20,8 +20,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gift_jax.models import weights
 from gift_jax.models.load import DTYPES, cpu_devices_to_draw, load_model
+from gift_jax.models.sd.adapters import AdapterFiles
 from gift_jax.runtime import cli, files, progress
 from gift_jax.runtime.errors import UserError
 from gift_jax.runtime.versions import versions
@@ -42,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--revision", default="", help="of a hub id: branch, tag or commit")
     add("--variant", default="", help="of the weight files, such as fp16")
+    for name, meaning in (
+        ("lora", "FILE[:SCALE], a LoRA by the names of diffusers or peft"),
+        ("textual-inversion", "FILE[:TOKEN], learned embeddings"),
+        ("unet-tensors", "FILE, safetensors in place of the UNet's own"),
+    ):
+        add(f"--{name}", action="append", default=[], help=f"{meaning}; repeatable")
     add("--resolution", type=int, default=0, help="pixels (default: the model's own)")
     add("--negative-prompt", default="", help="what to steer away from")
     add("--num", type=int, default=8, help="images a prompt (default %(default)s)")
@@ -119,12 +125,15 @@ def main(argv=None) -> int:
         revision=args.revision,
         variant=args.variant,
         resolution=args.resolution,
+        added=AdapterFiles(
+            tuple(args.unet_tensors), tuple(args.lora), tuple(args.textual_inversion)
+        ),
     )
     scheduler = args.scheduler or schedules.default_scheduler(model.scheduler_config)
     start = time.monotonic()
     images = _draw(model, args, scheduler)
     settings = vars(args) | {
-        "model_sha256": weights.content_hash(model.path),
+        "model_sha256": model.folder.content_hash(),
         "scheduler": scheduler,
         "scheduler_config": model.scheduler_config,
         "versions": versions(),

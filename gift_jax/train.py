@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from gift_jax.data.cache import DataGroup, cached_source
 from gift_jax.defenses import base
-from gift_jax.models import load, model_card, weights
+from gift_jax.models import load, model_card
 from gift_jax.models.trainable import TRAINABLE_SETS
 from gift_jax.runtime import cli, config, processes, workdir
 from gift_jax.sampling.generated import load_group
@@ -102,7 +102,7 @@ def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     model = setup.load_run_model(settings, mesh)
     check_samples(model, settings.samples)
     task = _task(settings, defense, model)
-    workdir.prepare_workdir(cfg, folder, base=weights.content_hash(model.path))
+    workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())
     before = folder / "samples" / "before.png"
     if settings.samples.num and not before.exists():
         _save_samples(model, settings, before)

@@ -101,6 +101,18 @@ def read_image(file, size, *, crop="center", rng=None, name=""):
     return np.asarray(square)
 
 
+def short_side(file):
+    """Returns an image file's shorter side in pixels; UserError as `read_image`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _open(file) as image:
+                return min(image.size)
+    except _BROKEN:
+        read_image(file, 1)  # which says what is wrong
+        raise
+
+
 def _open(file):
     """Opens an image, of a kind in `SUFFIXES` whatever its name says.
 

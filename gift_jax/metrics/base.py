@@ -98,16 +98,19 @@ class Metric:
         `settings.Settings`. backbone: a `backbone.Backbone`, or None if it takes none.
         It loads what else it needs, and raises `UnavailableError` if that is missing.
       needs: the fields of an `EvalSet` that it reads besides the images.
+      fewest: of images, and of references where it reads these, that it needs.
       backbones: the kinds of backbone that it is measured with, once with each that is
         configured ("clip", "dino", "dinov2", "judge"); (): it takes none.
       check: (eval_set, settings) -> None, called before anything is drawn; raises
-        `UserError` for what could not be measured afterwards.
+        `UserError` for what could not be measured afterwards, `UnavailableError` for
+        what is missing here.
     """
 
     name: str
     title: str
     measure: Callable[[EvalSet, Any, Any], Iterable[MetricResult]]
     needs: tuple[str, ...] = ()
+    fewest: int = 1
     backbones: tuple[str, ...] = ()
     check: Callable[[EvalSet, Any], None] | None = None
 

@@ -54,5 +54,6 @@ METRIC = Metric(
     "MMD of two sets of CLIP embeddings, Gaussian kernel, x 1000",
     measure,
     needs=("reference_images",),
+    fewest=2,
     backbones=("clip",),
 )

@@ -53,5 +53,6 @@ METRIC = Metric(
     "Frechet distance of two sets of features (FD-DINOv2)",
     measure,
     needs=("reference_images",),
+    fewest=2,
     backbones=IMAGES,
 )

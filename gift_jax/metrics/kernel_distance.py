@@ -66,5 +66,6 @@ METRIC = Metric(
     "squared MMD of two sets of features, cubic kernel",
     measure,
     needs=("reference_images",),
+    fewest=2,
     backbones=IMAGES,
 )

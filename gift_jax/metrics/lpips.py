@@ -203,11 +203,16 @@ def measure(eval_set: EvalSet, settings: Settings, _) -> list[MetricResult]:
     return [result for each in distances for result in results(each, eval_set)]
 
 
+def check(_, settings: Settings) -> None:
+    _file(settings.lpips)
+
+
 METRIC = Metric(
     "lpips",
     "LPIPS to the references, and to the nearest training image",
     measure,
     needs=("reference_images",),
+    check=check,
 )
 
 

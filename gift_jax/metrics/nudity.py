@@ -108,4 +108,13 @@ def measure(eval_set: EvalSet, settings: Settings, _) -> list[MetricResult]:
     return [exposed(load(), eval_set.images, settings.nudity_threshold)]
 
 
-METRIC = Metric("nudity", "share of images with an exposed class (NudeNet)", measure)
+def check(*_) -> None:
+    load()
+
+
+METRIC = Metric(
+    "nudity",
+    "share of images with an exposed class (NudeNet)",
+    measure,
+    check=check,
+)

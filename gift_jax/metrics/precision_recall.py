@@ -76,5 +76,6 @@ METRIC = Metric(
     "share of images inside the real ones' region, and the reverse",
     measure,
     needs=("reference_images",),
+    fewest=NEAREST + 1,
     backbones=IMAGES,
 )

@@ -14,6 +14,7 @@ from gift_jax.metrics import base
 from gift_jax.metrics.backbone import Backbone
 from gift_jax.metrics.base import EvalSet, Metric, MetricResult, UnavailableError
 from gift_jax.metrics.settings import Settings
+from gift_jax.runtime.errors import UserError
 
 
 class MetricSuite:
@@ -33,14 +34,30 @@ class MetricSuite:
         self._metrics = [base.load(name) for name in settings.names]
         self._backbones: dict[tuple[str, str], Backbone | None] = {}
 
-    def check(self, eval_set: EvalSet) -> None:
+    def check(self, eval_set: EvalSet, count: int | None = None) -> None:
         """Raises UserError for what could not be measured of such images.
 
-        Args: eval_set: whose images may not be there yet, "0 H W 3".
+        What is known to be skipped is skipped now; to have nothing left is a mistake.
+
+        Args: eval_set: whose images may not be there yet, "0 H W 3". count: how many
+          there will be; None: they are there.
         """
+        left = []
         for metric in self._metrics:
-            if metric.check and not _missing(metric, eval_set):
-                metric.check(eval_set, self._settings)
+            reason = self._obstacle(metric, eval_set, count)
+            if reason:
+                self._skip(metric.name, reason)
+                continue
+            with self._skipping(metric.name):
+                if metric.check:
+                    metric.check(eval_set, self._settings)
+                left.append(metric)
+        if not left:
+            name, reason = next(iter(self.skipped.items()))
+            raise UserError(
+                f"config.metrics.names: nothing is left to measure ({name}: {reason}); "
+                "add what it needs, or another metric"
+            )
 
     def measure(self, eval_set: EvalSet) -> list[MetricResult]:
         """Returns the results of every metric that can be had.
@@ -49,9 +66,9 @@ class MetricSuite:
         """
         results: list[MetricResult] = []
         for metric in self._metrics:
-            missing = _missing(metric, eval_set)
-            if missing:
-                self._skip(metric.name, f"these images have no {missing[0]}")
+            reason = self._obstacle(metric, eval_set)
+            if reason:
+                self._skip(metric.name, reason)
                 continue
             with jax.default_matmul_precision("highest"):
                 results += self._measure(metric, eval_set)
@@ -73,8 +90,26 @@ class MetricSuite:
                     loaded.append(self._backbone(spec, protocol))
         usable = [backbone for backbone in loaded if backbone.kind in kinds]
         if loaded and not usable:
-            self._skip(metric, f"needs a backbone of the kind {' or '.join(kinds)}")
+            self._skip(metric, _needs_backbone(kinds))
         return usable
+
+    def _obstacle(
+        self, metric: Metric, eval_set: EvalSet, count: int | None = None
+    ) -> str:
+        """Returns why a metric has no number for such images, or ""; see `check`."""
+        for field in metric.needs:
+            if getattr(eval_set, field) is None:
+                return f"these images have no {field}"
+        counts = {"images": len(eval_set.images) if count is None else count}
+        if "reference_images" in metric.needs:
+            counts["reference_images"] = len(eval_set.reference_images)
+        for name, number in counts.items():
+            if number < metric.fewest:
+                return f"needs {metric.fewest} {name} or more; there are {number}"
+        kinds = metric.backbones
+        if kinds and "judge" not in kinds and {*self._settings.backbones} == {"judge"}:
+            return _needs_backbone(kinds)
+        return ""
 
     def _backbone(self, spec: str, protocol: str) -> Backbone:
         key = spec, protocol
@@ -105,8 +140,8 @@ class MetricSuite:
             self._skip(name, str(error))
 
 
-def _missing(metric: Metric, eval_set: EvalSet) -> list[str]:
-    return [field for field in metric.needs if getattr(eval_set, field) is None]
+def _needs_backbone(kinds: Sequence[str]) -> str:
+    return f"needs a backbone of the kind {' or '.join(kinds)}"
 
 
 def _named_by_protocol(result: MetricResult) -> MetricResult:

@@ -9,7 +9,10 @@ def markdown(results: dict[str, Any]) -> str:
 
     Args: results: as results.json holds them.
     """
-    lines = [f"{results['images']} images by {results['model']}", ""]
+    origin = f"by {results['model']}"
+    if not results["model"]:
+        origin = f"in {results['images_folder']}"
+    lines = [f"{results['images']} images {origin}", ""]
     lines += ["| metric | value | higher means | measured with |"]
     lines += ["| --- | --- | --- | --- |"]
     for row in results["metrics"]:

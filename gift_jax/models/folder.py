@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -14,10 +15,15 @@ from gift_jax.models.tokenizer import load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers folder. variant: of its weight files, "" for the plain ones."""
+    """A diffusers folder, with the files from elsewhere that are added to it.
+
+    Attributes: variant: of its weight files, "" for the plain ones. adapters: None, or
+      the added files; see `sd.adapters.Adapters`.
+    """
 
     path: Path
     variant: str = ""
+    adapters: Any = None
 
     def float32_params(self, component: str, paths: Iterable[str]):
         """Returns some of a component's parameters, {Flax path: float32 array}.
@@ -28,15 +34,38 @@ class ModelFolder:
         _, params, _ = weights.load_component(
             self.path / component, component, variant=self.variant, only=set(paths)
         )
-        return {
+        arrays = {
             path: np.asarray(array, np.float32)
             for path, array in flatten_dict(params, sep="/").items()
         }
+        if self.adapters:
+            arrays = {path: self.adapters.apply(path, a) for path, a in arrays.items()}
+        return arrays
+
+    def adapted_params(self):
+        """Returns {Flax path: float32 array} of what added files change."""
+        arrays = {}
+        for component in weights.COMPONENTS if self.adapters else ():
+            if paths := self.adapters.paths(component):
+                arrays |= self.float32_params(component, paths)
+        return arrays
 
     def load_tokenizer(self):
-        """Returns the folder's tokenizer."""
-        return load_tokenizer(self.path / "tokenizer")
+        """Returns the folder's tokenizer, with the words of added files."""
+        tokenizer = load_tokenizer(self.path / "tokenizer")
+        if self.adapters:
+            self.adapters.add_words(tokenizer)
+        return tokenizer
+
+    def added_tokenizer(self):
+        """Returns the tokenizer if added files have words for it, else None."""
+        return self.load_tokenizer() if self.adapters and self.adapters.words else None
+
+    def added_files(self) -> tuple[str, ...]:
+        """Returns what a model card says of the added files."""
+        return self.adapters.descriptions() if self.adapters else ()
 
     def content_hash(self) -> str:
         """Returns the sha256 of the files that the model is made of."""
-        return weights.content_hash(self.path)
+        own = weights.content_hash(self.path)
+        return self.adapters.content_hash(own) if self.adapters else own

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gift_jax.models import hub, safetensors_io
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
 from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores
 from gift_jax.runtime.errors import UserError, choice
@@ -37,6 +38,7 @@ class ModelFields:
     compute_dtype: str = config.choice(
         "float32", tuple(DTYPES), "of the frozen part; what trains is float32"
     )
+    adapters: AdapterFiles = config.group(AdapterFiles)
 
 
 def pin_revision(fields: ModelFields, workdir: pathlib.Path) -> str:
@@ -85,19 +87,21 @@ def load_model(
     revision: str = "",
     variant: str = "",
     resolution: int = 0,
+    added: AdapterFiles | None = None,
 ) -> stable_diffusion.StableDiffusion:
     """Returns a model, its parameters and arithmetic in `dtype`.
 
     Args: name: a diffusers folder, "emoji-sd", or a hub id, of which `revision` is
-      fetched. variant, resolution: see `stable_diffusion.load`.
+      fetched. variant, resolution: see `stable_diffusion.load`. added: files to merge
+      into it.
     """
     choice("config.compute_dtype", dtype, tuple(DTYPES))
+    folder = model_folder(name, revision, variant)
     model = stable_diffusion.load(
-        model_folder(name, revision, variant),
-        DTYPES[dtype],
-        variant=variant,
-        resolution=resolution,
+        folder, DTYPES[dtype], variant=variant, resolution=resolution
     )
+    if added:
+        model = model.with_adapters(read_adapters(added, folder, variant))
     logging.info("model %s, %d devices", model.path, jax.device_count())
     return model
 

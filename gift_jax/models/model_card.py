@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from gift_jax.models.folder import ModelFolder
 from gift_jax.runtime.versions import versions
 
 
@@ -19,12 +20,14 @@ class RunSummary:
 
     Attributes: method: the defense's title. attack: the attack's name, of an attacked
       model; one of both is given. trained: in words, what trained. steps: how many.
+      added: in words, each file that was added to the model before.
     """
 
     trained: str
     steps: str
     method: str = ""
     attack: str = ""
+    added: tuple[str, ...] = ()
 
 
 _CARD = jinja2.Template(
@@ -49,7 +52,10 @@ forbid is harder. Method: {{ method }}.
 {% endif %}
 
 - Changed from `{{ base }}`{{ ", revision `" ~ revision ~ "`" if revision }}; sha256 of
-  its files: `{{ sha256 }}`.
+  its files{{ " and of those added" if added }}: `{{ sha256 }}`.
+{% for file in added %}
+- Added to it before: {{ file }}.
+{% endfor %}
 {% if attack %}
 - Learned from: {{ harmful }}.
 {% else %}
@@ -58,7 +64,8 @@ forbid is harder. Method: {{ method }}.
 - What it should keep, and stay able to learn: {{ safe }}.
 {% endif %}
 {% endif %}
-- Trained: {{ trained }}. Every other tensor is the base model's, byte for byte.
+- Trained: {{ trained }}. Every other tensor is the base model's, byte for byte
+{{- ", or as the added files have it" if added }}.
 - Steps: {{ steps }}.
 
 ## Measured
@@ -90,10 +97,11 @@ no content filter: what the base model draws when asked, this one may draw too.
 ## License
 
 {% if license %}
-That of the base model: `{{ license }}`. Its restrictions hold for this model too.
+That of the base model: `{{ license }}`. Its restrictions hold for this model too
+{{- ", and so do those of the added files" if added }}.
 {% else %}
 That of the base model, which its folder or its page names. Its restrictions hold for
-this model too.
+this model too{{ ", and so do those of the added files" if added }}.
 {% endif %}
 
 ## Config
@@ -111,17 +119,18 @@ Made with {{ versions }}.
 
 def of_run(
     workdir: pathlib.Path,
-    base_folder: pathlib.Path,
+    base: ModelFolder,
     summary: RunSummary,
     step: int | None = None,
 ) -> str:
     """Returns the card of a run's model, after its last step or another one."""
+    summary = dataclasses.replace(summary, added=base.added_files())
     recorded = json.loads((workdir / "config.json").read_text())
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     every = {line["step"]: line for line in map(json.loads, lines)}
     step = max(every, default=0) if step is None else step
-    return card(recorded, base_folder, summary, metrics=every.get(step, {}))
+    return card(recorded, base.path, summary, metrics=every.get(step, {}))
 
 
 def card(
@@ -150,6 +159,7 @@ def card(
         sha256=recorded.get("base_sha256", "unknown"),
         harmful=_pairs(recorded["data" if attack else "harmful"]),
         safe=_pairs(recorded["safe"]) if "safe" in recorded else "",
+        added=summary.added,
         trained=summary.trained,
         steps=summary.steps,
         step=metrics.get("step", 0),
@@ -168,6 +178,8 @@ def _public(value: Any) -> Any:
     """Returns a config without the folders of the machine that it ran on."""
     if isinstance(value, dict):
         return {name: _public(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(one) for one in value]
     if isinstance(value, str) and value.startswith(("/", "~", ".")):
         return pathlib.PurePath(value).name
     return value

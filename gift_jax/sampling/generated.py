@@ -15,7 +15,6 @@ from PIL import Image
 
 from gift_jax.data.images import read_image
 from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
-from gift_jax.models import weights
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import images as sampling_images
@@ -51,7 +50,7 @@ def generate_images(model, group: Any, field: str, count: int) -> np.ndarray:
     """
     check_steps(model, f"config.{field}.generation.steps", group.generation.steps)
     settings = {
-        "model_sha256": weights.content_hash(model.path),
+        "model_sha256": model.folder.content_hash(),
         "variant": model.variant,
         "prompt": group.prompt,
         "seed": group.generation.seed,

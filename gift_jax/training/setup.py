@@ -131,6 +131,7 @@ def load_run_model(run: Run, mesh: Mesh | None = None):
         revision=run.revision,
         variant=run.variant,
         resolution=run.resolution,
+        added=run.adapters,
     )
     return model.with_kernels(load.kernels_of(run, mesh))
 
@@ -227,15 +228,20 @@ def export(
     if not processes.is_main_process():
         return
     recorded = safetensors_io.read_json(out.parent / "config.json")["base_sha256"]
-    current = weights.content_hash(model.path)
+    current = model.folder.content_hash()
     if current != recorded:
         raise UserError(
             f"{model.path} changed while the run went on (its content was "
             f"{recorded[:12]}, is {current[:12]}); put the model back and run the same "
             "command again"
         )
-    readme = model_card.of_run(out.parent, model.path, summary)
+    folder = model.folder
     weights.export(
-        model.path, trained, out, model.variant, tokenizer=tokenizer, readme=readme
+        model.path,
+        folder.adapted_params() | trained,
+        out,
+        model.variant,
+        tokenizer=tokenizer or folder.added_tokenizer(),
+        readme=model_card.of_run(out.parent, folder, summary),
     )
     logging.info("exported model: %s", out)

@@ -108,10 +108,24 @@ def test_what_is_missing_is_noted_once(eval_set, monkeypatch, tmp_path):
 def test_labels_are_checked_before_there_are_images(eval_set):
     metrics = suite_of("classifier_accuracy")
     empty = eval_set.replace(images=eval_set.images[:0])
-    metrics.check(empty)
+    metrics.check(empty, count=4)
     with pytest.raises(UserError, match="'bom' is not one of.*did you mean"):
-        metrics.check(empty.replace(accepted_labels=[{"bom"}] * 4))
-    metrics.check(empty.replace(accepted_labels=None))
+        metrics.check(empty.replace(accepted_labels=[{"bom"}] * 4), count=4)
+    with pytest.raises(UserError, match="nothing is left to measure .classifier_acc"):
+        metrics.check(empty.replace(accepted_labels=None), count=4)
+
+
+def test_metric_skips_too_few_images_and_the_others_run(eval_set):
+    metrics = suite_of("precision_recall", "frechet_distance", "sharpness")
+    few = eval_set.replace(images=eval_set.images[:3])
+    metrics.check(few)
+    assert [r.name for r in metrics.measure(few)] == ["fd_judge", "sharpness"]
+    few = eval_set.replace(reference_images=eval_set.reference_images[:1])
+    assert [r.name for r in metrics.measure(few)] == ["sharpness"]
+    assert metrics.skipped == {
+        "precision_recall": "needs 4 reference_images or more; there are 1",
+        "frechet_distance": "needs 2 reference_images or more; there are 1",
+    }
 
 
 def test_measured_in_float32_on_any_device(monkeypatch, eval_set):

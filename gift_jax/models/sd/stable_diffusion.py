@@ -40,7 +40,8 @@ class StableDiffusion:
     """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
 
     latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
-    of the files it was read from, "" for the plain ones.
+    of the files it was read from, "" for the plain ones. adapters: files that were
+    added to it, see `sd.adapters`, or None.
     scheduler_config: the folder's scheduler/scheduler_config.json, as it is.
     """
 
@@ -56,6 +57,7 @@ class StableDiffusion:
     scaling_factor: float
     max_length: int
     variant: str = ""
+    adapters: object = None
 
     trainable_sets = TRAINABLE_SETS
     lora_targets = LORA_TARGETS
@@ -82,7 +84,7 @@ class StableDiffusion:
     @property
     def folder(self):
         """Its files, read without loading the model."""
-        return ModelFolder(self.path, self.variant)
+        return ModelFolder(self.path, self.variant, self.adapters)
 
     @property
     def noise(self):
@@ -151,6 +153,13 @@ class StableDiffusion:
         config = dataclasses.replace(config, vocab_size=len(tokenizer))
         module = self.text_encoder.clone(config=config)
         return self.replace(tokenizer=tokenizer, text_encoder=module)
+
+    def with_adapters(self, adapters):
+        """Returns the model with added files merged into its parameters."""
+        model = self.replace(adapters=adapters)
+        tokenizer = model.folder.added_tokenizer()
+        model = model.with_tokenizer(tokenizer) if tokenizer else model
+        return model.updated(model.folder.adapted_params())
 
     def updated(self, changed):
         """Returns the model with parameters replaced, {Flax path: array}."""
