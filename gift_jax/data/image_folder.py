@@ -41,7 +41,7 @@ class ImageFolder:
           one and the same.
         Raises: UserError naming the folder or the file.
         """
-        paths, prompts = folder_source.list_images(self._spec(field))
+        paths, captions = folder_source.list_images(self._spec(field))
         sides = {short_side(path) for path in paths} if not size else {size}
         if len(sides) > 1:
             raise UserError(
@@ -56,6 +56,7 @@ class ImageFolder:
             crop=self.crop,
             seed=seed,
         )
+        prompts = [texts[0] for texts in captions]
         return images, prompts if all(prompts) else None
 
     def _spec(self, field: str) -> PairsSpec:
