@@ -277,9 +277,12 @@ def test_heic_is_read_where_pillow_heif_is(monkeypatch):
 
     heif = types.SimpleNamespace(register_heif_opener=register)
     monkeypatch.setitem(sys.modules, "pillow_heif", heif)
-    for name in ("OPEN", "EXTENSION"):
-        monkeypatch.setattr(Image, name, dict(getattr(Image, name)))
-    assert (read_image(io.BytesIO(HEIC), 4) == (7, 8, 9)).all()
+    try:
+        assert (read_image(io.BytesIO(HEIC), 4) == (7, 8, 9)).all()
+    finally:
+        Image.OPEN.pop("HEIF")
+        Image.EXTENSION.pop(".heic")
+        Image.ID.remove("HEIF")
 
 
 def chunk(kind, data):
