@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         help="scale, at least 1 (default %(default)s)",
     )
     add("--steps", type=int, default=25, help="denoising steps (default %(default)s)")
-    help_text = "default: the model's own if offered, else ddim"
-    add("--scheduler", choices=schedules.SCHEDULERS, help=help_text)
+    names = schedules.SCHEDULERS
+    add("--scheduler", choices=names, default="", help="default: the model's own")
     add("--grid", action=argparse.BooleanOptionalAction, default=True)
     add(
         "--batch-size", type=int, default=8, help="images at once (default %(default)s)"
@@ -92,7 +92,7 @@ def _write(out, args, images, settings):
     files.write(out / "generate.json", text)
 
 
-def _draw(model, args, scheduler: str) -> np.ndarray:
+def _draw(model, args) -> np.ndarray:
     """Returns uint8 "P N H W 3": every prompt starts from the same noises."""
     total = len(args.prompt) * args.num
     logging.info("drawing %d images; the first batch compiles", total)
@@ -105,7 +105,6 @@ def _draw(model, args, scheduler: str) -> np.ndarray:
             samples,
             numbers=np.tile(np.arange(args.num), len(args.prompt)),
             negative_prompt=args.negative_prompt,
-            scheduler=scheduler,
             on_batch=bar.update,
         )
     return images.reshape(len(args.prompt), args.num, *images.shape[1:])
@@ -129,13 +128,14 @@ def main(argv=None) -> int:
             tuple(args.unet_tensors), tuple(args.lora), tuple(args.textual_inversion)
         ),
     )
-    scheduler = args.scheduler or schedules.default_scheduler(model.scheduler_config)
+    schedules.schedule(model.scheduler_config, args.scheduler, args.steps)  # checks
     start = time.monotonic()
-    images = _draw(model, args, scheduler)
+    images = _draw(model, args)
+    config = model.scheduler_config
     settings = vars(args) | {
         "model_sha256": model.folder.content_hash(),
-        "scheduler": scheduler,
-        "scheduler_config": model.scheduler_config,
+        "scheduler": args.scheduler or schedules.default_scheduler(config),
+        "scheduler_config": config,
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.monotonic() - start, 2),

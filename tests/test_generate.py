@@ -64,7 +64,7 @@ def test_a_picture_depends_on_its_seed_and_number_only(tiny_folder, tmp_path):
         (["--batch-size=0"], "--batch-size=0 must be at least 1"),
         (["--seed=-1"], "--seed=-1 must be from 0 to"),
         (["--guidance=0"], "guidance=0.0 must be at least 1"),
-        (["--scheduler=euler"], "choose from"),
+        (["--scheduler=eular"], "choose from"),
         (["--model=nowhere"], "model='nowhere': no such folder"),
         (["--nmu=3"], "unrecognized arguments: --nmu=3"),
         (["--num=many"], "invalid int value: 'many'"),

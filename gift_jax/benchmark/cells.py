@@ -18,11 +18,13 @@ from gift_jax.attacks import base as attacks
 from gift_jax.benchmark import results, table, workload
 from gift_jax.benchmark.evaluation import Evaluator
 from gift_jax.benchmark.matrix import Cell, Matrix, load
-from gift_jax.models.load import load_model
+from gift_jax.models.load import load_model, model_folder
+from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
 from gift_jax.runtime.workdir import config_diff, log_to_file
+from gift_jax.sampling.images import check_scheduler
 from gift_jax.state import Step
 from gift_jax.training import loop
 
@@ -38,6 +40,8 @@ def run(cfg: ConfigDict, workdir: pathlib.Path, command: str = "") -> pathlib.Pa
     matrix = load(cfg)
     bench, cells = Bench(matrix, workdir), matrix.cells
     left = [cell for cell in cells if bench.result(cell) is None]
+    if left:
+        _check_samples(matrix)
     init_jax(workload.cpu_devices(matrix, left))  # the same for every job
     log_to_file(workdir)
     logging.info("%d cells, of which %d are done", len(cells), len(cells) - len(left))
@@ -49,6 +53,13 @@ def run(cfg: ConfigDict, workdir: pathlib.Path, command: str = "") -> pathlib.Pa
         logging.info("%s: %s; %s", cell, table.recognized(result), clock.tick())
     by_cell = {cell: bench.result(cell) for cell in cells}
     return results.publish(cfg, workdir, by_cell, command)
+
+
+def _check_samples(matrix: Matrix) -> None:
+    """Raises UserError if the model's scheduler cannot draw the samples."""
+    samples, folder = matrix.fields.samples, model_folder(matrix.fields.model)
+    config = stable_diffusion.read_scheduler(folder)
+    check_scheduler(config, "config.samples", samples.steps, samples.scheduler)
 
 
 class Bench:
@@ -84,7 +95,7 @@ class Bench:
         start = time.perf_counter()
         folder, steps = self._workdir / cell.folder, self.matrix.eval_steps(cell)
         paths = {step: folder / "points" / f"{step:06d}.json" for step in steps}
-        model_folder, times = self._defended(cell)
+        defended, times = self._defended(cell)
 
         def evaluate(step: int, model) -> None:
             if not paths[step].exists():  # of a run that was stopped after it
@@ -92,12 +103,12 @@ class Bench:
                 files.write_json(paths[step], point)
 
         if cell.is_attacked:
-            cfg = self.matrix.attack_config(cell, model_folder)
+            cfg = self.matrix.attack_config(cell, defended)
             share = self._shared_step(cfg)
             attack.train(cfg, folder, share=share, at_steps=steps, look=evaluate)
             times["step_s"] = _step_seconds(folder)
         else:
-            evaluate(0, load_model(model_folder))
+            evaluate(0, load_model(defended))
         points = [json.loads(path.read_text()) for path in paths.values()]
         times["seconds"] = round(time.perf_counter() - start, 1)
         result = self._result(cell, points) | times

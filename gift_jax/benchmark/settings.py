@@ -21,6 +21,7 @@ from gift_jax.benchmark.concepts import PROMPTS, Concept
 from gift_jax.metrics.settings import Settings as MetricSettings
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import at_least, choice, not_empty
+from gift_jax.sampling.schedules import SCHEDULERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class BenchmarkSamples:
     seed: int = config.number(2, low=0, doc="of the noise")
     guidance: float = config.number(3.0, low=1, doc="scale; 1: none")
     steps: int = config.number(25, low=1, doc="of the sampler")
+    scheduler: str = config.choice("", ("", *SCHEDULERS), "empty: the model's own")
     batch: int = config.number(24, low=1, doc="images drawn at once")
 
 

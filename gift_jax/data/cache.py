@@ -22,6 +22,7 @@ class Generation:
     seed: int = config.number(0, low=0, doc="of the noise")
     steps: int = config.number(30, low=1, doc="of the sampler")
     guidance: float = config.number(7.5, low=1, doc="scale; 1: none")
+    scheduler: str = config.value("", "as samples.scheduler; empty: the model's own")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,11 +95,11 @@ def trajectories(
     Raises: UserError if the model's scheduler has no table of that many steps.
     Source: Song et al. 2021, arXiv:2010.02502; Gandikota et al. 2023, section 4.1.
     """
-    table, _ = _table(model.scheduler_config, s)
+    table = _table(model.scheduler_config, s)
     count = len(cond_N)
     mesh, size = sampler.divide(min(batch, count))
     model = model.with_kernels(model.kernels.for_sampling(mesh))
-    ddim_step = _ddim_step(model.denoiser, s, model.scheduler_config)
+    ddim_step = _ddim_step(model.denoiser, s)
     params, empty_1 = sharding.replicate(mesh, (model.params["unet"], empty_1))
 
     @jax.jit
@@ -119,7 +119,7 @@ def trajectories(
         end, before_SBCHW = walk(params, noise, cond, empty_1)
         z_NSCHW[some] = np.moveaxis(np.asarray(before_SBCHW), 0, 1)
         end_NCHW[some] = end
-    return {"z": z_NSCHW, "t": np.asarray(table.t), "end": end_NCHW}
+    return {"z": z_NSCHW, "t": np.asarray(table.t, np.int32), "end": end_NCHW}
 
 
 def rows(z_NSCHW: np.ndarray) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def rows(z_NSCHW: np.ndarray) -> dict[str, np.ndarray]:
 
 def _table(scheduler_config: Mapping, s: Esd):
     table = schedules.schedule(scheduler_config, "ddim", s.steps)
-    return table, schedules.clip_range(scheduler_config, "ddim")
+    return jax.tree.map(np.float32, table)
 
 
 def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable:
@@ -149,9 +149,9 @@ def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable
       -> the latents before that row, float32 "B C H W". Pure; it takes as many steps as
       the last of the rows asks for, at most S - 1, and has no reverse-mode gradient.
     """
-    table, _ = _table(scheduler_config, s)
+    table = _table(scheduler_config, s)
     table = jax.tree.map(jnp.asarray, table)
-    ddim_step = _ddim_step(denoiser, s, scheduler_config)
+    ddim_step = _ddim_step(denoiser, s)
 
     def walk(network, z_BCHW, row_B, cond, empty_1):
         both = with_empty(cond, empty_1)
@@ -165,12 +165,11 @@ def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable
     return walk
 
 
-def _ddim_step(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable:
+def _ddim_step(denoiser: Denoiser, s: Esd) -> Callable:
     """Returns (network, x "B C H W", row of the table, "2B ..." of `with_empty`) -> x.
 
     Latents in float32, guided; without guidance the second half of cond alone is used.
     """
-    _, clip = _table(scheduler_config, s)
 
     def ddim_step(network, x, row, both):
         if s.guidance > 1:
@@ -179,9 +178,7 @@ def _ddim_step(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callabl
         else:
             cond = jax.tree.map(lambda a: a[x.shape[0] :], both)
             m = _predict(denoiser, network, x, row.t, cond)
-        no_history = jnp.zeros((len(row.on_h), *x.shape), x.dtype)  # DDIM has none
-        new, _ = sampler.advance(row, clip, x, x, no_history, m)
-        return new
+        return schedules.advance(row, schedules.start(x), m)[0]  # it remembers nothing
 
     return ddim_step
 
@@ -284,7 +281,7 @@ def make_step(
     """
     if s.latents == "current" and latent_shape is None:
         raise ValueError("latents='current' needs latent_shape")
-    table, _ = _table(scheduler_config, s)
+    table = _table(scheduler_config, s)
     walk = make_walk(denoiser, s, scheduler_config)
     grad_fn = jax.value_and_grad(make_loss(denoiser, s), has_aux=True)
 

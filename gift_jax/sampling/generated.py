@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training images that the model draws itself, kept between runs."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import images as sampling_images
-from gift_jax.sampling.images import Samples, check_steps
+from gift_jax.sampling.images import Samples, check_scheduler
 
 _MAX_BATCH = 8  # images drawn at once
 
@@ -43,25 +44,28 @@ def generate_images(model, group: Any, field: str, count: int) -> np.ndarray:
     They are kept in the cache folder, under a hash of all that they depend on: an
     interrupted run continues. Image i depends on the seed and i alone.
 
-    Args: group: prompt, generation.{seed,steps,guidance} and batch (images at once, at
-      most 8). field: the group's name.
-    Raises: UserError if the steps are more than the model has, or the cache folder
-      cannot be written.
+    Args: group: prompt, generation.{seed,steps,guidance,scheduler} and batch (images at
+      once, at most 8). field: the group's name.
+    Raises: UserError if the scheduler has no such steps, or the cache folder cannot be
+      written.
     """
-    check_steps(model, f"config.{field}.generation.steps", group.generation.steps)
+    how = group.generation
+    config, name = model.scheduler_config, f"config.{field}.generation"
+    check_scheduler(config, name, how.steps, how.scheduler)
     settings = {
         "model_sha256": model.folder.content_hash(),
         "variant": model.variant,
         "prompt": group.prompt,
-        "seed": group.generation.seed,
-        "steps": group.generation.steps,
-        "guidance": float(group.generation.guidance),
+        "seed": how.seed,
+        "steps": how.steps,
+        "guidance": float(how.guidance),
+        "scheduler": how.scheduler or "the model's own",
         "dtype": jnp.dtype(model.unet.dtype).name,
         "size": model.image_size,
     }
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    name = hashlib.sha256(text.encode()).hexdigest()
-    folder = files.cache_folder() / "generated" / name
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    folder = files.cache_folder() / "generated" / digest
     paths = [folder / f"{i:05d}.png" for i in range(count)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     logging.info("%s: drawing %d of %d images", field, len(missing), count)
@@ -83,7 +87,8 @@ def _draw_missing(
     """Yields (i, image i) of the numbers, drawn in batches of one size."""
     size = min(group.batch, _MAX_BATCH, len(numbers))
     how = group.generation
-    samples = Samples(seed=how.seed, steps=how.steps, guidance=how.guidance, batch=size)
+    fields = {f.name: getattr(how, f.name) for f in dataclasses.fields(how)}
+    samples = Samples(**fields, batch=size)
     prompts, unet = [group.prompt] * size, model.params["unet"]
     while numbers:
         first = numbers[0]

@@ -15,7 +15,7 @@ from gift_jax.data.images import read_image
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import config, files, progress
 from gift_jax.runtime.errors import UserError, not_empty
-from gift_jax.sampling import grid, sampler
+from gift_jax.sampling import grid, sampler, schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Samples:
     seed: int = config.number(1, low=0, doc="of the noise")
     guidance: float = config.number(7.5, low=1, doc="scale; 1: none")
     steps: int = config.number(25, low=1, doc="of the sampler")
+    scheduler: str = config.choice(
+        "", ("", *schedules.SCHEDULERS), "empty: the model's own"
+    )
     batch: int = config.number(4, low=1, doc="images drawn at once")
 
     def check(self, field: str) -> None:
@@ -36,19 +39,32 @@ class Samples:
             not_empty(f"{field}.prompts", self.prompts)
 
 
-def check_samples(model, samples: Any) -> None:
-    """Raises UserError if samples ask for more steps than the model has."""
+def check_samples(model, samples: Any, field: str = "config.samples") -> None:
+    """Raises UserError if the model's scheduler cannot draw samples that are asked for.
+
+    Args: samples: `Samples`, or another with num, steps and scheduler.
+    """
     if samples.num:
-        check_steps(model, "config.samples.steps", samples.steps)
+        config = model.scheduler_config
+        check_scheduler(config, field, samples.steps, samples.scheduler)
 
 
-def check_steps(model, field: str, steps: int) -> None:
-    """Raises UserError for more denoising steps than the model's training timesteps."""
-    limit = model.noise.num_timesteps
+def check_scheduler(config: Any, field: str, steps: int, scheduler: str) -> None:
+    """Raises UserError if a scheduler, or the config's own, has no table of the steps.
+
+    Args: config: the scheduler_config.json dict. field: the group that has the fields.
+      scheduler: see `schedules.schedule`.
+    """
+    limit = config.get("num_train_timesteps", 1000)
     if steps > limit:
         raise UserError(
-            f"{field}={steps} must be at most {limit}, the model's training timesteps"
+            f"{field}.steps={steps} must be at most {limit}, the model's training "
+            "timesteps"
         )
+    try:
+        schedules.schedule(config, scheduler, steps)
+    except UserError as error:
+        raise UserError(f"{field}.scheduler={scheduler!r}: {error}") from None
 
 
 def draw_images(
@@ -64,11 +80,11 @@ def draw_images(
 ) -> np.ndarray:
     """Returns one image a prompt, uint8 "N H W 3".
 
-    Args: samples: `Samples`, or another with seed, guidance, steps and batch (images
-      at once). first: number of the first image. numbers: int "N", in place of first,
-      first + 1 ...: image i starts from the noise of the seed and numbers[i], whatever
-      the batch. negative_prompt: what to steer away from. options: scheduler, on_batch,
-      see `sampler.sample_images`.
+    Args: samples: `Samples`, or another with seed, guidance, steps, scheduler and batch
+      (images at once). first: number of the first image. numbers: int "N", in place of
+      first, first + 1 ...: image i has the noise of the seed and numbers[i], whatever
+      the batch. negative_prompt: what to steer away from. options: on_batch, see
+      `sampler.sample_images`.
     """
     distinct = list(dict.fromkeys(prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
@@ -85,6 +101,7 @@ def draw_images(
         samples.batch,
         steps=samples.steps,
         guidance=samples.guidance,
+        scheduler=samples.scheduler,
         **options,
     )
 

@@ -29,39 +29,42 @@ def numbered_latents(key, numbers_B, shape):
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
-def advance(row, clip, x, x_before, h, m):
-    """Returns (x', h'), what one row of a `Schedule` makes of the latents, see there.
+def noise_keys(key, numbers_B):
+    """Returns uint32 "B 2": of each example, the key of the noise its steps draw.
 
-    Args: clip: x0's range, or None. x, x_before, m: float32 "B C H W": the latents, the
-      latents before the last step, the guided output. h: "4 B C H W", the history.
+    Other noise than the `initial_latents`, and as these the same in any batch.
     """
-    p = row.from_x * x + row.from_m * m
-    if clip is not None:
-        p = jnp.clip(p, -clip, clip)
-    h = jnp.where(row.push, jnp.concatenate([p[None], h[:-1]]), h)
-    new = row.on_x * jnp.where(row.restart, x_before, x) + row.on_m * m
-    for k in range(len(h)):  # not a matrix product: those may round on accelerators
-        new = new + row.on_h[k] * h[k]
-    return new, h
+    key = jax.random.fold_in(key, 2**32 - 1)  # no example has this number
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(numbers_B))
+    return jax.random.key_data(keys)
+
+
+def _row_noise(keys_B2, row, shape):
+    """Returns N(0, 1), float32 "B ...", that a row of a schedule adds."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(
+        jax.random.wrap_key_data(keys_B2), row
+    )
+    return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
 def sample_latents(
     unet,
     params,
     table,
-    clip,
     guidance,
     z_BCHW,
     cond_BLD,
     uncond_BLD,
+    keys_B2=None,
     trace=False,
 ):
     """Returns the latents, float32 "B C H W", that a scan over the table ends with.
 
-    Args: table: a `Schedule`. clip: x0's range, or None. guidance: a traced scalar; see
-      `make_sampler`. z_BCHW: initial noise. cond_BLD, uncond_BLD: text states; the
-      unconditional ones None for no guidance. trace: return (the same, the latents that
-      each row of the table starts from, float32 "N B C H W") instead.
+    Args: table: a `Schedule`, float32. guidance: a traced scalar; see `make_sampler`.
+      z_BCHW: initial noise. cond_BLD, uncond_BLD: text states; the unconditional ones
+      None for no guidance. keys_B2: of `noise_keys`; None draws no noise. trace: return
+      (the same, the latents that each row of the table starts from, float32
+      "N B C H W") instead.
     """
     B = z_BCHW.shape[0]
     c_BLD = cond_BLD
@@ -79,14 +82,18 @@ def sample_latents(
         m = m.astype(jnp.float32)
         return m if uncond_BLD is None else m[:B] + guidance * (m[B:] - m[:B])
 
-    def step(carry, row):
-        x, x_before, h = carry
-        new, h = advance(row, clip, x, x_before, h, predict(x, row.t))
-        return (new, x, h), x if trace else None
+    def step(registers, numbered_row):
+        row, i = numbered_row
+        x, noise = registers[0], None
+        if keys_B2 is not None:
+            noise = _row_noise(keys_B2, i, x.shape[1:])
+        m = predict(row.scale * x, row.t)
+        return schedules.advance(row, registers, m, noise), x if trace else None
 
-    history = jnp.zeros((schedules.HISTORY, *z_BCHW.shape), jnp.float32)
-    (x_BCHW, _, _), before = jax.lax.scan(step, (z_BCHW, z_BCHW, history), table)
-    return (x_BCHW, before) if trace else x_BCHW
+    registers = schedules.start(z_BCHW.astype(jnp.float32))
+    rows = table, jnp.arange(len(table.t))
+    registers, before = jax.lax.scan(step, registers, rows)
+    return (registers[0], before) if trace else registers[0]
 
 
 def to_uint8(images_BHWC):
@@ -141,8 +148,9 @@ def sample_images(
     def sample_batch(rows):
         cond_BLD, numbers_B = rows
         noise = numbered_latents(key, numbers_B, model.latent_shape)
-        cond_BLD, noise = sharding.put_batch(mesh, (cond_BLD, noise))
-        images = np.asarray(sample(*params, cond_BLD, uncond_1LD, noise))
+        keys = noise_keys(key, numbers_B)
+        cond_BLD, noise, keys = sharding.put_batch(mesh, (cond_BLD, noise, keys))
+        images = np.asarray(sample(*params, cond_BLD, uncond_1LD, noise, keys))
         if on_batch:
             on_batch(min(next(firsts) + size, count))
         return images
@@ -151,34 +159,40 @@ def sample_images(
     return map_batches(sample_batch, arrays, size)
 
 
-def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mesh=None):
-    """Returns a jitted f(unet_params, vae_params, cond, uncond, key_or_latents).
+def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=None):
+    """Returns a jitted f(unet_params, vae_params, cond, uncond, key_or_latents, keys).
 
     Args:
       model: a StableDiffusion; its modules and scheduler config are used, its
         parameters are not: pass them; one compilation serves every set of weights.
-      scheduler: of `SCHEDULERS`; None is the folder's own.
+      scheduler: of `SCHEDULERS`; "" is the folder's own.
       steps: denoising steps. guidance: scale of the classifier-free guidance, >= 1;
         1 is without, at half the cost (uncond is then ignored).
       decode: return images, else latents. mesh: what f's arrays lie on, see `divide`.
     Returns: f. cond: float32 "B L D"; uncond: "1 L D" or "B L D"; key_or_latents: a
       key, with which example i draws its own noise by its index, or noise "B C H W".
-      f returns uint8 "B H W 3", or latents float32 "B C H W" if not `decode`.
+      keys: of `noise_keys`, needed with noise where the scheduler draws some at each
+      step. f returns uint8 "B H W 3", or latents float32 "B C H W" if not `decode`.
     Raises: UserError for a bad scheduler, number of steps or guidance.
     Source: Ho & Salimans 2022, arXiv:2207.12598; diffusers `StableDiffusionPipeline`.
     """
-    scheduler = scheduler or schedules.default_scheduler(model.scheduler_config)
     table = schedules.schedule(model.scheduler_config, scheduler, steps)
-    clip = schedules.clip_range(model.scheduler_config, scheduler)
+    draws_noise = schedules.is_stochastic(table)
+    table = jax.tree.map(np.float32, table)
     if not guidance >= 1 or not np.isfinite(guidance):
         raise UserError(f"guidance={guidance} must be at least 1 (1: no guidance)")
     model = model.with_kernels(model.kernels.for_sampling(mesh))
-    run = _compiled(model.unet, model.vae, clip, decode)
+    run = _compiled(model.unet, model.vae, decode)
 
-    def sampler(unet_params, vae_params, cond_BLD, uncond_BLD, key_or_latents):
+    def sampler(
+        unet_params, vae_params, cond_BLD, uncond_BLD, key_or_latents, keys_B2=None
+    ):
         z_BCHW = key_or_latents
         if jnp.issubdtype(z_BCHW.dtype, jax.dtypes.prng_key):
+            keys_B2 = noise_keys(z_BCHW, jnp.arange(len(cond_BLD)))
             z_BCHW = initial_latents(z_BCHW, len(cond_BLD), model.latent_shape)
+        if draws_noise and keys_B2 is None:
+            raise ValueError("this scheduler draws noise: give a key, or keys")
         return run(
             unet_params,
             vae_params if decode else None,
@@ -188,18 +202,24 @@ def make_sampler(model, scheduler=None, steps=25, guidance=7.5, decode=True, mes
             z_BCHW,
             cond_BLD,
             uncond_BLD if guidance > 1 else None,
+            keys_B2 if draws_noise else None,
         )
 
     return sampler
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(unet, vae, clip, decode):
-    """One program for every guidance scale and every scheduler of equal length."""
+def _compiled(unet, vae, decode):
+    """One program for every guidance scale and every scheduler of equal length.
 
-    def run(unet_params, vae_params, table, scale, vae_scale, z_BCHW, cond, uncond):
+    Another one for those that draw noise at each step.
+    """
+
+    def run(
+        unet_params, vae_params, table, scale, vae_scale, z_BCHW, cond, uncond, keys_B2
+    ):
         z_BCHW = sample_latents(
-            unet, unet_params, table, clip, scale, z_BCHW, cond, uncond
+            unet, unet_params, table, scale, z_BCHW, cond, uncond, keys_B2
         )
         if not decode:
             return z_BCHW

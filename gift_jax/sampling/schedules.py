@@ -1,242 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every scheduler as one table of coefficients.
+"""Every scheduler as one table of weights.
 
-Each step of a scheduler offered here is a fixed linear combination of the current
-latents, the model's outputs and earlier outputs. `schedule` computes the coefficients
-in float64 from a diffusers scheduler config; `sampler.advance` then serves them all and
-equals the PyTorch schedulers, `timestep_spacing` and `rescale_betas_zero_snr` included.
+A step of every scheduler offered here is a fixed linear combination of the latents, of
+what it remembers, of the model's output and of noise. `schedule` computes the weights
+in float64 from a diffusers scheduler config, as PyTorch's StableDiffusionPipeline draws
+with it; `advance` then serves them all. A scheduler is a file of `schedulers/` and a
+name in the list below.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from gift_jax.models.sd import stable_diffusion
-from gift_jax.runtime.errors import UserError
+from gift_jax.models.sd.scheduler_config import class_name, complete
+from gift_jax.runtime.errors import UserError, choice, shown
+from gift_jax.sampling.schedulers import (
+    ddim,
+    ddpm,
+    deis,
+    dpmsolver_multistep,
+    dpmsolver_sde,
+    dpmsolver_singlestep,
+    euler,
+    heun,
+    kdpm2,
+    lcm,
+    lms,
+    pndm,
+    unipc,
+)
+from gift_jax.sampling.schedulers.rows import (
+    REGISTERS,
+    Schedule,
+    Scheduler,
+    is_stochastic,
+)
 
-SCHEDULERS = ("ddim", "pndm", "dpmsolver++")
-_CLASSES = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "DPMSolverMultistepScheduler": "dpmsolver++",
-}
-HISTORY = 4
-# Adams-Bashforth weights of the newest 1, 2, 3 and 4 outputs (PNDM, eq. 12)
-_MULTISTEP = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+__all__ = ["Schedule", "advance", "is_stochastic", "schedule", "start"]
+
+ALL = (
+    ddim.SCHEDULER,
+    ddpm.SCHEDULER,
+    pndm.SCHEDULER,
+    euler.SCHEDULER,
+    euler.ANCESTRAL,
+    heun.SCHEDULER,
+    lms.SCHEDULER,
+    kdpm2.SCHEDULER,
+    kdpm2.ANCESTRAL,
+    dpmsolver_multistep.PLUS_PLUS,
+    dpmsolver_multistep.SDE_PLUS_PLUS,
+    dpmsolver_singlestep.SCHEDULER,
+    dpmsolver_sde.SCHEDULER,
+    unipc.SCHEDULER,
+    deis.SCHEDULER,
+    lcm.SCHEDULER,
+    lcm.TCD,
+)
+_BY_NAME = {scheduler.name: scheduler for scheduler in ALL}
+_BY_CLASS = {scheduler.class_name: scheduler for scheduler in reversed(ALL)}
+SCHEDULERS = tuple(_BY_NAME)
+# What StableDiffusionPipeline.__init__ makes of every config that has these keys.
+_CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
+# Keys without effect on what the pipeline draws, whatever the class.
+UNUSED = (
+    *_CORRECTIONS,
+    "clip_sample_range",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
 )
 
 
-class Schedule(NamedTuple):
-    """One row a UNet call, "N": with m the guided output, x the latents, h the history,
+def schedule(config: Mapping[str, Any], scheduler: str, steps: int) -> Schedule:
+    """Returns the Schedule that PyTorch's pipeline takes with a scheduler config.
 
-        p  = clip(from_x x + from_m m)           what is remembered: x0, or m itself
-        h  = (p, h0, h1, h2)  where `push`, else h
-        x' = on_x (x before the last step, where `restart`; else x) + on_m m + on_h h
-
-    t: int32 "N". on_h: float32 "N 4". The others: float32 "N"; push, restart: bool "N".
+    Args: config: a scheduler_config.json dict. scheduler: of `SCHEDULERS`; "": of the
+      class that the config names, with its options. steps: asked for; some schedulers
+      call the UNet more often.
+    Raises: UserError for a class, a key or a value that is not computed, for a bad
+      number of steps, or where PyTorch would divide by zero.
+    Source: diffusers `StableDiffusionPipeline.__init__` and each file of `schedulers/`.
     """
-
-    t: np.ndarray
-    from_x: np.ndarray
-    from_m: np.ndarray
-    on_x: np.ndarray
-    on_m: np.ndarray
-    on_h: np.ndarray
-    push: np.ndarray
-    restart: np.ndarray
-
-
-class _Rows:
-    """Collects rows of a `Schedule`; whatever a row does not name is 0 or False."""
-
-    def __init__(self):
-        self._rows = []
-
-    def add(self, t, *, on_h=(), push=True, restart=False, **scalars):
-        on_h = tuple(on_h) + (0.0,) * (HISTORY - len(on_h))
-        defaults = {"from_x": 0.0, "from_m": 0.0, "on_x": 0.0, "on_m": 0.0}
-        row = defaults | scalars
-        self._rows.append(Schedule(t, on_h=on_h, push=push, restart=restart, **row))
-
-    def done(self):
-        columns = Schedule(*zip(*self._rows, strict=True))
-        dtypes = Schedule(np.int32, *[np.float32] * 5, bool, bool)
-        return Schedule(
-            *(np.asarray(c, d) for c, d in zip(columns, dtypes, strict=True))
-        )
-
-
-def default_scheduler(config):
-    """Returns the folder's own scheduler if it is offered here, else "ddim"."""
-    return _CLASSES.get(config.get("_class_name"), "ddim")
-
-
-def schedule(config, scheduler, steps):
-    """Returns the Schedule of a diffusers scheduler config.
-
-    Args: config: a scheduler_config.json dict. scheduler: of `SCHEDULERS`.
-      steps: asked for; PNDM calls the UNet once more.
-    Raises: UserError for an unknown scheduler or field value, or a bad number of steps.
-    Source: diffusers `scheduling_{ddim,pndm,dpmsolver_multistep}.py`.
-    """
-    if scheduler not in SCHEDULERS:
-        raise UserError(
-            f"scheduler={scheduler!r} must be one of {', '.join(SCHEDULERS)}"
-        )
-    T = config.get("num_train_timesteps", 1000)
+    kind = _scheduler(config, scheduler)
+    full = complete(config, kind.class_name)
+    full |= {key: _CORRECTIONS[key] for key in full.keys() & _CORRECTIONS}
+    if scheduler:
+        full |= kind.fixed
+    _check_values(full, kind)
+    T = full["num_train_timesteps"]
     if not 1 <= steps <= T:
         raise UserError(f"steps={steps} must be from 1 to {T}, the training timesteps")
-    table = {"ddim": _ddim, "pndm": _pndm, "dpmsolver++": _dpm}[scheduler]
-    return table(config, steps, stable_diffusion.alphas_cumprod(config))
+    with np.errstate(all="ignore"):
+        table = kind.schedule(full, steps)
+    if not all(np.all(np.isfinite(column)) for column in table):
+        raise UserError(_not_finite(full, kind))
+    return table
 
 
-def clip_range(config, scheduler):
-    """Returns how far x0 may go from 0 (DDIM with clip_sample), or None."""
-    if scheduler == "ddim" and config.get("clip_sample", True):
-        return float(config.get("clip_sample_range", 1.0))
-    return None
+def default_scheduler(config: Mapping[str, Any]) -> str:
+    """Returns the name of the config's own scheduler, or its class if none says it all.
+
+    Raises: UserError if it is not offered.
+    """
+    cls = _scheduler(config, "").class_name
+    full = complete(config, cls)
+    for kind in ALL:
+        if kind.class_name == cls and all(full[k] == v for k, v in kind.fixed.items()):
+            return kind.name
+    return cls
 
 
-def _spaced(config, steps, default="leading", extra=0):
-    """Returns the timesteps, int "steps", descending. extra: DPM-Solver drops one."""
-    T = config.get("num_train_timesteps", 1000)
-    spacing = config.get("timestep_spacing", default)
-    offset = config.get("steps_offset", 0)
-    if spacing == "linspace":
-        t = np.linspace(0, T - 1, steps + extra).round()[::-1]
-    elif spacing == "leading":
-        t = (np.arange(steps + extra) * (T // (steps + extra)))[::-1] + offset
-    elif spacing == "trailing":
-        t = np.round(np.arange(T, 0, -T / steps)) - 1
-    else:
+def _scheduler(config: Mapping[str, Any], name: str) -> Scheduler:
+    if name:
+        choice("scheduler", name, SCHEDULERS)
+        return _BY_NAME[name]
+    cls = class_name(config)
+    if cls not in _BY_CLASS:
         raise UserError(
-            f"scheduler timestep_spacing={spacing!r}; must be one of leading, "
-            "linspace, trailing"
+            f"the model's scheduler is {shown(cls)}, which is not computed here; "
+            f"choose one of {', '.join(SCHEDULERS)}"
         )
-    t = t.astype(np.int64)[:steps]
-    if t.max() >= T:
-        raise UserError(
-            f"steps={steps} with steps_offset={offset} reaches timestep {t.max()}, "
-            f"past {T - 1}; use fewer steps"
-        )
-    return t
+    return _BY_CLASS[cls]
 
 
-def _x0_and_eps(config, abar):
-    """Returns ((x, m) coefficients of x0, (x, m) coefficients of eps) at abar."""
-    a, s = np.sqrt(abar), np.sqrt(1 - abar)
-    if config.get("prediction_type", "epsilon") == "v_prediction":
-        return (a, -s), (s, a)
-    return (1 / a, -s / a), (0.0, 1.0)
+def _check_values(full: Mapping[str, Any], kind: Scheduler) -> None:
+    """Raises UserError for a key with a value whose effect is not computed."""
+    only = {"thresholding": (False,)} | kind.only
+    for key, allowed in only.items():
+        if key in full and full[key] not in allowed:
+            choices = " or ".join(map(str, allowed))
+            raise UserError(
+                f"scheduler {key}={shown(full[key])}; must be {choices}, or draw with "
+                "another scheduler"
+            )
 
 
-def _final_abar(config, abar_T, default):
-    return 1.0 if config.get("set_alpha_to_one", default) else abar_T[0]
-
-
-def _refuse(config, field, allowed):
-    if field in config and config[field] not in allowed:
-        choices = " or ".join(map(repr, allowed))
-        raise UserError(f"scheduler {field}={config[field]!r}; must be {choices}")
-
-
-def _ddim(config, steps, abar_T):
-    _refuse(config, "thresholding", (False,))
-    stride, rows = len(abar_T) // steps, _Rows()
-    for t in _spaced(config, steps):
-        before = t - stride
-        abar = abar_T[before] if before >= 0 else _final_abar(config, abar_T, True)
-        x0, eps = _x0_and_eps(config, abar_T[t])
-        keep = np.sqrt(1 - abar)
-        rows.add(
-            t,
-            from_x=x0[0],
-            from_m=x0[1],
-            on_x=keep * eps[0],
-            on_m=keep * eps[1],
-            on_h=(np.sqrt(abar),),
-        )
-    return rows.done()
-
-
-def _pndm(config, steps, abar_T):
-    """Pseudo linear multistep: the second call redoes the first step (Heun)."""
-    _refuse(config, "skip_prk_steps", (True,))
-    stride, rows = len(abar_T) // steps, _Rows()
-    ts = _spaced(config, steps)
-    calls = [*ts[:2], *ts[1:]]
-    for i, t in enumerate(calls):
-        now, before = (t + stride, t) if i == 1 else (t, t - stride)
-        a = abar_T[now]
-        b = abar_T[before] if before >= 0 else _final_abar(config, abar_T, False)
-        scale = np.sqrt(b / a)
-        rate = -(b - a) / (a * np.sqrt(1 - b) + np.sqrt(a * (1 - a) * b))
-        _, eps = _x0_and_eps(config, a)
-        if i == 1:
-            own, older = 0.5, (0.5,)
-        else:
-            own, older = 0.0, _MULTISTEP[min(i - (i > 1), 3)]
-        rows.add(
-            t,
-            from_m=1.0,
-            on_x=scale + rate * eps[0],
-            on_m=rate * eps[1] * own,
-            on_h=[rate * eps[1] * w for w in older],
-            push=i != 1,
-            restart=i == 1,
-        )
-    return rows.done()
-
-
-def _dpm(config, steps, abar_T):
-    for field, allowed in (
-        ("thresholding", (False,)),
-        ("algorithm_type", ("dpmsolver++",)),
-        ("solver_order", (1, 2)),
-        ("use_karras_sigmas", (False, None)),
-        ("use_exponential_sigmas", (False, None)),
-        ("use_beta_sigmas", (False, None)),
-        ("use_flow_sigmas", (False, None)),
-        ("use_lu_lambdas", (False, None)),
-        ("lambda_min_clipped", (-np.inf, None)),
-    ):
-        _refuse(config, field, allowed)
-    if config.get("rescale_betas_zero_snr", False):
-        abar_T = np.append(abar_T[:-1], 2.0**-24)
-    ts = _spaced(config, steps, default="linspace", extra=1)
-    ends_at_zero = config.get("final_sigmas_type", "zero") == "zero"
-    a, s, lam = _half_log_snr(np.append(abar_T[ts], 1.0 if ends_at_zero else abar_T[0]))
-    last_first = (
-        ends_at_zero
-        or config.get("euler_at_final", False)
-        or (config.get("lower_order_final", True) and steps < 15)
+def _not_finite(full: Mapping[str, Any], kind: Scheduler) -> str:
+    keys = [
+        f"{key}={full[key]}"
+        for key in ("rescale_betas_zero_snr", "prediction_type", "final_sigmas_type")
+        if key in full
+    ]
+    return (
+        f"scheduler {kind.class_name} with {', '.join(keys)} divides by zero, and "
+        "draws black in PyTorch; draw with another scheduler"
     )
-    heun, rows = config.get("solver_type", "midpoint") == "heun", _Rows()
-    for i, t in enumerate(ts):
-        h = lam[i + 1] - lam[i]
-        decay = np.expm1(-h)
-        first = i == 0 or (i == steps - 1 and last_first)
-        slope = 0.0  # of (newest x0 - the one before)
-        if not first and config.get("solver_order", 2) == 2:
-            r0 = (lam[i] - lam[i - 1]) / h
-            slope = (decay / h + 1 if heun else -0.5 * decay) / r0
-        x0, _ = _x0_and_eps(config, a[i] ** 2)
-        rows.add(
-            t,
-            from_x=x0[0],
-            from_m=x0[1],
-            on_x=s[i + 1] / s[i],
-            on_h=(a[i + 1] * (slope - decay), -a[i + 1] * slope),
-        )
-    return rows.done()
 
 
-def _half_log_snr(abar):
-    """Returns (alpha, sigma, log(alpha / sigma)); the last is inf at abar = 1."""
-    a, s = np.sqrt(abar), np.sqrt(1 - abar)
-    with np.errstate(divide="ignore"):
-        return a, s, np.log(a) - np.log(s)
+def start(x: Any) -> tuple:
+    """Returns the registers before the first row: the latents, and zeros."""
+    return (x, *[x * 0.0] * (REGISTERS - 1))
+
+
+def advance(row: Schedule, registers: tuple, m: Any, noise: Any = None) -> tuple:
+    """Returns the registers after a row; the first are the latents.
+
+    Args: row: one of a `Schedule`. registers: "R" arrays "B C H W". m: "B C H W", the
+      guided output for row.scale times the latents. noise: N(0, 1), "B C H W"; None
+      leaves it out.
+    """
+    inputs = (*registers, m) if noise is None else (*registers, m, noise)
+    new = []
+    for weights in row.weights:  # not a matrix product: those may round on accelerators
+        total = weights[0] * inputs[0]
+        for k in range(1, len(inputs)):
+            total = total + weights[k] * inputs[k]
+        new.append(total)
+    return tuple(new)

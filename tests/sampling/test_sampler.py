@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampler against PyTorch's StableDiffusionPipeline, and its own promises."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,23 +40,16 @@ CASES = {  # name: (our scheduler, steps, config of the folder); five UNet calls
     "dpm-sigma-min": ("dpmsolver++", 5, {"final_sigmas_type": "sigma_min"}),
     "dpm-velocity": ("dpmsolver++", 5, VELOCITY | {"lower_order_final": False}),
     "dpm-zero-snr": ("dpmsolver++", 5, VELOCITY | ZERO_SNR),
+    "euler-clip": ("euler", 5, {"clip_sample": True, "timestep_spacing": "leading"}),
+    "heun": ("heun", 3, {"use_karras_sigmas": True}),
+    "unipc": ("unipc", 5, {"solver_order": 3}),
     "dpm-cosine": (
         "dpmsolver++",
         5,
         {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
     ),
 }
-STEP_CASES = [
-    (name, kind)
-    for name in CASES
-    for kind in ("epsilon", "v_prediction")
-    if (name, kind) != ("ddim-zero-snr", "epsilon")  # x0 is 0 / 0, in PyTorch too
-]
-TORCH_CLASS = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-}
+TORCH_CLASS = {kind.name: kind.class_name for kind in schedules.ALL}
 
 
 def scheduler_config(name):
@@ -88,7 +79,10 @@ def pytorch_draws(pipeline, config, latents, **kwargs):
     import diffusers
     import torch
 
-    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    parts = pipeline.components | {"scheduler": scheduler}  # which it corrects
+    pipeline = type(pipeline)(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
     latents = torch.tensor(np.asarray(latents))
     return pipeline(PROMPTS, latents=latents, guidance_scale=4.0, **kwargs).images
 
@@ -102,7 +96,7 @@ def ours_draw(model, name, latents, decode):
     return sample(model.params["unet"], model.params["vae"], cond, uncond, latents)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
     latents = sampler.initial_latents(jax.random.key(1), 2, tiny.latent_shape)
@@ -115,71 +109,11 @@ def test_latents_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
     ).numpy()
     ours = np.asarray(ours_draw(tiny, name, latents, decode=False))
     assert np.abs(theirs - np.asarray(latents)).max() > 0.1  # something was done
-    # with clipping, x0 is a small difference of large numbers at the first timesteps
-    tolerance = 1e-3 if name == "ddim-clip" else 1e-4
-    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < tolerance
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-4
 
 
-class Smooth:
-    """Stands in for a UNet: the same smooth function of x and t in JAX and PyTorch."""
-
-    dtype = jnp.float32
-
-    def apply(self, _, x, t, __, **options):
-        return jnp.tanh(1.3 * x + 2.0 * t.reshape(-1, 1, 1, 1) / 1000 - 1), {}
-
-    @staticmethod
-    def torch(x, t):
-        return (1.3 * x + 2.0 * t / 1000 - 1).tanh()
-
-
-@functools.partial(jax.jit, static_argnums=2)
-@functools.partial(jax.vmap, in_axes=(0, None, None))
-def latents_after(table, z, clip):
-    text = jnp.zeros((len(z), 1, 1))
-    return sampler.sample_latents(Smooth(), {}, table, clip, 1.0, z, text, None)
-
-
-def prefixes(table):
-    """The table cut after 1, 2, ... rows, stacked; the rest are rows without effect."""
-    kept = np.tril(np.ones((len(table.t), len(table.t)), bool))
-    idle = schedules.Schedule(*map(np.zeros_like, table))
-    idle = idle._replace(on_x=np.ones_like(table.on_x))
-
-    def cut(column, rest):
-        return np.where(
-            kept.reshape(kept.shape + (1,) * (column.ndim - 1)), column, rest
-        )
-
-    return schedules.Schedule(*map(cut, table, idle))
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("name, kind", STEP_CASES)
-def test_every_step_equals_pytorch_scheduler(name, kind, rng):
-    torch = pytest.importorskip("torch")
-    import diffusers
-
-    scheduler, steps = CASES[name][0], 12
-    config = scheduler_config(name) | {"prediction_type": kind}
-    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
-    theirs.set_timesteps(steps)
-    z = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
-    x, expected = torch.tensor(z), []
-    for t in theirs.timesteps:
-        x = theirs.step(Smooth.torch(x, t), t, x).prev_sample
-        expected.append(x.numpy())
-    table = schedules.schedule(config, scheduler, steps)
-    np.testing.assert_array_equal(table.t, theirs.timesteps)
-    clip = schedules.clip_range(config, scheduler)
-    ours = latents_after(prefixes(table), z, clip)
-    errors = list(map(relative_error, ours, expected))
-    assert len(errors) == len(theirs.timesteps)
-    print(f"{name} {kind}: at most {max(errors):.1e}")
-    assert max(errors) < 1e-5, errors
-
-
-@pytest.mark.parametrize("name", ["ddim", "pndm"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler-clip", "heun", "unipc"])
 def test_images_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
     latents = sampler.initial_latents(jax.random.key(2), 2, tiny.latent_shape)
     theirs = pytorch_draws(
@@ -192,7 +126,7 @@ def test_images_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
     theirs = np.stack([np.asarray(image) for image in theirs]).astype(int)
     ours = np.asarray(ours_draw(tiny, name, latents, decode=True)).astype(int)
     assert theirs.std() > 10  # a picture, not a flat or saturated field
-    assert np.abs(ours - theirs).mean() <= 1
+    assert np.abs(ours - theirs).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +175,7 @@ def test_guidance_one_ignores_the_unconditional_states(tiny):
 def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, drawn):
     z = jax.random.key(0)
     drawn(z)
-    run = sampler._compiled(tiny.unet, tiny.vae, None, True)
+    run = sampler._compiled(tiny.unet, tiny.vae, True)
     before = run._cache_size()
     other = jax.tree.map(lambda a: a * 0.9, tiny.params["unet"])
     cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
@@ -255,30 +189,41 @@ def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, draw
 
 def test_default_scheduler_is_the_folders_own():
     assert schedules.default_scheduler({"_class_name": "PNDMScheduler"}) == "pndm"
-    assert (
-        schedules.default_scheduler({"_class_name": "LMSDiscreteScheduler"}) == "ddim"
-    )
+    sde = {"_class_name": "DPMSolverMultistepScheduler"}
+    sde |= {"algorithm_type": "sde-dpmsolver++"}
+    assert schedules.default_scheduler(sde) == "sde-dpmsolver++"
+
+
+def test_noise_of_the_steps_is_each_examples_own(tiny):
+    cond = stable_diffusion.encode_prompts(tiny, [PROMPTS[0]] * 3)
+    key, params = jax.random.key(3), tiny.params["unet"]
+    sample = sampler.make_sampler(tiny, "euler_ancestral", 4, 1.0, decode=False)
+    together = sample(params, None, cond, None, key)
+    latents = sampler.initial_latents(key, 3, tiny.latent_shape)
+    keys = sampler.noise_keys(key, np.arange(3))
+    apart = sample(params, None, cond[2:], None, latents[2:], keys[2:])
+    assert relative_error(apart[0], together[2]) < 1e-5
+    same = jnp.broadcast_to(latents[:1], latents.shape)
+    drawn = np.asarray(sample(params, None, cond, None, same, keys))
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.1  # by the noise of the steps alone
+    other = sample(params, None, cond, None, same, sampler.noise_keys(key, [0, 5, 6]))
+    assert relative_error(other[0], drawn[0]) < 1e-5
+    assert np.abs(other[1] - drawn[1]).max() > 0.1
+    with pytest.raises(ValueError, match="draws noise: give a key"):
+        sample(params, None, cond, None, latents)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"scheduler": "euler"}, "scheduler='euler' must be one of ddim, pndm"),
+        ({"scheduler": "eular"}, "scheduler='eular' is not one of: ddim, .*'euler'"),
         ({"steps": 0}, "steps=0 must be from 1 to 1000"),
         ({"steps": 1001}, "steps=1001 must be from 1 to 1000"),
         ({"steps": 1000}, "steps=1000 with steps_offset=1 reaches timestep 1000"),
         ({"guidance": 0.5}, "guidance=0.5 must be at least 1"),
         ({"guidance": float("nan")}, "guidance=nan must be at least 1"),
-        ({"config": {"timestep_spacing": "odd"}}, "timestep_spacing='odd'; must be"),
+        ({"config": {"timestep_spacing": "odd"}}, "timestep_spacing='odd' is not one"),
         ({"config": {"thresholding": True}}, "thresholding=True; must be False"),
-        (
-            {"scheduler": "pndm", "config": {"skip_prk_steps": False}},
-            "skip_prk_steps=False; must be True",
-        ),
-        (
-            {"scheduler": "dpmsolver++", "config": {"use_karras_sigmas": True}},
-            "use_karras_sigmas=True; must be False",
-        ),
     ],
 )
 def test_bad_options_are_user_errors(tiny, change, message):

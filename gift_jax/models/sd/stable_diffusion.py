@@ -12,12 +12,14 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.diffusion import PREDICTION_TYPES, Ddpm, Denoiser
+from gift_jax.diffusion import Ddpm, Denoiser
 from gift_jax.models import safetensors_io, sd, weights
 from gift_jax.models.base import Split
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
+from gift_jax.models.sd import scheduler_config
+from gift_jax.models.sd.scheduler_config import alphas_cumprod
 from gift_jax.models.tokenizer import every_vector, load_tokenizer
 from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError, shown
@@ -42,7 +44,8 @@ class StableDiffusion:
     latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
     of the files it was read from, "" for the plain ones. adapters: files that were
     added to it, see `sd.adapters`, or None.
-    scheduler_config: the folder's scheduler/scheduler_config.json, as it is.
+    scheduler_config: the folder's scheduler/scheduler_config.json, of the class that
+    model_index.json names.
     """
 
     path: Path
@@ -222,7 +225,7 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
         modules[kind], params[kind], configs[kind] = weights.load_component(
             root / kind, kind, dtype, variant=variant, place=jnp.asarray
         )
-    configs["scheduler"] = read_configs(root)["scheduler"]
+    configs["scheduler"] = read_scheduler(root)
     tokenizer = load_tokenizer(root / "tokenizer")
     longest = modules["text_encoder"].config.max_position_embeddings
     longest = min(tokenizer.model_max_length, longest)
@@ -232,7 +235,9 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
 
 def _build(root, configs, modules, params, tokenizer, max_length, resolution):
     """Returns the StableDiffusion of these parts, which are checked to fit."""
-    _check_scheduler(configs["scheduler"], f"{root}/scheduler/scheduler_config.json")
+    scheduler_config.check(
+        configs["scheduler"], f"{root}/scheduler/scheduler_config.json"
+    )
     _check_widths(configs, root)
     factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     size = _latent_size(configs["unet"], factor, resolution)
@@ -288,6 +293,23 @@ def read_configs(root):
     return {kind: safetensors_io.read_json(file) for kind, file in files.items()}
 
 
+def read_scheduler(root):
+    """Returns a folder's scheduler_config.json, of the class that diffusers loads."""
+    config = read_configs(root)["scheduler"]
+    index = safetensors_io.read_json(Path(root) / "model_index.json")
+    loaded = (index.get("scheduler") or [None, None])[-1]
+    if loaded is None:
+        return config
+    written = config.get("_class_name", loaded)
+    if written != loaded:
+        logging.info(
+            "scheduler: %s, as model_index.json says; its file is of %s",
+            loaded,
+            written,
+        )
+    return config | {"_class_name": loaded}
+
+
 def _local_folder(path):
     root = Path(path)
     if os.path.isfile(root):  # unlike pathlib's, of any name
@@ -316,16 +338,6 @@ def _latent_size(unet_config, factor, resolution):
             f"halves in size; try {fix}"
         )
     return resolution // factor
-
-
-def _check_scheduler(config, file):
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        choices = ", ".join(PREDICTION_TYPES)
-        raise UserError(f"{file}: prediction_type={kind!r}; must be one of {choices}")
-    steps = config.get("num_train_timesteps", 1000)
-    if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"{file}: num_train_timesteps={steps!r}; must be at least 1")
 
 
 def _check_widths(configs, root):
@@ -455,36 +467,6 @@ def decode_latents(model, z_BCHW, batch_size=8):
     decode = functools.partial(model.jitted["decode"], model.params["vae"])
     z_BCHW = np.asarray(z_BCHW, np.float32) / np.float32(model.scaling_factor)
     return _in_batches(decode, z_BCHW, batch_size)
-
-
-def alphas_cumprod(config):
-    """Returns float64 "T": the cumulative alphas that a scheduler config describes.
-
-    Raises: UserError for an unknown beta_schedule.
-    Source: diffusers `DDIMScheduler.__init__`; rescaling: arXiv:2305.08891, alg. 1.
-    """
-    T = config.get("num_train_timesteps", 1000)
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    schedule = config.get("beta_schedule", "linear")
-    if config.get("trained_betas") is not None:
-        betas_T = np.asarray(config["trained_betas"], np.float64)
-    elif schedule == "linear":
-        betas_T = np.linspace(start, end, T)
-    elif schedule == "scaled_linear":
-        betas_T = np.linspace(start**0.5, end**0.5, T) ** 2
-    elif schedule == "squaredcos_cap_v2":
-        cos = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas_T = np.minimum(1 - cos[1:] / cos[:-1], 0.999)
-    else:
-        raise UserError(
-            f"scheduler beta_schedule={schedule!r}; must be one of linear, "
-            "scaled_linear, squaredcos_cap_v2"
-        )
-    abar_T = np.cumprod(1 - betas_T)
-    if config.get("rescale_betas_zero_snr", False):
-        root = np.sqrt(abar_T)
-        abar_T = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return abar_T
 
 
 def noise_schedule(model):
