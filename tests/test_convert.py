@@ -88,6 +88,7 @@ def test_orbax_alone_reads_the_checkpoint(published, whole):
 
 @pytest.mark.parametrize("at", ["from-diffusers", "to-diffusers"])
 def test_a_dtype_is_cast_to_in_either_direction(published, whole, tmp_path, at):
+    """And a text encoder is loaded in the dtype that the UNet is loaded in."""
     if at == "from-diffusers":
         whole = tmp_path / "half"
         flags = [f"--model={published}", f"--out={whole}", "--dtype=bf16"]
@@ -101,6 +102,8 @@ def test_a_dtype_is_cast_to_in_either_direction(published, whole, tmp_path, at):
             dtypes |= {k: e.dtype for k, e in safetensors_io.read_header(file).items()}
     assert dtypes.pop("text_model.embeddings.position_ids") == "I64"
     assert set(dtypes.values()) == {"BF16"}
+    config = safetensors_io.read_json(tmp_path / "out" / "text_encoder/config.json")
+    assert config["torch_dtype"] == "float32"
     stable_diffusion.load(tmp_path / "out")
 
 
