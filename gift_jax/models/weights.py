@@ -89,9 +89,9 @@ def _check_unwrapped(entries):
         for prefix, wrapper in _WRAPPERS.items():
             if name.startswith(prefix):
                 raise UserError(
-                    f"{entry.file}: its tensors are named {prefix}..., as {wrapper} "
-                    "names them, and libraries do not find them; save the model "
-                    f"inside it (model.{prefix}save_pretrained)"
+                    f"{entry.file}: its tensors' names begin with {prefix!r}, as "
+                    f"{wrapper} has them, and libraries do not find them; save the "
+                    f"model inside it (model.{prefix}save_pretrained)"
                 )
 
 
