@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from gift_jax import attack, train
 from gift_jax.attacks import base as attacks_base
 from gift_jax.defenses import base as defenses_base
-from gift_jax.models import model_card, safetensors_io, weights
+from gift_jax.models import exports, model_card, safetensors_io, weights
 from gift_jax.models import orbax as orbax_model
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.load import model_folder
@@ -58,7 +58,7 @@ def to_diffusers(args) -> None:
         orbax_model.restore(args.checkpoint, args.out, dtype=dtype)
     else:
         run = Run(args.checkpoint, args.step, args.base)
-        weights.export(
+        exports.export(
             run.base,
             run.changed,
             args.out,
@@ -86,10 +86,10 @@ def to_unet_state(args) -> None:
     for path, array in sorted(run.changed.items()):
         name, entry = entries[path]
         ours = safetensors_io.to_torch_layout(path, np.asarray(array))
-        as_base = weights.cast(name, ours, entry.dtype)
+        as_base = safetensors_io.cast(name, ours, entry.dtype)
         if as_base.tobytes() == safetensors_io.read_tensor(name, entry).tobytes():
             continue
-        ours = weights.cast(name, ours, dtype or entry.dtype)
+        ours = safetensors_io.cast(name, ours, dtype or entry.dtype)
         table[name] = dtype or entry.dtype, ours.shape, lambda ours=ours: ours
     if not table:
         raise UserError(

@@ -2,6 +2,7 @@
 """What the property tests share: a strange input works, or is refused in one line."""
 
 import os
+import shutil
 import sys
 
 import hypothesis
@@ -30,6 +31,63 @@ def outcome(call):
         message = str(error)
         assert message and message.isprintable() and len(message) < MAX_MESSAGE
         return None, message
+
+
+def _replaced(content):
+    """Returns a way to damage a file: what it holds becomes content(what it held)."""
+
+    def damage(file):
+        file.write_bytes(content(file.read_bytes()))
+
+    return damage
+
+
+def _folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def _broken_link(file):
+    file.unlink()
+    file.symlink_to(file.parent / "no such file")
+
+
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 12345\n"
+)
+DAMAGES = {  # what befalls a file: (how, words of the message that says so)
+    "missing": (lambda file: file.unlink(), "no such file"),
+    "empty": (_replaced(lambda data: b""), "is empty"),
+    "lfs": (_replaced(lambda data: LFS_POINTER), "git lfs pull"),
+    "conflict": (
+        _replaced(
+            lambda data: b"".join(
+                [b"<<<<<<< HEAD\n", data, b"\n=======\n", data, b"\n>>>>>>> main\n"]
+            )
+        ),
+        "",
+    ),
+    "half": (_replaced(lambda data: data[: len(data) // 2]), ""),
+    "cut": (_replaced(lambda data: data[:-2]), ""),
+    "start": (_replaced(lambda data: data[:5]), ""),
+    "twice": (_replaced(lambda data: data + data), ""),
+    "zeros": (_replaced(lambda data: bytes(len(data))), ""),
+    "noise": (_replaced(lambda data: bytes(range(255, -1, -1)) * 4), ""),
+    "list": (_replaced(lambda data: b"[1, 2]"), ""),
+    "page": (_replaced(lambda data: b"<html><body>404 Not Found</body></html>"), ""),
+    "folder": (_folder, "is a folder"),
+    "link": (_broken_link, "broken link"),
+}
+
+
+def damaged(folder, name, kind, copy):
+    """Returns a copy of a folder, one of its files damaged in a way of DAMAGES."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    DAMAGES[kind][0](copy / name)
+    return copy
 
 
 class _Audit:

@@ -14,7 +14,8 @@ from command_runs import UNET_FILE
 from tiny_model import TINY_TEXT, random_params, write_tiny
 
 from gift_jax import convert
-from gift_jax.models import safetensors_io, weights
+from gift_jax.models import exports, safetensors_io, weights
+from gift_jax.models.kinds import KINDS
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime.errors import UserError
 
@@ -33,8 +34,8 @@ def same_files(a, b):
 def published(tmp_path_factory):
     """A folder as hubs have them: two dtypes, shards, a buffer, a safety checker."""
     folder = write_tiny(tmp_path_factory.mktemp("published") / "sd")
-    params = random_params(weights.KINDS["text_encoder"].build(TINY_TEXT), 5)
-    weights.save_model_folder(folder / "text_encoder", TINY_TEXT, params, np.float16)
+    params = random_params(KINDS["text_encoder"].build(TINY_TEXT), 5)
+    exports.save_model_folder(folder / "text_encoder", TINY_TEXT, params, np.float16)
     text_file = folder / "text_encoder" / "model.safetensors"
     values = safetensors.numpy.load_file(text_file)
     values["text_model.embeddings.position_ids"] = np.arange(16)[None]
@@ -69,6 +70,12 @@ def whole(published, tmp_path_factory):
 def test_there_and_back_every_file_is_the_same(published, whole, tmp_path):
     out = tmp_path / "out"
     convert.main(["to-diffusers", f"--checkpoint={whole}", f"--out={out}"])
+    # but that a text encoder in half precision is to be loaded as the UNet is
+    name = "text_encoder/config.json"
+    label = {"torch_dtype": "float32"}
+    config = safetensors_io.read_json(published / name)
+    assert safetensors_io.read_json(out / name) == config | label
+    shutil.copyfile(published / name, out / name)
     same_files(published, out)
 
 
@@ -81,6 +88,7 @@ def test_orbax_alone_reads_the_checkpoint(published, whole):
 
 @pytest.mark.parametrize("at", ["from-diffusers", "to-diffusers"])
 def test_a_dtype_is_cast_to_in_either_direction(published, whole, tmp_path, at):
+    """And a text encoder is loaded in the dtype that the UNet is loaded in."""
     if at == "from-diffusers":
         whole = tmp_path / "half"
         flags = [f"--model={published}", f"--out={whole}", "--dtype=bf16"]
@@ -94,6 +102,8 @@ def test_a_dtype_is_cast_to_in_either_direction(published, whole, tmp_path, at):
             dtypes |= {k: e.dtype for k, e in safetensors_io.read_header(file).items()}
     assert dtypes.pop("text_model.embeddings.position_ids") == "I64"
     assert set(dtypes.values()) == {"BF16"}
+    config = safetensors_io.read_json(tmp_path / "out" / "text_encoder/config.json")
+    assert config["torch_dtype"] == "float32"
     stable_diffusion.load(tmp_path / "out")
 
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from gift_jax.models import weights
+from gift_jax.models import exports
+from gift_jax.models.kinds import KINDS
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures, random_weights
 
@@ -68,8 +69,8 @@ def write_tiny(directory, scheduler=None, unet=None):
         "text_encoder": TINY_TEXT,
     }
     for seed, (kind, config) in enumerate(configs.items()):
-        params = random_params(weights.KINDS[kind].build(config), seed)
-        weights.save_model_folder(directory / kind, config, params)
+        params = random_params(KINDS[kind].build(config), seed)
+        exports.save_model_folder(directory / kind, config, params)
     random_weights.write_tokenizer(directory / "tokenizer", TINY_TEXT["vocab_size"], 16)
     _write_json(
         directory / "scheduler" / "scheduler_config.json",

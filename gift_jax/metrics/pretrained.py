@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gift_jax.metrics.base import UnavailableError
-from gift_jax.models import hub, safetensors_io
+from gift_jax.models import hub, safetensors_io, weight_files
 from gift_jax.runtime.errors import UserError, choice
 
 _WEIGHTS = (  # patterns of what the hub is asked for
@@ -85,7 +85,7 @@ def _check_present(folder, names, spec, required):
 
 def _check_weight_files(folder, spec, required):
     try:
-        files = safetensors_io.weight_files(folder, "model")
+        files = weight_files.weight_files(folder, "model")
     except UserError as error:
         if any(p.suffix in safetensors_io.PICKLES for p in folder.iterdir()):
             raise UnavailableError(f"{required.field}={spec!r}: {error}") from None

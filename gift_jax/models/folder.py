@@ -2,6 +2,7 @@
 """A model's folder on disk, read without loading the model."""
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from gift_jax.models import weights
+from gift_jax.models import safetensors_io, weights
 from gift_jax.models.tokenizer import load_tokenizer
+from gift_jax.runtime.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +71,50 @@ class ModelFolder:
         """Returns the sha256 of the files that the model is made of."""
         own = weights.content_hash(self.path)
         return self.adapters.content_hash(own) if self.adapters else own
+
+
+def existing(path) -> Path:
+    """Returns the path of a model folder; UserError if it is none."""
+    label = f"model={shown(str(path))}"
+    if os.path.isfile(path):  # unlike pathlib's, of any name
+        raise UserError(
+            f"{label} is a file; must be a diffusers folder with model_index.json. To "
+            "make one of a single-file checkpoint, use diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if not os.path.isdir(path):
+        raise UserError(
+            f"{label}: no such folder; must be a diffusers folder, or a hub id such as "
+            "org/name"
+        )
+    return Path(path)
+
+
+def class_names(root: Path) -> dict[str, str]:
+    """Returns {component: name of its class} of model_index.json, null ones left out.
+
+    Raises: UserError if the file is damaged.
+    """
+    file = root / "model_index.json"
+    names = {}
+    for name, value in safetensors_io.read_json(file).items():
+        if isinstance(value, list) and not name.startswith("_") and any(value):
+            if len(value) != 2 or not all(isinstance(part, str) for part in value):
+                raise UserError(
+                    f"{file}: {shown(name)} is {shown(value)}; must be a list of a "
+                    "library and a class"
+                )
+            names[name] = value[1]
+    return names
+
+
+def pipeline(root: Path) -> str:
+    """Returns the name of the pipeline's class in model_index.json, "" if none."""
+    file = root / "model_index.json"
+    name = safetensors_io.read_json(file).get("_class_name", "")
+    if not isinstance(name, str):
+        raise UserError(
+            f"{file}: _class_name={shown(name)}; must be the name of a pipeline "
+            "of diffusers (custom ones are not run)"
+        )
+    return name

@@ -12,14 +12,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gift_jax.models import hub, safetensors_io
+from gift_jax.models.folder import existing, pipeline
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
 from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores
-from gift_jax.runtime.errors import UserError, choice
+from gift_jax.runtime.errors import UserError, choice, shown
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
+FAMILIES = (stable_diffusion,)  # each with PIPELINES, names of classes, and load()
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}  # that an attention needs
 _SMALL_BYTES = 2**30  # of a model's files
@@ -96,14 +98,27 @@ def load_model(
       into it.
     """
     choice("config.compute_dtype", dtype, tuple(DTYPES))
-    folder = model_folder(name, revision, variant)
-    model = stable_diffusion.load(
+    folder = existing(model_folder(name, revision, variant))
+    model = _family(folder).load(
         folder, DTYPES[dtype], variant=variant, resolution=resolution
     )
     if added:
         model = model.with_adapters(read_adapters(added, folder, variant))
     logging.info("model %s, %d devices", model.path, jax.device_count())
     return model
+
+
+def _family(folder: pathlib.Path) -> Any:
+    """Returns the module of the family that a folder's model is of."""
+    name = pipeline(folder)
+    for family in FAMILIES:
+        if not name or name in family.PIPELINES:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.PIPELINES)
+    raise UserError(
+        f"{folder / 'model_index.json'}: _class_name={shown(name)} is not supported; "
+        f"must be one of {known}"
+    )
 
 
 def kernels_of(run: Any, mesh: Mesh | None) -> Kernels:

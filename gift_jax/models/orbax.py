@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.models import safetensors_io, weights
+from gift_jax.models import dtype_labels, safetensors_io, weight_files, weights
+from gift_jax.models.kinds import KINDS
 from gift_jax.runtime import files
 from gift_jax.runtime.errors import UserError
 
@@ -33,7 +34,7 @@ def save(model_dir, out, *, variant="", dtype=None):
     One component is in memory at a time.
 
     Args: model_dir: a diffusers folder of safetensors. out: must not exist. variant:
-      see `tensors.weight_files`. dtype: of `tensors.DTYPES`, to cast every weight to;
+      see `weight_files`. dtype: of `safetensors_io.DTYPES`, to cast every weight to;
       None keeps each tensor's own.
     Raises: UserError naming file and tensor, before anything is written.
     """
@@ -61,6 +62,8 @@ def save(model_dir, out, *, variant="", dtype=None):
 def restore(checkpoint, out, *, dtype=None):
     """Writes the diffusers folder that `save` was given, atomically.
 
+    Every file is what it was, but for what `dtype_labels` changes.
+
     Args: checkpoint: a folder written by `save`. out: must not exist. dtype: as in
       `save`.
     Raises: UserError if the checkpoint is incomplete or of another format.
@@ -81,6 +84,7 @@ def restore(checkpoint, out, *, dtype=None):
             for name, content in names.items():
                 _write(temp / kind / name, content, params, dtype)
             logging.info("%s: %d tensors", kind, len(paths))
+        dtype_labels.write(temp)
 
 
 def is_model_checkpoint(folder):
@@ -90,12 +94,8 @@ def is_model_checkpoint(folder):
 
 def _component(directory, kind, variant):
     """Returns (weight files, {Flax path: (name, entry)}) of one component, checked."""
-    config = safetensors_io.read_json(directory / "config.json")
-    weights.check_config(kind, config, directory / "config.json")
     paths = weights.entries_by_path(directory, kind, variant)
-    return safetensors_io.weight_files(
-        directory, weights.KINDS[kind].stem, variant
-    ), paths
+    return weight_files.weight_files(directory, KINDS[kind].stem, variant), paths
 
 
 def _read(paths, dtype):
@@ -104,7 +104,7 @@ def _read(paths, dtype):
     for path, (name, entry) in paths.items():
         array = safetensors_io.read_tensor(name, entry)
         if dtype is not None:
-            array = weights.cast(name, array, dtype)
+            array = safetensors_io.cast(name, array, dtype)
         array = weights.to_flax(path, array)
         tree[path] = jnp.asarray(array)
     return tree
@@ -213,6 +213,6 @@ def _reader(item, params, dtype):
         if "path" not in item:
             return np.asarray(item["values"], safetensors_io.ALL_DTYPES[dtype])
         array = safetensors_io.to_torch_layout(item["path"], params.pop(item["path"]))
-        return weights.cast(item["name"], array, dtype)
+        return safetensors_io.cast(item["name"], array, dtype)
 
     return read

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors on disk: safetensors files, PyTorch's names and layouts, whole folders.
+"""Tensors on disk: safetensors files, PyTorch's names and layouts.
 
 Pickles are never opened. A parameter is named by its Flax path,
 "down_blocks_0/attentions_0/.../attn2/to_k/kernel"; on disk it has PyTorch's name,
@@ -8,7 +8,6 @@ Pickles are never opened. A parameter is named by its Flax path,
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gift_jax.runtime import files
-from gift_jax.runtime.errors import UserError, one_line, parse_json, shown
+from gift_jax.runtime import damage, files
+from gift_jax.runtime.errors import UserError, one_line, parse_json
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -116,8 +115,7 @@ def read_metadata(file):
 
 def _read_header(file):
     said = one_line(file)
-    if not os.path.isfile(file):  # unlike pathlib's, of any name
-        raise UserError(f"{said}: no such file; the model folder is incomplete")
+    damage.check_file(file)
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -204,10 +202,28 @@ def read_tensor(name, entry, *, only_floats=True):
     if entry.dtype not in known:
         raise UserError(
             f"{one_line(entry.file)}: {one_line(name)} has dtype {entry.dtype}; must "
-            f"be one of {', '.join(known)}"
+            f"be one of {', '.join(known)}; load the model with diffusers, in one of "
+            "these, and save_pretrained it"
         )
     raw = np.fromfile(entry.file, np.uint8, entry.end - entry.begin, offset=entry.begin)
     return raw.view(known[entry.dtype]).reshape(entry.shape)
+
+
+def cast(name, array, dtype):
+    """Returns the array as a dtype of `DTYPES`, or as it is if not a float.
+
+    Raises: UserError if a finite value becomes infinite.
+    """
+    disk_dtype = np.dtype(DTYPES[dtype])
+    if array.dtype == disk_dtype or array.dtype not in map(np.dtype, DTYPES.values()):
+        return np.ascontiguousarray(array)
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(array, disk_dtype)
+    if not np.isfinite(result.astype(np.float32)).all():
+        raise UserError(
+            f"{name}: not finite as {dtype}; keep it in a wider dtype (F32 or BF16)"
+        )
+    return result
 
 
 def write_file(file, tensors, metadata=None):
@@ -247,82 +263,16 @@ def write_float32(path, arrays):
         write_file(aside, table, {"format": "pt"})
 
 
-def weight_files(directory, stem, variant=""):
-    """Returns the safetensors files of a component: one file, or its shards.
-
-    Args: variant: "" takes the plain files, or the only variant if there are none;
-      a name ("fp16") takes that variant's.
-    Raises: UserError if there is none; says so if there are only pickles.
-    Source: diffusers' and transformers' names of files and shards.
-    """
-    names = (variant, "") if variant else ("", *_variants(directory, stem))
-    for name in names:
-        dotted = f".{name}" if name else ""
-        single = directory / f"{stem}{dotted}.safetensors"
-        if single.is_file():
-            return [single]
-        index = directory / f"{stem}.safetensors.index{dotted}.json"
-        if index.is_file():
-            return shards(index)
-    pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
-    if pickles:
-        raise UserError(
-            f"{directory}: has only {pickles[0]}, a pickle, which can run code and is "
-            "never loaded; save the model as safetensors "
-            "(save_pretrained(..., safe_serialization=True))"
-        )
-    raise UserError(
-        f"{directory}: no {stem}.safetensors; is this a diffusers model folder?"
-    )
-
-
-def _variants(directory, stem):
-    """The variant's name if there is exactly one; UserError if there are several."""
-    pattern = re.compile(
-        rf"{re.escape(stem)}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
-    )
-    matches = [pattern.fullmatch(p.name) for p in sorted(directory.glob("*"))]
-    variants = sorted({m[1] or m[2] for m in matches if m})
-    if len(variants) > 1:
-        raise UserError(
-            f"{directory}: has only the variants {', '.join(variants)}; choose one "
-            f"with --config.variant={variants[0]}"
-        )
-    return variants
-
-
-def has_variant(directory, stem, variant):
-    """Whether a component has files of its own for this variant."""
-    names = f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
-    return any((directory / name).is_file() for name in names)
-
-
-def shards(index):
-    """Returns the files that an index of shards names, sorted.
-
-    Raises: UserError if it names none, or one that is not beside it.
-    """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map; copy it again")
-    names = sorted({str(shard) for shard in weight_map.values()})
-    for shard in names:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: names the shard {shown(shard)}; must be a safetensors file "
-                "beside it"
-            )
-    return [index.parent / name for name in names]
-
-
 def read_json(file):
-    """Returns a JSON file's object; UserError if it is missing or malformed."""
-    if not os.path.isfile(file):  # to read a pipe would wait for a writer
-        raise UserError(f"{one_line(file)}: no such file; is this a model folder?")
+    """Returns a JSON file's object; UserError if it is missing or damaged."""
+    damage.check_file(file)
+    data = Path(file).read_bytes()
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+        damage.check_merged(file, data.decode(errors="replace"))
+        reason = one_line(error)
+        raise UserError(f"{file}: not valid JSON ({reason}); copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value

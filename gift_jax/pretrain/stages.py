@@ -13,7 +13,7 @@ from absl import logging
 
 from gift_jax.data import captions, pipeline
 from gift_jax.data.sources import emoji
-from gift_jax.models import sd, vision, weights
+from gift_jax.models import exports, sd, vision
 from gift_jax.models.params import init_params
 from gift_jax.models.sd import architectures, stable_diffusion
 from gift_jax.models.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def run(cfg, workdir: pathlib.Path) -> None:
     _write_base(workdir, *clip, *vae)
     unet_config, unet_params = stages.unet(clip, vae)
     folder = workdir / "emoji-sd"
-    weights.save_model_folder(folder / "unet", unet_config, unet_params, dtype=STORED)
+    exports.save_model_folder(folder / "unet", unet_config, unet_params, dtype=STORED)
     logging.info("wrote %s", folder)
     quality.measure(folder, workdir / "judge", workdir / "quality", cfg.quality)
 
@@ -242,10 +242,10 @@ def _write_base(workdir, clip_config, clip_params, vae_config, vae_params) -> No
     }
     text_params = {"text_model": clip_params["text_model"]}
     text_folder = folder / "text_encoder"
-    weights.save_model_folder(text_folder, text_config, text_params, dtype=STORED)
-    weights.save_model_folder(folder / "vae", vae_config, vae_params, dtype=STORED)
+    exports.save_model_folder(text_folder, text_config, text_params, dtype=STORED)
+    exports.save_model_folder(folder / "vae", vae_config, vae_params, dtype=STORED)
     own = {k: v for k, v in clip_params.items() if k != "text_model"}  # it shares that
-    weights.save_model_folder(workdir / "judge", clip_config, own, dtype=STORED)
+    exports.save_model_folder(workdir / "judge", clip_config, own, dtype=STORED)
     _write_json(folder / "scheduler" / "scheduler_config.json", unet_stage.SCHEDULER)
     index = architectures.model_index("DDIMScheduler")
     _write_json(folder / "model_index.json", index)

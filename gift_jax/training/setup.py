@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gift_jax.data import pipeline
 from gift_jax.data.cache import DataGroup
-from gift_jax.models import load, model_card, safetensors_io, weights
+from gift_jax.models import exports, load, model_card, safetensors_io
 from gift_jax.models.ops.kernels import CHOICES
 from gift_jax.runtime import config, processes
 from gift_jax.runtime.devices import cpu_devices_for, init_jax
@@ -236,7 +236,7 @@ def export(
             "command again"
         )
     folder = model.folder
-    weights.export(
+    exports.export(
         model.path,
         folder.adapted_params() | trained,
         out,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gift_jax.models import safetensors_io
+from gift_jax.models import safetensors_io, weight_files
 from gift_jax.runtime.errors import UserError
 
 VALUES = {
@@ -108,7 +108,7 @@ def test_a_damaged_header_is_one_line(file, change, message):
         (lambda raw: raw + b"\0", "its last tensor ends at byte"),
         (lambda raw: raw[:20], "truncated or not a safetensors file"),
         (lambda raw: raw[:5], "truncated or not a safetensors file"),
-        (lambda raw: b"", "truncated or not a safetensors file"),
+        (lambda raw: b"", "is empty; copy it again"),
         (lambda raw: b"\xff" * len(raw), "truncated or not a safetensors file"),
         (lambda raw: b"PK\x03\x04" + raw, "truncated or not a safetensors file"),
     ],
@@ -135,4 +135,4 @@ def test_an_index_names_files_beside_it(tmp_path, weight_map, message):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=message):
-        safetensors_io.weight_files(tmp_path, "model")
+        weight_files.weight_files(tmp_path, "model")

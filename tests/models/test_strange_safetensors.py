@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import audited, outcome, tries
 
-from gift_jax.models import safetensors_io
+from gift_jax.models import safetensors_io, weight_files
 from gift_jax.models.sd import stable_diffusion
 
 DTYPES = safetensors_io.ALL_DTYPES
@@ -199,7 +199,7 @@ JSON = st.recursive(
 def test_any_index_names_files_beside_it_or_is_refused(path, value):
     index = path.parent / "model.safetensors.index.json"
     index.write_text(json.dumps(value))
-    files, _ = outcome(lambda: safetensors_io.shards(index))
+    files, _ = outcome(lambda: weight_files.shards(index))
     assert all(file.parent == path.parent for file in files or ())
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from gift_jax.models import weights
+from gift_jax.models import exports
 from gift_jax.models.load import EMBEDDED
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.tokenizer import every_vector, load_tokenizer, write_added_tokens
@@ -151,14 +151,14 @@ def test_exports_keep_the_tokenizer_as_it_is(tiny_folder, tmp_path):
     load_tokenizer(base / "tokenizer").save_pretrained(str(base / "tokenizer"))
     (base / "tokenizer" / "vocab.json").unlink()
     (base / "tokenizer" / "merges.txt").unlink()
-    weights.export(base, {}, out)
+    exports.export(base, {}, out)
     before = {f.name: f.read_bytes() for f in (base / "tokenizer").iterdir()}
     assert "tokenizer.json" in before
     assert {f.name: f.read_bytes() for f in (out / "tokenizer").iterdir()} == before
     tokenizer = load_tokenizer(out / "tokenizer")
     assert stable_diffusion.load(out).tokenize(SOME).shape == (len(SOME), 16)
     tokenizer.add_tokens(["<a>"])
-    weights.export(base, {}, inverted, tokenizer=tokenizer)
+    exports.export(base, {}, inverted, tokenizer=tokenizer)
     ids = [
         padded(t, ["a <a> 猫"])
         for t in (tokenizer, load_tokenizer(inverted / "tokenizer"))

@@ -13,7 +13,7 @@ from gift_jax.data import captions
 from gift_jax.data.images import read_image
 from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge
-from gift_jax.models import sd, weights
+from gift_jax.models import exports, sd
 from gift_jax.models.load import EMBEDDED, load_model
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
@@ -84,7 +84,7 @@ def test_pytorch_draws_the_exported_model_alike(model, tmp_path):
 
     trainable, frozen = select_trainable(model.params["unet"], "cross_attention")
     changed = {path: np.float16(1.05) * array for path, array in trainable.items()}
-    weights.export(EMBEDDED, changed, tmp_path / "export")
+    exports.export(EMBEDDED, changed, tmp_path / "export")
     exported = load_model(str(tmp_path / "export"))
     pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "export"))
     pipeline.set_progress_bar_config(disable=True)

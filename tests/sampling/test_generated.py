@@ -115,7 +115,7 @@ def test_interrupted_generation_draws_what_is_missing(tiny, cache, monkeypatch):
         (dict(generation=dict(steps=3)), {}),
         (dict(generation=dict(guidance=1.5)), {}),
         ({}, dict(variant="fp16")),
-        ({}, dict(image_size=24)),
+        ({}, dict(latent_shape=(4, 12, 12))),
     ],
 )
 def test_other_settings_are_drawn_and_kept_apart(

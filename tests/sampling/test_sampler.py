@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import relative_error
 
-from gift_jax.models import weights
+from gift_jax.models import exports
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime.errors import UserError
@@ -239,7 +239,7 @@ def test_exported_model_draws_alike_in_pytorch(tiny_folder, tiny, tmp_path):
 
     trainable, frozen = select_trainable(tiny.params["unet"], "cross_attention")
     changed = {path: 1.5 * array for path, array in trainable.items()}
-    weights.export(tiny_folder, changed, tmp_path / "export")
+    exports.export(tiny_folder, changed, tmp_path / "export")
     pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "export"))
     pipeline.set_progress_bar_config(disable=True)
     latents = sampler.initial_latents(jax.random.key(5), 2, tiny.latent_shape)

@@ -166,12 +166,14 @@ class Transformer2D(nn.Module):
 
     Attributes: depth: number of blocks. linear: whether the projections are dense
       layers rather than 1x1 convolutions (other shapes of the same parameters).
+      groups: of the norm.
     """
 
     heads: int
     depth: int = 1
     linear: bool = False
     only_cross_attention: bool = False
+    groups: int = GROUPS
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -185,7 +187,7 @@ class Transformer2D(nn.Module):
                 return nn.Dense(C, dtype=self.dtype, name=name)(x_BHWC)
             return Conv(C, 1, **common, name=name)(x_BHWC)
 
-        h = GroupNorm(GROUPS, 1e-6, **common, name="norm")(x_BHWC)
+        h = GroupNorm(self.groups, 1e-6, **common, name="norm")(x_BHWC)
         h = project("proj_in", h).reshape(B, H * W, C)
         for i in range(self.depth):
             block = TransformerBlock(

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from gift_jax.models import safetensors_io, weights
+from gift_jax.models import safetensors_io
+from gift_jax.models.kinds import KINDS
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures
 from gift_jax.runtime import cli, files
@@ -47,9 +48,9 @@ def random_tensors(kind: str, model_config: dict) -> dict[str, RandomTensor]:
     Kernels have variance 1 / fan in, so that activations keep their size; no norm's
     scale is 1 and no bias is 0.
 
-    Args: kind: of `weights.KINDS`. model_config: its config.json.
+    Args: kind: of `KINDS`. model_config: its config.json.
     """
-    module = weights.KINDS[kind].build(model_config)
+    module = KINDS[kind].build(model_config)
     tensors = {}
     for path, leaf in flatten_dict(parameter_shapes(module), sep="/").items():
         name = safetensors_io.torch_name(path)
@@ -113,7 +114,7 @@ def write_component(
     directory, kind, model_config, dtype="float32", seed=0, shard_mib=0
 ):
     """Writes one component's config.json and safetensors; see `write`."""
-    tensors, stem = random_tensors(kind, model_config), weights.KINDS[kind].stem
+    tensors, stem = random_tensors(kind, model_config), KINDS[kind].stem
     _write_json(directory / "config.json", model_config)
     shards = list(_shards(tensors, dtype, shard_mib * 2**20))
     if len(shards) == 1:

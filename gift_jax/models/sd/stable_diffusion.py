@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-import os
+import re
 from pathlib import Path
 
 import jax
@@ -13,9 +13,10 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gift_jax.diffusion import Ddpm, Denoiser
-from gift_jax.models import safetensors_io, sd, weights
+from gift_jax.models import kinds, safetensors_io, sd, weight_files, weights
 from gift_jax.models.base import Split
-from gift_jax.models.folder import ModelFolder
+from gift_jax.models.folder import ModelFolder, class_names, existing
+from gift_jax.models.kinds import KINDS
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import scheduler_config
@@ -30,20 +31,27 @@ PARTITION_RULES = (  # of a parameter's path: the axes of its last dimensions
     (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
     (r"(kernel|embedding)", ("fsdp",)),
 )
+PIPELINES = (  # whose folders these are: _class_name in model_index.json
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+)
 _CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
 }
+_OTHERS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor")
+_OTHERS += ("image_encoder",)  # components that draw nothing, or are read elsewhere
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StableDiffusion:
     """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
 
-    latent_shape: (C, H, W) that it is used at. image_size: pixels, square. variant:
-    of the files it was read from, "" for the plain ones. adapters: files that were
-    added to it, see `sd.adapters`, or None.
+    latent_shape: (C, H, W) that it is used at. factor: pixels a latent, along a side.
+    variant: of the files it was read from, "" for the plain ones. adapters: files that
+    were added to it, see `sd.adapters`, or None.
     scheduler_config: the folder's scheduler/scheduler_config.json, of the class that
     model_index.json names.
     """
@@ -56,7 +64,7 @@ class StableDiffusion:
     params: dict
     scheduler_config: dict
     latent_shape: tuple
-    image_size: int
+    factor: int
     scaling_factor: float
     max_length: int
     variant: str = ""
@@ -70,6 +78,18 @@ class StableDiffusion:
     def prediction_type(self):
         """ "epsilon" or "v_prediction": what the UNet's output means."""
         return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def image_size(self):
+        """Pixels of an image's side; UserError if its sides differ."""
+        _, height, width = self.latent_shape
+        if height != width:
+            pixels = f"{height * self.factor}x{width * self.factor}"
+            raise UserError(
+                f"config.resolution=0: {self.path} draws {pixels} pixels, and pictures "
+                "are read as squares; set config.resolution"
+            )
+        return height * self.factor
 
     def replace(self, **changes):
         """Returns a copy with some fields changed."""
@@ -201,23 +221,10 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
     Raises: UserError naming the file, if one is missing, malformed or unsupported, or
       if the model cannot work at that resolution.
     """
-    root, dtype = _local_folder(path), jnp.dtype(dtype)
-    index = safetensors_io.read_json(root / "model_index.json")
-    for name, expected in _CLASSES.items():
-        class_name = (index.get(name) or [None, None])[-1]
-        if class_name != expected:
-            raise UserError(
-                f"{root / 'model_index.json'}: {name} is {class_name}; must be "
-                f"{expected}"
-            )
-    class_name = (index.get("tokenizer") or [None, None])[-1]
-    if class_name not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-        raise UserError(
-            f"{root / 'model_index.json'}: tokenizer is {class_name}; must be "
-            "CLIPTokenizer"
-        )
-    if variant and not safetensors_io.has_variant(
-        root / "unet", weights.KINDS["unet"].stem, variant
+    root, dtype = existing(path), jnp.dtype(dtype)
+    _check_classes(class_names(root), root / "model_index.json")
+    if variant and not weight_files.has_variant(
+        root / "unet", KINDS["unet"].stem, variant
     ):
         raise UserError(f"{root / 'unet'}: has no files of variant {variant!r}")
     modules, params, configs = {}, {}, {}
@@ -233,14 +240,30 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
     return model.replace(variant=variant)
 
 
+def _check_classes(names, file):
+    """Raises UserError unless a folder's components are Stable Diffusion's, all."""
+    for name, expected in _CLASSES.items():
+        if names.get(name) != expected:
+            raise UserError(f"{file}: {name} is {names.get(name)}; must be {expected}")
+    if names.get("tokenizer") not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise UserError(
+            f"{file}: tokenizer is {names.get('tokenizer')}; must be CLIPTokenizer"
+        )
+    for name in sorted(names.keys() - _CLASSES.keys() - set(_OTHERS)):
+        raise UserError(
+            f"{file}: has the component {shown(name)}, which no Stable Diffusion of "
+            "one text encoder has; such models are not supported"
+        )
+
+
 def _build(root, configs, modules, params, tokenizer, max_length, resolution):
     """Returns the StableDiffusion of these parts, which are checked to fit."""
     scheduler_config.check(
         configs["scheduler"], f"{root}/scheduler/scheduler_config.json"
     )
-    _check_widths(configs, root)
-    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    size = _latent_size(configs["unet"], factor, resolution)
+    _check_widths(modules, root)
+    factor = 2 ** (len(modules["vae"].block_out_channels) - 1)
+    size = _latent_size(configs["unet"], modules["unet"], factor, resolution, root)
     return StableDiffusion(
         path=root,
         unet=modules["unet"],
@@ -249,9 +272,9 @@ def _build(root, configs, modules, params, tokenizer, max_length, resolution):
         tokenizer=tokenizer,
         params=params,
         scheduler_config=configs["scheduler"],
-        latent_shape=(configs["unet"].get("in_channels", 4), size, size),
-        image_size=size * factor,
-        scaling_factor=configs["vae"].get("scaling_factor", 0.18215),
+        latent_shape=(modules["unet"].in_channels, *size),
+        factor=factor,
+        scaling_factor=modules["vae"].scaling_factor,
         max_length=max_length,
     )
 
@@ -266,9 +289,9 @@ def abstract_model(configs, dtype=jnp.float32, resolution=0):
     Raises: UserError for configs that `load` would not take.
     """
     dtype = jnp.dtype(dtype)
-    modules = {
-        kind: weights.KINDS[kind].build(configs[kind], dtype) for kind in _CLASSES
-    }
+    for kind in _CLASSES:
+        kinds.check_config(kind, configs[kind], f"{kind}/config.json")
+    modules = {kind: KINDS[kind].build(configs[kind], dtype) for kind in _CLASSES}
     shapes = {kind: parameter_shapes(module) for kind, module in modules.items()}
     shaped = functools.partial(
         jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
@@ -286,18 +309,23 @@ def abstract_model(configs, dtype=jnp.float32, resolution=0):
 
 
 def read_configs(root):
-    """Returns what `outline` takes, of a diffusers folder that may lack its weights."""
-    root = _local_folder(root)
-    files = {kind: root / kind / "config.json" for kind in _CLASSES}
-    files["scheduler"] = root / "scheduler" / "scheduler_config.json"
-    return {kind: safetensors_io.read_json(file) for kind, file in files.items()}
+    """Returns what `abstract_model` takes, of a folder that may lack its weights."""
+    root = existing(root)
+    configs = {
+        kind: kinds.effective(
+            kind, safetensors_io.read_json(root / kind / "config.json")
+        )
+        for kind in _CLASSES
+    }
+    file = root / "scheduler" / "scheduler_config.json"
+    return configs | {"scheduler": safetensors_io.read_json(file)}
 
 
 def read_scheduler(root):
     """Returns a folder's scheduler_config.json, of the class that diffusers loads."""
-    config = read_configs(root)["scheduler"]
-    index = safetensors_io.read_json(Path(root) / "model_index.json")
-    loaded = (index.get("scheduler") or [None, None])[-1]
+    root = existing(root)
+    config = safetensors_io.read_json(root / "scheduler" / "scheduler_config.json")
+    loaded = class_names(root).get("scheduler")
     if loaded is None:
         return config
     written = config.get("_class_name", loaded)
@@ -310,49 +338,50 @@ def read_scheduler(root):
     return config | {"_class_name": loaded}
 
 
-def _local_folder(path):
-    root = Path(path)
-    if os.path.isfile(root):  # unlike pathlib's, of any name
-        raise UserError(
-            f"model={shown(str(path))} is a file; must be a diffusers folder with "
-            "model_index.json (single-file checkpoints are not read)"
-        )
-    if not os.path.isdir(root):
-        raise UserError(
-            f"model={shown(str(path))}: no such folder; must be a diffusers folder, "
-            "or a hub id such as org/name"
-        )
-    return root
+def _latent_size(config, unet, factor, resolution, root):
+    """Returns the latents' (H, W) for a resolution in pixels; 0 is the UNet's own.
 
-
-def _latent_size(unet_config, factor, resolution):
-    """Returns the latents' side for a resolution in pixels; 0 is the UNet's own."""
+    Source: diffusers `StableDiffusionPipeline.__init__`, which has models older than
+      its 0.9 draw at 64, whatever less their config says.
+    """
+    halvings = 2 ** (len(unet.block_out_channels) - 1)
     if not resolution:
-        return unet_config.get("sample_size") or 64
-    halvings = len(unet_config.get("block_out_channels", (0, 0, 0, 0))) - 1
-    step = factor * 2**halvings
+        size = unet.sample_size or 64
+        if isinstance(size, int) and size < 64 and _is_older(config, (0, 9)):
+            size = 64
+        sides = size if isinstance(size, tuple) else (size, size)
+        if any(side % halvings for side in sides):
+            raise UserError(
+                f"{root}: unet sample_size={shown(size)}; must be a multiple of "
+                f"{halvings}, since the UNet halves it; set the resolution"
+            )
+        return sides
+    step = factor * halvings
     if resolution < 0 or resolution % step:
         fix = max(1, round(resolution / step)) * step
         raise UserError(
             f"resolution={resolution} must be a multiple of {step}, which this model "
             f"halves in size; try {fix}"
         )
-    return resolution // factor
+    return resolution // factor, resolution // factor
 
 
-def _check_widths(configs, root):
-    width = configs["text_encoder"].get("hidden_size", 512)
-    expected = configs["unet"].get("cross_attention_dim", 1280)
+def _is_older(config, version):
+    """Whether a diffusers before `version`, (major, minor), wrote a config."""
+    writer = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    return bool(writer) and tuple(map(int, writer.groups())) < version
+
+
+def _check_widths(modules, root):
+    width = modules["text_encoder"].config.hidden_size
+    expected = modules["unet"].cross_attention_dim
     if width != expected:
         raise UserError(
             f"{root}: text_encoder hidden_size={width}, but unet "
             f"cross_attention_dim={expected}; they must be equal"
         )
-    channels = configs["vae"].get("latent_channels", 4)
-    latents = (
-        configs["unet"].get("in_channels", 4),
-        configs["unet"].get("out_channels", 4),
-    )
+    channels = modules["vae"].latent_channels
+    latents = modules["unet"].in_channels, modules["unet"].out_channels
     if latents != (channels, channels):
         raise UserError(
             f"{root}: vae latent_channels={channels}, but unet in and out channels are "
@@ -449,7 +478,7 @@ def encode_images(model, images_BHWC, batch_size=8):
     Raises: UserError for another shape.
     """
     images_BHWC = np.asarray(images_BHWC, np.float32)
-    factor = model.image_size // model.latent_shape[1]
+    factor = model.factor
     if images_BHWC.ndim != 4 or images_BHWC.shape[-1] != 3 or not len(images_BHWC):
         raise UserError(f"images have shape {images_BHWC.shape}; must be (B, H, W, 3)")
     if images_BHWC.shape[1] % factor or images_BHWC.shape[2] % factor:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gift_jax.models.ops.activations import ACTIVATIONS
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.ops.layers import Conv, GroupNorm
 from gift_jax.models.params import from_config
@@ -20,6 +21,7 @@ CAPTURE_KINDS = {  # kinds of hidden states: the layers whose outputs they are
     "resnet": layers.ResnetBlock,
     "attention": layers.Attention,
 }
+EMBEDDING_ACTIVATIONS = ("silu", "swish", "gelu", "relu")  # that a config may name
 _TEXT_KEYS = "/attn2/to_k/kernel"  # ends of the parameters' paths
 
 
@@ -28,7 +30,8 @@ class Stage(nn.Module):
 
     Attributes: channels: of the results. heads: of attention; 0: no transformers.
       depth: blocks a transformer. linear, only_cross_attention: see `Transformer2D`.
-      resize: whether the next stage has another size.
+      resize: whether the next stage has another size. padding: of that convolution.
+      groups, eps: of the norms.
     """
 
     channels: int
@@ -38,6 +41,9 @@ class Stage(nn.Module):
     linear: bool = False
     only_cross_attention: bool = False
     resize: bool = False
+    padding: Any = 1
+    groups: int = layers.GROUPS
+    eps: float = 1e-5
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -48,12 +54,14 @@ class Stage(nn.Module):
         return cls(*args, dtype=self.dtype, kernels=self.kernels, name=name)
 
     def resnet(self, i: int):
-        return self.layer(layers.ResnetBlock, self.channels, name=f"resnets_{i}")
+        fields = self.channels, self.eps, self.groups
+        return self.layer(layers.ResnetBlock, *fields, name=f"resnets_{i}")
 
     def attend(self, i: int, x_BHWC, c_BLD):
         if not self.heads:
             return x_BHWC
         fields = self.heads, self.depth, self.linear, self.only_cross_attention
+        fields += (self.groups,)
         transformer = self.layer(layers.Transformer2D, *fields, name=f"attentions_{i}")
         return transformer(x_BHWC, c_BLD)
 
@@ -67,7 +75,7 @@ class DownStage(Stage):
             x_BHWC = self.attend(i, self.resnet(i)(x_BHWC, time_BC), c_BLD)
             outputs.append(x_BHWC)
         if self.resize:
-            resize = self.layer(layers.Downsample, name="downsamplers_0")
+            resize = self.layer(layers.Downsample, self.padding, name="downsamplers_0")
             outputs.append(resize(x_BHWC))
         return outputs
 
@@ -98,24 +106,34 @@ class UNet(nn.Module):
     """The UNet; its fields but the last two are those of diffusers' config.json.
 
     Attributes: attention_head_dim: the number of heads, in spite of its name, of all
-      stages or of each. transformer_layers_per_block: likewise. kernels: how its layers
-      are computed.
+      stages or of each. layers_per_block, transformer_layers_per_block and
+      only_cross_attention: likewise. kernels: how its layers are computed.
     """
 
-    sample_size: int = 32
+    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
     out_channels: int = 4
+    center_input_sample: bool = False
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     only_cross_attention: bool | tuple[bool, ...] = False
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    norm_num_groups: int = layers.GROUPS
+    norm_eps: float = 1e-5
     attention_head_dim: int | tuple[int, ...] = 8
     transformer_layers_per_block: int | tuple[int, ...] = 1
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: float = 0
+    time_embedding_dim: int | None = None
+    timestep_post_act: str | None = None
+    time_embedding_act_fn: str | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -132,47 +150,63 @@ class UNet(nn.Module):
         Args: z_BCHW: noised latents. t_B: int or float timesteps. c_BLD: text states.
         """
         common = {"dtype": self.dtype, "kernels": self.kernels}
+        width, last = self.block_out_channels[0], len(self.block_out_channels) - 1
+        time_BC = self.time(t_B)
+        x = jnp.transpose(z_BCHW, (0, 2, 3, 1))
+        x = 2 * x - 1 if self.center_input_sample else x
+        size = self.conv_in_kernel
+        x = Conv(width, size, 1, size // 2, **common, name="conv_in")(x)
+        skips = [x]
+        for i, kind in enumerate(self.down_block_types):
+            stage = self.stage(
+                DownStage, i, kind, _at(self.layers_per_block, i), i < last
+            )
+            skips += stage(name=f"down_blocks_{i}")(x, time_BC, c_BLD)
+            x = skips[-1]
+        if self.mid_block_type:
+            count = int(self.mid_block_type.endswith("CrossAttn"))
+            stage = self.stage(MidStage, last, "CrossAttn", count, False)
+            x = stage(name="mid_block")(x, time_BC, c_BLD)
+        for i, kind in enumerate(self.up_block_types):
+            count = _at(self.layers_per_block, last - i) + 1
+            stage = self.stage(UpStage, last - i, kind, count, i < last)
+            joined = [skips.pop() for _ in range(count)]
+            x = stage(name=f"up_blocks_{i}")(x, time_BC, c_BLD, joined)
+        norm = self.norm_num_groups, self.norm_eps
+        x = nn.silu(GroupNorm(*norm, **common, name="conv_norm_out")(x))
+        size = self.conv_out_kernel
+        x = Conv(self.out_channels, size, 1, size // 2, **common, name="conv_out")(x)
+        return jnp.transpose(x, (0, 3, 1, 2))
+
+    def time(self, t_B):
+        """Returns the embedding of timesteps, "B C"."""
         width = self.block_out_channels[0]
         features = layers.timestep_features(
             t_B, width, self.flip_sin_to_cos, self.freq_shift
         )
-        embed = layers.TimestepEmbedding(4 * width, self.dtype, name="time_embedding")
+        width = self.time_embedding_dim or 4 * width
+        embed = layers.TimestepEmbedding(width, self.dtype, name="time_embedding")
         time_BC = embed(features)
-        x = jnp.transpose(z_BCHW, (0, 2, 3, 1))
-        x = Conv(width, 3, 1, 1, **common, name="conv_in")(x)
-        skips = [x]
-        last = len(self.block_out_channels) - 1
-        for i, kind in enumerate(self.down_block_types):
-            stage = self.stage(DownStage, i, kind, self.layers_per_block, i < last)
-            skips += stage(name=f"down_blocks_{i}")(x, time_BC, c_BLD)
-            x = skips[-1]
-        stage = self.stage(MidStage, last, "CrossAttn", 1, False)
-        x = stage(name="mid_block")(x, time_BC, c_BLD)
-        for i, kind in enumerate(self.up_block_types):
-            count = self.layers_per_block + 1
-            stage = self.stage(UpStage, last - i, kind, count, i < last)
-            joined = [skips.pop() for _ in range(count)]
-            x = stage(name=f"up_blocks_{i}")(x, time_BC, c_BLD, joined)
-        x = GroupNorm(layers.GROUPS, 1e-5, **common, name="conv_norm_out")(x)
-        x = Conv(self.out_channels, 3, 1, 1, **common, name="conv_out")(nn.silu(x))
-        return jnp.transpose(x, (0, 3, 1, 2))
+        for name in (self.timestep_post_act, self.time_embedding_act_fn):
+            time_BC = ACTIVATIONS[name](time_BC) if name else time_BC
+        return time_BC
 
     def stage(self, cls, i: int, kind: str, num_layers: int, resize: bool):
         """Returns a function that builds the stage of size i, from the largest."""
-
-        def at(value):
-            return value[i] if isinstance(value, tuple) else value
-
         has_attention = kind.startswith("CrossAttn")
         fields = {
             "channels": self.block_out_channels[i],
             "num_layers": num_layers,
-            "heads": at(self.attention_head_dim) if has_attention else 0,
-            "depth": at(self.transformer_layers_per_block),
+            "heads": _at(self.attention_head_dim, i) if has_attention else 0,
+            "depth": _at(self.transformer_layers_per_block, i),
             "linear": self.use_linear_projection,
             "only_cross_attention": cls is not MidStage
-            and at(self.only_cross_attention),
+            and _at(self.only_cross_attention, i),
             "resize": resize,
+            # none: zeros after the last row and column, as in the VAE
+            "padding": self.downsample_padding or ((0, 1), (0, 1)),
+            "groups": self.norm_num_groups,
+            "eps": self.norm_eps,
             "dtype": self.dtype,
             "kernels": self.kernels,
         }
@@ -180,8 +214,16 @@ class UNet(nn.Module):
         return lambda name: cls(**fields, name=name)
 
 
+def _at(value, i: int):
+    """Returns what is said of stage i: one value of all, or one of each."""
+    return value[i] if isinstance(value, tuple) else value
+
+
 def build_unet(config: dict, dtype=jnp.float32, kernels: Kernels | None = None) -> UNet:
     """Returns the module of a diffusers `unet/config.json` dict."""
+    width = config.get("cross_attention_dim")
+    if isinstance(width, list):  # of each stage, all equal
+        config = config | {"cross_attention_dim": width[0]}
     return from_config(UNet, config, dtype=dtype, kernels=kernels or Kernels())
 
 

@@ -65,9 +65,10 @@ class Stage(nn.Module):
 
 
 class MidStage(nn.Module):
-    """A resnet, attention, a resnet."""
+    """A resnet, attention if there is any, a resnet."""
 
     groups: int
+    attention: bool = True
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -76,7 +77,8 @@ class MidStage(nn.Module):
         common = {"dtype": self.dtype, "kernels": self.kernels}
         fields = x_BHWC.shape[-1], _EPS, self.groups
         x_BHWC = ResnetBlock(*fields, **common, name="resnets_0")(x_BHWC)
-        x_BHWC = AttentionBlock(self.groups, **common, name="attentions_0")(x_BHWC)
+        if self.attention:
+            x_BHWC = AttentionBlock(self.groups, **common, name="attentions_0")(x_BHWC)
         return ResnetBlock(*fields, **common, name="resnets_1")(x_BHWC)
 
 
@@ -84,7 +86,7 @@ class Coder(nn.Module):
     """The encoder, or the decoder.
 
     Attributes: channels: of the stages, in their order. decode: whether it is the
-      decoder. out_channels: of the result.
+      decoder. out_channels: of the result. attention: whether there is any.
     """
 
     channels: tuple[int, ...]
@@ -92,13 +94,14 @@ class Coder(nn.Module):
     out_channels: int
     decode: bool
     groups: int = GROUPS
+    attention: bool = True
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(self, x_BHWC):
         common = {"dtype": self.dtype, "kernels": self.kernels}
-        mid = MidStage(self.groups, **common, name="mid_block")
+        mid = MidStage(self.groups, self.attention, **common, name="mid_block")
         x_BHWC = Conv(self.channels[0], 3, 1, 1, **common, name="conv_in")(x_BHWC)
         if self.decode:
             x_BHWC = mid(x_BHWC)
@@ -127,6 +130,9 @@ class VAE(nn.Module):
     norm_num_groups: int = GROUPS
     sample_size: int = 32
     scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -134,23 +140,27 @@ class VAE(nn.Module):
         common = {"dtype": self.dtype, "kernels": self.kernels}
         moments, groups = 2 * self.latent_channels, self.norm_num_groups
         channels, count = tuple(self.block_out_channels), self.layers_per_block
-        self.encoder = Coder(channels, count, moments, False, groups, **common)
+        same = groups, self.mid_block_add_attention
+        self.encoder = Coder(channels, count, moments, False, *same, **common)
         fields = channels[::-1], count + 1, self.out_channels
-        self.decoder = Coder(*fields, True, groups, **common)
-        self.quant_conv = Conv(moments, 1, **common)
-        self.post_quant_conv = Conv(self.latent_channels, 1, **common)
+        self.decoder = Coder(*fields, True, *same, **common)
+        if self.use_quant_conv:
+            self.quant_conv = Conv(moments, 1, **common)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = Conv(self.latent_channels, 1, **common)
 
     def encode(self, x_BCHW):
         """Returns (mean, logvar) of the posterior, "B C h w" each, not scaled."""
-        moments = self.quant_conv(self.encoder(jnp.transpose(x_BCHW, (0, 2, 3, 1))))
+        moments = self.encoder(jnp.transpose(x_BCHW, (0, 2, 3, 1)))
+        moments = self.quant_conv(moments) if self.use_quant_conv else moments
         mean, logvar = jnp.split(jnp.transpose(moments, (0, 3, 1, 2)), 2, axis=1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z_BCHW):
         """Returns images "B 3 H W", about [-1, 1], of unscaled latents."""
         z_BHWC = jnp.transpose(z_BCHW, (0, 2, 3, 1))
-        x_BHWC = self.decoder(self.post_quant_conv(z_BHWC))
-        return jnp.transpose(x_BHWC, (0, 3, 1, 2))
+        z_BHWC = self.post_quant_conv(z_BHWC) if self.use_post_quant_conv else z_BHWC
+        return jnp.transpose(self.decoder(z_BHWC), (0, 3, 1, 2))
 
     def __call__(self, x_BCHW):
         return self.decode(self.encode(x_BCHW)[0])

@@ -8,6 +8,7 @@ from gift_jax.models.vision.clip import (
     apply_clip_text,
     build_clip,
 )
+from gift_jax.models.vision.components import KINDS
 from gift_jax.models.vision.resnet import apply_classifier, build_resnet_classifier
 from gift_jax.models.vision.vit import (
     apply_vision,
@@ -18,6 +19,7 @@ from gift_jax.models.vision.vit import (
 
 __all__ = [
     "CLIP",
+    "KINDS",
     "apply_classifier",
     "apply_clip_image",
     "apply_clip_stages",

@@ -16,7 +16,8 @@ import pytest
 from full_models import configs
 from tiny_model import check_equal
 
-from gift_jax.models import safetensors_io, sd, weights
+from gift_jax.models import safetensors_io, sd, weight_files, weights
+from gift_jax.models.kinds import KINDS
 from gift_jax.models.sd import random_weights, stable_diffusion
 from gift_jax.models.tokenizer import load_tokenizer
 
@@ -165,7 +166,7 @@ def test_tokenizer_has_the_published_ids(tmp_path):
 
 def read_all(directory, kind):
     found = {}
-    for file in safetensors_io.weight_files(directory, weights.KINDS[kind].stem):
+    for file in weight_files.weight_files(directory, KINDS[kind].stem):
         found |= safetensors_io.read_header(file)
     return {
         name: np.asarray(safetensors_io.read_tensor(name, entry), np.float32)

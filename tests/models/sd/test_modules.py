@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiny_model import relative_error
 
-from gift_jax.models import sd, weights
+from gift_jax.models import exports, sd, weights
 from gift_jax.models.ops import attention
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
@@ -69,7 +69,7 @@ def test_text_equals_pytorch(tiny, tmp_path, tiny_folder, rng, eos):
         tiny_folder / "text_encoder", "text_encoder"
     )
     config = config | {"eos_token_id": eos}
-    weights.save_model_folder(tmp_path / "text", config, params)
+    exports.save_model_folder(tmp_path / "text", config, params)
     ids = rng.integers(3, 512, size=(3, 16)).astype(np.int32)
     ids[:, 0], ids[0, 5:], ids[1, 9:], ids[2, 15:] = 512, 513, 513, 513
     theirs = CLIPTextModel.from_pretrained(str(tmp_path / "text"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import TINY_TEXT, random_params, relative_error
 
-from gift_jax.models import vision, weights
+from gift_jax.models import exports, vision, weights
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import init_params
 from gift_jax.models.vision.clip import ConvTower
@@ -32,7 +32,7 @@ def test_clip_equals_pytorch(tmp_path, rng):
     config = {"text_config": TINY_TEXT, "vision_config": tower, "projection_dim": 24}
     clip = vision.build_clip(config)
     params = random_params(clip, 0)
-    weights.save_model_folder(tmp_path / "clip", config, params)
+    exports.save_model_folder(tmp_path / "clip", config, params)
     theirs = CLIPModel.from_pretrained(str(tmp_path / "clip"))
     ids = rng.integers(0, 512, size=(2, 16)).astype(np.int32)
     ids[:, 7:] = 513
@@ -54,7 +54,7 @@ def test_clip_equals_pytorch(tmp_path, rng):
 def test_save_and_load_keep_what_it_computes(model_config, tmp_path, rng):
     clip = vision.build_clip(model_config)
     params = init_params(clip, jax.random.key(0))
-    weights.save_model_folder(tmp_path / "clip", model_config, params)
+    exports.save_model_folder(tmp_path / "clip", model_config, params)
     again, loaded, _ = weights.load_component(tmp_path / "clip", "clip")
     x_BCHW = jnp.asarray(rng.uniform(-1, 1, (2, 3, 64, 64)), jnp.float32)
     ids_BL = jnp.asarray([[1, 7, 9, VOCABULARY - 1], [1, 8, VOCABULARY - 1, 0]])
