@@ -72,13 +72,10 @@ def write_tiny(directory, scheduler=None, unet=None):
         params = random_params(KINDS[kind].build(config), seed)
         exports.save_model_folder(directory / kind, config, params)
     random_weights.write_tokenizer(directory / "tokenizer", TINY_TEXT["vocab_size"], 16)
-    _write_json(
-        directory / "scheduler" / "scheduler_config.json",
-        TINY_SCHEDULER | (scheduler or {}),
-    )
-    _write_json(
-        directory / "model_index.json", architectures.model_index("DDIMScheduler")
-    )
+    scheduler = TINY_SCHEDULER | (scheduler or {})
+    _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+    index = architectures.model_index(scheduler["_class_name"])
+    _write_json(directory / "model_index.json", index)
     return directory
 
 

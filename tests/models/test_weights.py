@@ -330,7 +330,7 @@ def spoil_schedule(folder):
         (spoil_block, r"down_block_types=\['AttnDownBlock2D', .* is not supported"),
         (spoil_index, "unet is SD3Transformer2DModel; must be UNet2DConditionModel"),
         (spoil_tokenizer, r"vocab\.json: no such file"),
-        (spoil_schedule, "prediction_type='flow'; must be one of epsilon"),
+        (spoil_schedule, "prediction_type='flow' is not one of: epsilon"),
     ],
 )
 def test_malformed_folder_is_a_user_error(folder, spoil, message):

@@ -40,3 +40,31 @@ def test_scheduler_shorter_than_the_samples_is_named(tiny):
     with pytest.raises(UserError, match="config.samples.steps=1001 must be at most"):
         check_samples(tiny, samples)
     check_samples(tiny, dataclasses.replace(samples, num=0))
+
+
+@pytest.mark.parametrize(
+    "config, name, message",
+    [
+        ({"thresholding": True}, "", "scheduler='': scheduler thresholding=True; must"),
+        (
+            {"_class_name": "SASolverScheduler"},
+            "",
+            "the model's scheduler is 'SASolver",
+        ),
+        ({"_class_name": "SASolverScheduler"}, "euler", ""),
+        (
+            {},
+            "lcm",
+            "scheduler='lcm': steps=60 must be at most original_inference_steps",
+        ),
+    ],
+)
+def test_scheduler_that_cannot_draw_the_samples_is_named(tiny, config, name, message):
+    model = tiny.replace(scheduler_config=tiny.scheduler_config | config)
+    samples = Samples(num=1, steps=60, scheduler=name)
+    if message:
+        with pytest.raises(UserError, match=f"^config.samples.{message}|{message}"):
+            check_samples(model, samples)
+    else:
+        check_samples(model, samples)
+    check_samples(model, dataclasses.replace(samples, num=0))

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import write_tiny
 
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.sd import scheduler_config, stable_diffusion
 from gift_jax.runtime.errors import UserError
 
 
@@ -113,6 +114,47 @@ def test_noise_schedule_equals_pytorch(tiny, name, zero_snr):
     ours = stable_diffusion.noise_schedule(tiny.replace(scheduler_config=config))
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "_class_name='FlowMatchEulerDiscreteScheduler' is not one of: DDIM",
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+            "use_flow_sigmas=True; must be False",
+        ),
+        ({"shift": 3.0}, "shift=3.0 is no key of diffusers' schedulers"),
+        ({"beta_start": "1e-4"}, "beta_start='1e-4'; must be a number"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0; must be at least 1"),
+        ({"trained_betas": [0.1]}, "trained_betas has 1 numbers"),
+    ],
+)
+def test_noise_that_is_no_ddpms_is_refused_with_the_file(config, message):
+    with pytest.raises(UserError, match=f"^folder/file.json: .*{message}"):
+        scheduler_config.check(config, "folder/file.json")
+
+
+def test_scheduler_is_of_the_class_that_model_index_names(tmp_path):
+    pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    folder = write_tiny(tmp_path / "sd", scheduler={"timestep_spacing": "trailing"})
+    index = folder / "model_index.json"
+    text = index.read_text()
+    assert "DDIMScheduler" in text
+    index.write_text(text.replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    theirs = StableDiffusionPipeline.from_pretrained(str(folder)).scheduler
+    assert type(theirs).__name__ == "EulerDiscreteScheduler"
+    config = stable_diffusion.read_scheduler(folder)
+    assert scheduler_config.class_name(config) == "EulerDiscreteScheduler"
+    full = scheduler_config.complete(config)
+    assert full == {key: theirs.config[key] for key in full} | {
+        "steps_offset": full["steps_offset"]  # which the pipeline corrects
+    }
 
 
 def test_unknown_noise_schedule_lists_the_choices(tiny):
