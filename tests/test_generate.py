@@ -65,6 +65,7 @@ def test_a_picture_depends_on_its_seed_and_number_only(tiny_folder, tmp_path):
         (["--seed=-1"], "--seed=-1 must be from 0 to"),
         (["--guidance=0"], "guidance=0.0 must be at least 1"),
         (["--scheduler=eular"], "choose from"),
+        (["--scheduler=lcm", "--steps=60"], "steps=60 must be at most original_inf"),
         (["--model=nowhere"], "model='nowhere': no such folder"),
         (["--nmu=3"], "unrecognized arguments: --nmu=3"),
         (["--num=many"], "invalid int value: 'many'"),

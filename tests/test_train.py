@@ -246,6 +246,7 @@ def mistake(run_train, tmp_path, *flags, match, **kwargs):
         ),
         ("samples.prompts=()", "config.samples.prompts is empty"),
         ("samples.steps=1001", "config.samples.steps=1001 must be at most 1000"),
+        ("samples.scheduler=eular", "config.samples.scheduler='eular' is not one of"),
         ("model=nowhere", "nowhere.*no such folder"),
         ("safe.folder=nowhere", "config.safe.folder=nowhere is not a folder"),
         ("safe.prompt=", "config.safe.prompt is empty"),

@@ -49,6 +49,18 @@ _DPM = _SOLVER | {
     "lambda_min_clipped": -math.inf,
     "variance_type": None,
 }
+_SA = _BETAS | _THRESHOLD | _LINSPACE | _SIGMAS
+_SA |= {
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "predictor_order": 2,
+    "corrector_order": 2,
+    "tau_func": None,
+    "algorithm_type": "data_prediction",
+    "lower_order_final": True,
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
 _LCM = _DDPM | {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -60,9 +72,12 @@ _LCM = _DDPM | {
 }
 
 # Of each class that describes a DDPM: its keys and their defaults in diffusers 0.42.
+# Not all of them are drawn with, see `gift_jax.sampling.schedules`.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": _DDPM | {"set_alpha_to_one": True},
+    "DDIMParallelScheduler": _DDPM | {"set_alpha_to_one": True},
     "DDPMScheduler": _DDPM | {"variance_type": "fixed_small"},
+    "DDPMParallelScheduler": _DDPM | {"variance_type": "fixed_small"},
     "PNDMScheduler": _BETAS
     | _LEADING
     | {"skip_prk_steps": False, "set_alpha_to_one": False},
@@ -109,6 +124,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "DEISMultistepScheduler": _SOLVER
     | _LINSPACE
     | {"algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
+    "SASolverScheduler": _SA,
     "LCMScheduler": _LCM,
     "TCDScheduler": _LCM,
 }
@@ -147,7 +163,11 @@ def complete(config: Mapping[str, Any], cls: str = "") -> dict[str, Any]:
       effect, and keys listed as left at their defaults get those of the class.
     """
     cls = cls or class_name(config)
-    choice("scheduler _class_name", cls, tuple(DEFAULTS))
+    if cls not in DEFAULTS:
+        raise UserError(
+            f"scheduler {shown(cls)} is not one of diffusers' for Stable Diffusion 1 "
+            "and 2 (DDIMScheduler, EulerDiscreteScheduler ...), whose noise is known"
+        )
     for key, value in config.items():
         known = key in _KNOWN or key.startswith("_") or key == "quantization_config"
         if not known and value is not None and value is not False:

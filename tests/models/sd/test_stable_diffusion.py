@@ -121,7 +121,7 @@ def test_noise_schedule_equals_pytorch(tiny, name, zero_snr):
     [
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "_class_name='FlowMatchEulerDiscreteScheduler' is not one of: DDIM",
+            "'FlowMatchEulerDiscreteScheduler' is not one of .*DDIMScheduler",
         ),
         (
             {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
