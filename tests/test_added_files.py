@@ -14,7 +14,7 @@ from gift_jax import convert
 from gift_jax.models.load import load_model
 from gift_jax.runtime.errors import UserError
 
-ATTN = "mid_block.attentions.0.transformer_blocks.0.attn"
+ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn"
 ERASED, UPDATED, ATTACKED = (
     f"{ATTN}{name}.weight" for name in ("2.to_v", "1.to_q", "2.to_k")
 )

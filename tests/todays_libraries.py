@@ -5,7 +5,7 @@ import shutil
 import warnings
 
 import numpy as np
-from tiny_model import TINY_SCHEDULER, TINY_TEXT, TINY_UNET, TINY_VAE
+from tiny_model import TINY_SCHEDULER, TINY_TEXT, TINY_VAE, WHOLE_UNET
 
 TOKENIZER = ("vocab.json", "merges.txt", "special_tokens_map.json")
 TOKENIZER += ("tokenizer_config.json",)
@@ -22,7 +22,7 @@ def write(folder, tokenizer):
 
     torch.manual_seed(0)
     DDIMScheduler.from_config(TINY_SCHEDULER).save_pretrained(folder / "scheduler")
-    UNet2DConditionModel.from_config(TINY_UNET).save_pretrained(folder / "unet")
+    UNet2DConditionModel.from_config(WHOLE_UNET).save_pretrained(folder / "unet")
     AutoencoderKL.from_config(TINY_VAE).save_pretrained(folder / "vae")
     CLIPTextModel(CLIPTextConfig(**TINY_TEXT)).save_pretrained(folder / "text_encoder")
     shutil.copytree(tokenizer, folder / "tokenizer")

@@ -116,7 +116,7 @@ def test_step_lowers_the_loss_on_the_attacked_pairs(unet):
 def test_merged_weights_predict_what_the_step_applied(tiny, rng):
     unet = flatten_dict(tiny.params["unet"], sep="/")
     factors = random_factors(unet, 4, rng)
-    assert len(factors) == 4 * 2 * 4  # blocks, attentions, projections
+    assert len(factors) == 3 * 2 * 4  # blocks, attentions, projections
     denoiser = tiny.denoiser
     z = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
     cond = {"states": rng.normal(size=(2, 16, 32)).astype(np.float32)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
-from tiny_model import TINY_TEXT, TINY_UNET, TINY_VAE, random_params
+from tiny_model import TINY_TEXT, TINY_VAE, WHOLE_UNET, random_params
 
 from gift_jax.models import exports, safetensors_io, weights
 from gift_jax.models.kinds import KINDS
@@ -341,7 +341,7 @@ def test_malformed_folder_is_a_user_error(folder, spoil, message):
 
 
 def export_one(base, out, value=0.25):
-    shape = TINY_UNET["cross_attention_dim"], TINY_UNET["block_out_channels"][-1]
+    shape = WHOLE_UNET["cross_attention_dim"], WHOLE_UNET["block_out_channels"][-1]
     exports.export(base, {TRAINED: jnp.full(shape, value)}, out)
 
 
@@ -372,7 +372,7 @@ def test_files_can_be_read_by_whom_the_umask_allows(tiny_folder, tmp_path):
 def test_export_keeps_the_files_dtype(tiny_folder, tiny, tmp_path):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     params = tiny.params["unet"]
-    exports.save_model_folder(base / "unet", TINY_UNET, params, dtype=np.float16)
+    exports.save_model_folder(base / "unet", WHOLE_UNET, params, dtype=np.float16)
     export_one(base, tmp_path / "out", value=0.1)
     after = safetensors.numpy.load_file(tmp_path / "out" / UNET_FILE)[TRAINED_NAME]
     assert after.dtype == np.float16

@@ -309,7 +309,7 @@ def test_wrong_field_of_a_data_group_is_named(field, value, message):
 @pytest.mark.parametrize(
     "template, source, message",
     [
-        ("{a_style} emoji of {nonce}", {"folder": ".", "prompt": "y"}, "has a style"),
+        ("{a_style} emoji of {nonce}", {"tfds": "x", "prompt": "y"}, "has a style"),
         ("a photo", {"names": ("bomb",)}, "nonce_template"),
         ("{thing}", {"names": ("bomb",)}, "nonce_template"),
     ],

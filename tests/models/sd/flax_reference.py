@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_model import TINY_TEXT, TINY_UNET, TINY_VAE, random_params, relative_error
+from tiny_model import TINY_TEXT, TINY_VAE, WHOLE_UNET, random_params, relative_error
 
 from gift_jax.models import sd, vision
 from gift_jax.models.params import from_config, parameter_shapes
@@ -108,7 +108,7 @@ def test_parameters_have_their_names_and_shapes(name):
 
 
 def test_unet_equals_flax(rng):
-    ours, theirs = sd.build_unet(TINY_UNET), from_config(UNET, TINY_UNET)
+    ours, theirs = sd.build_unet(WHOLE_UNET), from_config(UNET, WHOLE_UNET)
     params = random_params(ours, 0)
     z = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
     t, c = jnp.asarray([3, 987]), rng.normal(size=(2, 16, 32)).astype(np.float32)
