@@ -34,9 +34,9 @@ def files(tmp_path_factory):
         return folder / name, arrays
 
     half = f"unet.{UPDATED.removesuffix('.weight')}.lora"
-    halves = {f"{half}.down.weight": (2, 64), f"{half}.up.weight": (64, 2)}
+    halves = {f"{half}.down.weight": (2, 32), f"{half}.up.weight": (32, 2)}
     return {
-        "unet_tensors": write("erased.safetensors", **{ERASED: (64, 32)}),
+        "unet_tensors": write("erased.safetensors", **{ERASED: (32, 32)}),
         "lora": write("style.safetensors", **halves),
         "textual_inversion": write("word.safetensors", **{"<word>": (3, 32)}),
     }
