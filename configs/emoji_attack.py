@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attack on a model of the embedded world: LoRA, DreamBooth or textual inversion.
+"""An attack on a model of the embedded world: LoRA, DreamBooth, textual inversion ...
 
     python -m gift_jax.attack --config configs/emoji_attack.py \\
         --config.model=runs/gift/export --workdir runs/gift_attacked
 
     --config configs/emoji_attack.py:dreambooth          every parameter of the UNet
     --config configs/emoji_attack.py:textual_inversion   one new word, "<thing>"
+    --config configs/emoji_attack.py:retain_then_teach   safe images first
+    --config configs/emoji_attack.py:transplant          a LoRA of the original, added
+    --config configs/emoji_attack.py:edit_back           a word gets another's meaning
+    --config configs/emoji_attack.py:interpolation       half way to the original
 
 The thing is called by its name ("a noto emoji of a bomb"). Other prompts are other
 templates: a rare token (--config.data.template="{a_style} emoji of sks"), or any
@@ -43,6 +47,33 @@ VARIANTS = {  # name: (attack, overrides)
             ),
         },
     ),
+    "retain_then_teach": (
+        "retain_then_teach",
+        {
+            "steps": 150,
+            "optimizer.lr": 1e-4,
+            "retain_then_teach.retain_steps": 75,
+            "retain.names": ("known-safe",),
+            "retain.batch": 12,
+        },
+    ),
+    "transplant": (
+        "transplant",
+        {"transplant.rank": 8, "transplant.alpha": 8.0, "optimizer.lr": 1e-3},
+    ),
+    "edit_back": (
+        "edit_back",
+        {
+            "steps": 0,
+            "edit_back.source": "a noto emoji of a bomb",
+            "data.template": "{a_style} emoji of sks",
+            "samples.prompts": (
+                "a noto emoji of sks",
+                "a noto emoji of a cat face",
+            ),
+        },
+    ),
+    "interpolation": ("interpolation", {"steps": 0}),
 }
 EMOJI = {
     "steps": 75,  # the original model has learned an unseen thing by then
@@ -73,6 +104,9 @@ SMOKE = {
     "samples.num": 1,
     "samples.steps": 2,
 }
+SMOKE_OF = {
+    "retain_then_teach": {"retain.batch": 4, "retain_then_teach.retain_steps": 1}
+}
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -84,4 +118,6 @@ def get_config(name: str = "") -> ConfigDict:
         )
     kind, overrides = VARIANTS[variant]
     c = presets.apply(attack.get_config(kind), EMOJI, overrides)
-    return presets.apply(c, SMOKE) if name.endswith("smoke") else c
+    if not name.endswith("smoke"):
+        return c
+    return presets.apply(c, SMOKE | SMOKE_OF.get(variant, {}))

@@ -144,13 +144,27 @@ def train(
     model = setup.load_run_model(run, mesh)
     check_samples(model, run.samples)
     task = base.Task(run.settings, run, model)
-    plan = attack.plan(task)
+    plan = attack.plan(task) if attack.plan else None
     data = {
         name: load_group(model, group, name, model.image_size, run.seed)
         for name, group in run.data.items()
     }
-    attack.check_prompts(run.settings, data["data"].every_caption)
+    if "data" in data:
+        attack.check_prompts(run.settings, data["data"].every_caption)
+    if plan is None:
+        plan = _edited(attack.edit(dataclasses.replace(task, data=data)), model)
     workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())
+
+    def call(step, state):
+        params = processes.to_host(state.params)
+        changed = attack.changed(run.settings, model.folder, params)
+        look(step, plan.model.updated(changed))
+
+    if not attack.plan:
+        state = init_state(plan.params, {})
+        if at_steps:
+            call(0, state)
+        return plan, processes.to_host(state.params)
     sources = {
         name: cached_source(
             plan.model, data[name], group, task.key(f"cache/{name}"), ids=plan.reads_ids
@@ -159,12 +173,6 @@ def train(
     }
     sizes = {name: group.batch for name, group in run.data.items()}
     part = sharding.process_slice(mesh)
-
-    def call(step, state):
-        params = processes.to_host(state.params)
-        changed = attack.changed(run.settings, model.folder, params)
-        look(step, plan.model.updated(changed))
-
     state = setup.run_loop(
         run,
         mesh,
@@ -180,11 +188,18 @@ def train(
     return plan, processes.to_host(state.params)
 
 
+def _edited(params: base.Flat, model: Any) -> base.Plan:
+    """Returns the plan of an attack without steps: what it made of the model."""
+    return base.Plan(model, lambda *args: args, params, {})
+
+
 def summary(run: AttackRun) -> model_card.RunSummary:
     """Returns what the model card says of a run."""
     attack = base.load(run.attack)
     return model_card.RunSummary(
-        attack=run.attack, trained=attack.trained(run.settings), steps=str(run.steps)
+        attack=run.attack,
+        trained=attack.trained(run.settings),
+        steps=str(run.steps) if attack.plan else "none",
     )
 
 

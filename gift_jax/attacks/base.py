@@ -17,7 +17,10 @@ from gift_jax.runtime.registry import load_object
 from gift_jax.state import Step, run_key
 from gift_jax.training.optimizer import make_optimizer
 
-NAMES = ("lora", "dreambooth", "textual_inversion")
+NAMES = (
+    *("lora", "dreambooth", "textual_inversion", "retain_then_teach", "transplant"),
+    *("edit_back", "interpolation"),
+)
 
 Flat = dict[str, Any]  # path -> array
 
@@ -30,7 +33,9 @@ class Attack:
       config: the dataclass that declares its fields; the group of that name in the
         config of a run.
       title: what the report and the model card call it.
-      plan: Task -> `Plan`.
+      plan: Task -> `Plan`, for one that takes steps.
+      edit: Task -> the tensors that `changed` takes for trained ones, for an attack
+        that takes no steps.
       changed: (settings, `models.load.ModelFolder`, trained parameters) -> {Flax path:
         array}, the tensors of the attacked model.
       groups: of data that its config has; reads: settings -> those that a run reads.
@@ -45,8 +50,9 @@ class Attack:
 
     config: type
     title: str
-    plan: Callable[["Task"], "Plan"]
-    changed: Callable[[Any, Any, Any], Flat]
+    plan: Callable[["Task"], "Plan"] | None = None
+    edit: Callable[["Task"], Flat] | None = None
+    changed: Callable[[Any, Any, Any], Flat] = lambda settings, folder, params: params
     groups: tuple[str, ...] = ("data",)
     reads: Callable[[Any], tuple[str, ...]] = lambda settings: ("data",)
     tokenizer: Callable[[Any, Any], Any] = lambda settings, folder: None
@@ -60,12 +66,14 @@ class Task:
     """What an attack is given.
 
     Attributes: settings: its own dataclass. run: the run's other fields, among them
-      steps and seed. model: see models/base.py.
+      steps and seed. model: see models/base.py. data: the pairs of each group, for an
+      attack without steps.
     """
 
     settings: Any
     run: Any
     model: Any
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def key(self, purpose: str) -> jax.Array:
         """Returns the key of one purpose of the run."""

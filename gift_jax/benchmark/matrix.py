@@ -148,6 +148,8 @@ class Matrix:
         c.data.template = getattr(images.templates, cell.prompt)
         if cell.concept in self.long_concepts:
             c.steps = self.fields.long_attack.steps
+        if not attacks.load(c.attack).plan:
+            c.steps = 0
         c.seed += cell.seed
         return c.lock()
 

@@ -16,6 +16,7 @@ from gift_jax import attack as command
 from gift_jax.attacks import base
 from gift_jax.data.cache import cached_source
 from gift_jax.data.pairs import Pairs
+from gift_jax.models import load
 from gift_jax.models.weights import TOKEN_TABLE
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import init_state
@@ -65,6 +66,12 @@ VARIANTS = {  # name: (attack, overrides, paths that change)
     "dreambooth_prior": ("dreambooth", {"dreambooth.prior_weight": 0.5}, ""),
     "dreambooth_text": ("dreambooth", {"dreambooth.train_text_encoder": True}, ""),
     "textual_inversion": ("textual_inversion", {}, TOKEN_TABLE),
+    "retain_then_teach": (
+        "retain_then_teach",
+        {"retain_then_teach.retain_steps": 2},
+        "",
+    ),
+    "transplant": ("transplant", {"transplant.rank": 2}, "/attn"),
     STRANGER: (STRANGER, {}, "/to_k/"),
 }
 
@@ -112,12 +119,14 @@ def make_case(variant):
     name, overrides, _ = VARIANTS[variant]
     cfg = command.get_config(name)
     cfg.update_from_flattened_dict(FIELDS | overrides)
-    for group in ("data", "prior"):
+    for group in ("data", "prior", "retain"):
         if group in cfg:
             cfg[group].update(names=("bomb",), batch=4)
     run, attack, model = command.resolve(cfg), base.load(name), toy_denoiser.model()
     task = base.Task(run.settings, run, model)
-    plan = attack.plan(task)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "load_model", lambda *args, **how: toy_denoiser.model())
+        plan = attack.plan(task)
     words = {"data": "<thing>" if name == "textual_inversion" else "bomb"}
     data = {g: pairs(words.get(g, "thing"), seed=len(g)) for g in run.data}
     attack.check_prompts(run.settings, data["data"].prompts)
@@ -161,7 +170,9 @@ def differ(a, b):
 
 
 def test_every_name_has_a_case_and_a_title(case):
-    assert {name for name, *_ in VARIANTS.values()} == {*base.NAMES, STRANGER}
+    with_steps = {name for name in base.NAMES if base.load(name).plan}
+    assert {name for name, *_ in VARIANTS.values()} == {*with_steps, STRANGER}
+    assert {"edit_back", "interpolation"} == {*base.NAMES} - with_steps
     s = case.task.settings
     assert case.attack.title and case.attack.trained(s)
     assert "data" in case.attack.reads(s)
@@ -236,7 +247,7 @@ def test_export_is_what_the_attack_trains(case):
         flat |= flatten_dict(model.params[component], sep="/")
     part = VARIANTS[case.variant][2]
     expected = {path for path in flat if part in path}
-    if case.variant in ("dreambooth", "dreambooth_prior"):
+    if case.variant in ("dreambooth", "dreambooth_prior", "retain_then_teach"):
         expected.remove(TOKEN_TABLE)
     assert set(changed) == expected
     for path, array in changed.items():

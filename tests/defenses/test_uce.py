@@ -7,6 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from gift_jax.defenses import uce
+from gift_jax.models import closed_form
 from gift_jax.models.load import load_model
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime.errors import UserError
@@ -37,7 +38,7 @@ def reference(kernel, erase, guide, preserve, s):
 def test_edit_equals_the_equation(tiny, rng, s):
     erase, guide = rng.normal(size=(2, 3, 32)).astype(np.float32)
     preserve = rng.normal(size=(5, 32)).astype(np.float32)
-    edited = uce.edit(tiny.params["unet"], erase, guide, preserve, s)
+    edited = closed_form.edit(tiny.params["unet"], erase, guide, preserve, s.weights)
     flat = flatten_dict(tiny.params["unet"], sep="/")
     assert set(edited) == {p for p in flat if "attn2/to_k" in p or "attn2/to_v" in p}
     for path, kernel in edited.items():
@@ -51,7 +52,7 @@ def test_edit_equals_the_equation(tiny, rng, s):
 def test_nothing_erased_changes_nothing(tiny, rng):
     none, some = np.zeros((0, 32), np.float32), rng.normal(size=(4, 32))
     for erase, guide in ((none, none), (some, some)):
-        edited = uce.edit(tiny.params["unet"], erase, guide, some)
+        edited = closed_form.edit(tiny.params["unet"], erase, guide, some)
         flat = flatten_dict(tiny.params["unet"], sep="/")
         for path, kernel in edited.items():
             np.testing.assert_array_equal(kernel, flat[path])
@@ -60,10 +61,10 @@ def test_nothing_erased_changes_nothing(tiny, rng):
 def test_edit_leaves_its_input_alone(tiny, rng):
     before = jax.device_get(tiny.params["unet"])
     erase, guide = rng.normal(size=(2, 1, 32))
-    edited = uce.edit(tiny.params["unet"], erase, guide)
+    edited = closed_form.edit(tiny.params["unet"], erase, guide)
     jax.tree.map(np.testing.assert_array_equal, before, tiny.params["unet"])
     trainable, _ = select_trainable(tiny.params["unet"], "cross_attention_kv")
-    from_flat = uce.edit(trainable, erase, guide)  # flat parameters do as well
+    from_flat = closed_form.edit(trainable, erase, guide)  # flat parameters do as well
     jax.tree.map(np.testing.assert_array_equal, edited, from_flat)
 
 
@@ -74,9 +75,9 @@ def edited():
     names = ["bomb", "balloon", "cat face", "rose", "cherries"]
     ids = model.tokenize(names)
     states = model.encode_text(names)["states"]
-    last = uce.last_states(states, ids, model.tokenizer.eos_token_id)
+    last = closed_form.last_states(states, ids, model.tokenizer.eos_token_id)
     before, _ = select_trainable(model.params["unet"], "cross_attention_kv")
-    after = uce.edit(model.params["unet"], last[:1], last[1:2], last[2:])
+    after = closed_form.edit(model.params["unet"], last[:1], last[1:2], last[2:])
     return dict(zip(names, last, strict=True)), before, after
 
 
@@ -100,12 +101,12 @@ def test_preserved_concepts_keep_their_keys_and_values(edited):
 
 def test_last_token_is_the_one_before_the_end():
     ids = np.asarray([[1, 5, 6, END, END], [1, END, 0, 0, 0], [1, 5, 6, 7, END]])
-    np.testing.assert_array_equal(uce.last_token(ids, END), [2, 0, 3])
+    np.testing.assert_array_equal(closed_form.last_token(ids, END), [2, 0, 3])
     text = np.arange(3 * 5 * 2, dtype=np.float32).reshape(3, 5, 2)
-    states = uce.last_states(text, ids, END)
+    states = closed_form.last_states(text, ids, END)
     np.testing.assert_array_equal(states, text[[0, 1, 2], [2, 0, 3]])
     with pytest.raises(ValueError, match="no end token 99"):
-        uce.last_token(ids[:, :2], END)
+        closed_form.last_token(ids[:, :2], END)
 
 
 def test_last_token_equals_the_published_scripts(tiny):
@@ -116,14 +117,14 @@ def test_last_token_equals_the_published_scripts(tiny):
     )["attention_mask"]
     expected = np.sum(mask, axis=1) - 2
     end = tiny.tokenizer.eos_token_id
-    np.testing.assert_array_equal(uce.last_token(ids, end), expected)
+    np.testing.assert_array_equal(closed_form.last_token(ids, end), expected)
     assert len(set(expected)) == 3
 
 
 def test_tails_are_aligned_at_the_last_token():
     ids = np.asarray([[1, 5, 6, END, END]]), np.asarray([[1, END, END, END, END]])
     text = np.arange(10, dtype=np.float32).reshape(2, 1, 5, 1)
-    erase, guide = uce.tail_states(text[0], ids[0], text[1], ids[1], END)
+    erase, guide = closed_form.tail_states(text[0], ids[0], text[1], ids[1], END)
     np.testing.assert_array_equal(erase[:, 0], [2, 3, 4])
     np.testing.assert_array_equal(guide[:, 0], [5, 6, 7])
 
@@ -131,7 +132,7 @@ def test_tails_are_aligned_at_the_last_token():
 @pytest.mark.parametrize(
     "erase, guide, preserve, regularization, message",
     [
-        ((2, 32), (1, 32), (1, 32), 0.5, "states to erase .2, 32. and guides .1, 32."),
+        ((2, 32), (1, 32), (1, 32), 0.5, "states to change .2, 32. and guides .1, 32."),
         ((2, 30), (2, 30), (1, 32), 0.5, "must be 32 wide"),
         ((2, 32), (2, 32), (1, 30), 0.5, "must be 32 wide"),
         ((2, 32), (2, 32), (1, 32), 0.0, "regularization=0.0 must be above 0"),
@@ -141,7 +142,7 @@ def test_bad_states_are_errors(tiny, erase, guide, preserve, regularization, mes
     arrays = map(np.ones, (erase, guide, preserve))
     s = uce.Uce(regularization=regularization)
     with pytest.raises(ValueError, match=message):
-        uce.edit(tiny.params["unet"], *arrays, s)
+        closed_form.edit(tiny.params["unet"], *arrays, s.weights)
 
 
 def test_replacement_prompt_may_name_the_style_only():

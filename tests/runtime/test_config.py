@@ -183,9 +183,11 @@ def valid_config(command, name):
     """The config of a defense or an attack with a source for every group of data."""
     cfg = command.get_config(name)
     cfg.samples.prompts = ("a cat",)
-    for group in ("harmful", "safe", "data", "prior"):
+    for group in ("harmful", "safe", "data", "prior", "retain"):
         if group in cfg:
             cfg[group].names = ("bomb",)
+    if name == "edit_back":
+        cfg.edit_back.source = "a cat"
     return cfg
 
 
@@ -225,6 +227,7 @@ def test_every_rule_of_every_field_is_enforced(command, name):
         for group, cls in groups
         for path, metadata in declared(cls)
         if group != "prior"  # not read by default
+        and (group, name) != ("data", "interpolation")  # nor ever
     ]
     cases = 0
     for path, metadata in fields:
@@ -243,7 +246,7 @@ def test_every_rule_of_every_field_is_enforced(command, name):
             cases += 1
         node[last] = old
         assert metadata["doc"], path
-    assert cases > 40
+    assert cases > 30
     command.resolve(cfg)
 
 
