@@ -155,16 +155,15 @@ def train(
         plan = _edited(attack.edit(dataclasses.replace(task, data=data)), model)
     workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())
 
-    def call(step, state):
-        params = processes.to_host(state.params)
+    def call(step, params):
         changed = attack.changed(run.settings, model.folder, params)
         look(step, plan.model.updated(changed))
 
     if not attack.plan:
-        state = init_state(plan.params, {})
+        params = processes.to_host(plan.params)
         if at_steps:
-            call(0, state)
-        return plan, processes.to_host(state.params)
+            call(0, params)
+        return plan, params
     sources = {
         name: cached_source(
             plan.model, data[name], group, task.key(f"cache/{name}"), ids=plan.reads_ids
@@ -183,7 +182,12 @@ def train(
         folder,
         "attack",
         name=run.attack,
-        callbacks=(loop.Callback(frozenset(at_steps), call),),
+        callbacks=(
+            loop.Callback(
+                frozenset(at_steps),
+                lambda step, state: call(step, processes.to_host(state.params)),
+            ),
+        ),
     )
     return plan, processes.to_host(state.params)
 

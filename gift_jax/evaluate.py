@@ -159,14 +159,7 @@ def _model(cfg: ConfigDict, run: EvaluateFields, workdir: pathlib.Path) -> _Sour
     """Returns the model that is to draw, loaded."""
     cfg.revision = load.pin_revision(run, workdir)
     sharding.make_default_mesh(run.cpu_devices or load.cpu_devices_to_draw(run.model))
-    model = load.load_model(
-        run.model,
-        run.compute_dtype,
-        revision=cfg.revision,
-        variant=run.variant,
-        resolution=run.resolution,
-        added=run.adapters,
-    )
+    model = load.load_named(dataclasses.replace(run, revision=cfg.revision))
     check_samples(model, run.samples)
     prompts = [p for p in run.samples.prompts for _ in range(run.samples.num)]
     sha256 = model.folder.content_hash()

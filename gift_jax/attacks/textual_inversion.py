@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from gift_jax.attacks import base
 from gift_jax.attacks.dreambooth import EncodeIds
 from gift_jax.diffusion import Denoiser
-from gift_jax.models.tokenizer import every_vector
+from gift_jax.models.tokenizer import every_vector, vector_names
 from gift_jax.models.weights import TOKEN_TABLE
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, shown
@@ -46,17 +46,12 @@ class TextualInversion:
             )
 
 
-def names(token: str, vectors: int) -> list[str]:
-    """Returns the tokens that stand for `token`: "<a>", "<a>_1", "<a>_2" ..."""
-    return [token] + [f"{token}_{i}" for i in range(1, vectors)]
-
-
 def add_tokens(tokenizer, token: str, vectors: int) -> None:
     """Adds the token's names to a transformers tokenizer, in place.
 
     Raises: UserError if one is known to it, as diffusers' load_textual_inversion does.
     """
-    added, vocabulary = names(token, vectors), tokenizer.get_vocab()
+    added, vocabulary = vector_names(token, vectors), tokenizer.get_vocab()
     stem = re.sub(r"_\d+$", "", token)  # of a token of several vectors
     for name in (*added, f"{token}_1", *([stem] if stem != token else [])):
         if name in vocabulary:
@@ -82,14 +77,14 @@ def check_token(tokenizer, token: str, vectors: int) -> None:
     """
     letters = ByteLevel(add_prefix_space=False, use_regex=False)
     text = "".join(part for part, _ in letters.pre_tokenize_str(token.lower()))
-    vocabulary = set(tokenizer.get_vocab()) - set(names(token, vectors))
+    vocabulary = set(tokenizer.get_vocab()) - set(vector_names(token, vectors))
     if re.fullmatch(r"\w+", token) or any(text in word for word in vocabulary):
         bare = token.strip("<>_*") or "thing"
         raise UserError(
             f"{_FIELD}.token={shown(token)} would be found inside other words too; "
             f"write it as '<{bare.lower()}>'"
         )
-    new = tokenizer.convert_tokens_to_ids(names(token, vectors))
+    new = tokenizer.convert_tokens_to_ids(vector_names(token, vectors))
     prompt = every_vector(tokenizer, f"a {token} b")
     if tokenizer(prompt, add_special_tokens=False)["input_ids"][1:-1] != new:
         lower = token.lower()

@@ -108,16 +108,28 @@ def load_model(
     return model
 
 
+def load_named(fields: ModelFields) -> stable_diffusion.StableDiffusion:
+    """Returns the model that a config's fields name, with the files they add."""
+    return load_model(
+        fields.model,
+        fields.compute_dtype,
+        revision=fields.revision,
+        variant=fields.variant,
+        resolution=fields.resolution,
+        added=fields.adapters,
+    )
+
+
 def _family(folder: pathlib.Path) -> Any:
     """Returns the module of the family that a folder's model is of."""
     name = pipeline(folder)
     for family in FAMILIES:
         if not name or name in family.PIPELINES:
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.PIPELINES)
+    names = ", ".join(name for family in FAMILIES for name in family.PIPELINES)
     raise UserError(
         f"{folder / 'model_index.json'}: _class_name={shown(name)} is not supported; "
-        f"must be one of {known}"
+        f"must be one of {names}"
     )
 
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gift_jax.runtime import damage
 from gift_jax.runtime.errors import LARGEST, UserError, one_line, parse_json, shown
 
 _END_OF_WORD = "</w>"
@@ -41,6 +42,11 @@ def load_tokenizer(directory, *, any_length: bool = False) -> Any:
         ) from error
 
 
+def vector_names(token: str, vectors: int) -> list[str]:
+    """Returns the tokens that stand for `token`: "<a>", "<a>_1", "<a>_2" ..."""
+    return [token] + [f"{token}_{i}" for i in range(1, vectors)]
+
+
 def every_vector(tokenizer, prompt: str) -> str:
     """Returns a prompt in which a word of several vectors is written as them all.
 
@@ -67,8 +73,9 @@ def write_added_tokens(tokenizer, directory) -> None:
     added tokens; the vocabulary stays byte for byte.
     """
     folder = Path(directory)
-    known = load_tokenizer(folder).get_vocab()
-    added = {t: i for t, i in tokenizer.get_added_vocab().items() if t not in known}
+    vocabulary = load_tokenizer(folder).get_vocab()
+    tokens = tokenizer.get_added_vocab().items()
+    added = {t: i for t, i in tokens if t not in vocabulary}
     rule = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False)
     rules = {i: {"content": t, **rule, "normalized": True} for t, i in added.items()}
     config = _read_object(folder / "tokenizer_config.json")
@@ -255,14 +262,14 @@ def _read_text(file):
         raise UserError(
             f"{one_line(file)} cannot be read as text ({one_line(error)}); {_COPY}"
         ) from None
-    if text.startswith("version https://git-lfs"):
+    if damage.is_pointer(text.encode()):
         raise UserError(
             f"{one_line(file)} is a git-lfs pointer, not the file; run git lfs pull in "
             "the folder that it was cloned to"
         )
     if not text.strip():
         raise UserError(f"{one_line(file)} is empty; {_COPY}")
-    if any(line.startswith(("<<<<<<< ", ">>>>>>> ")) for line in text.split("\n")):
+    if damage.merge_mark_line(text):
         raise UserError(
             f"{one_line(file)} has the marks of a merge conflict (<<<<<<<); {_COPY}"
         )

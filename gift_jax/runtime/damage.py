@@ -12,6 +12,17 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _MERGE_MARK = re.compile(r"^(<{7} |>{7} |={7}$)", re.MULTILINE)
 
 
+def is_pointer(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a git-lfs pointer."""
+    return head.startswith(_LFS)
+
+
+def merge_mark_line(text: str) -> int:
+    """Returns the number of the first line with a merge conflict's mark, 0 if none."""
+    mark = _MERGE_MARK.search(text)
+    return text.count("\n", 0, mark.start()) + 1 if mark else 0
+
+
 def check_file(file: Any) -> None:
     """Raises UserError unless a path is a file with content, no git-lfs pointer.
 
@@ -33,7 +44,7 @@ def check_file(file: Any) -> None:
         raise UserError(f"{label}: cannot be read ({error.strerror})") from None
     if not head:
         raise UserError(f"{label}: is empty; copy it again")
-    if head == _LFS:
+    if is_pointer(head):
         raise UserError(
             f"{label}: a git-lfs pointer in place of the file; install git-lfs and "
             "run `git lfs pull` in the model's repository"
@@ -42,9 +53,8 @@ def check_file(file: Any) -> None:
 
 def check_merged(file: Any, text: str) -> None:
     """Raises UserError if a text file's content holds the marks of a merge conflict."""
-    mark = _MERGE_MARK.search(text)
-    if mark:
-        line = text.count("\n", 0, mark.start()) + 1
+    line = merge_mark_line(text)
+    if line:
         raise UserError(
             f"{one_line(file)}: has the marks of a merge conflict in line {line}; "
             "resolve it, or copy the file again"

@@ -125,15 +125,7 @@ def make_run_mesh(run: Run, data: Mapping[str, DataGroup]) -> Mesh:
 
 def load_run_model(run: Run, mesh: Mesh | None = None):
     """Returns the model that a run names; mesh: that it trains on, if it does."""
-    model = load.load_model(
-        run.model,
-        run.compute_dtype,
-        revision=run.revision,
-        variant=run.variant,
-        resolution=run.resolution,
-        added=run.adapters,
-    )
-    return model.with_kernels(load.kernels_of(run, mesh))
+    return load.load_named(run).with_kernels(load.kernels_of(run, mesh))
 
 
 def make_batches(

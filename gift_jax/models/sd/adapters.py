@@ -17,7 +17,7 @@ import numpy as np
 
 from gift_jax.models import safetensors_io, weights
 from gift_jax.models.sd import lora_files
-from gift_jax.models.tokenizer import load_tokenizer
+from gift_jax.models.tokenizer import load_tokenizer, vector_names
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, one_line, shown
 
@@ -99,7 +99,7 @@ class Adapters:
     def add_words(self, tokenizer) -> None:
         """Adds the tokens to the folder's tokenizer, in place."""
         for token, rows in self.words.items():
-            tokenizer.add_tokens(_names(token, len(rows)))
+            tokenizer.add_tokens(vector_names(token, len(rows)))
 
     def content_hash(self, base: str) -> str:
         """Returns the sha256, hex, of these files and of what they change.
@@ -288,17 +288,13 @@ def _read_embeddings(file: Path, token: str, width: int) -> tuple[str, np.ndarra
     return token or name, vectors.reshape(-1, width)
 
 
-def _names(token: str, vectors: int) -> list[str]:
-    return [token] + [f"{token}_{i}" for i in range(1, vectors)]
-
-
 def _add_word(tokenizer: Any, file: Path, token: str, vectors: int) -> None:
     """Adds a token's names to a tokenizer, as diffusers does.
 
     Raises: UserError for one that is in its vocabulary, or that it, or today's
       diffusers, would not keep whole.
     """
-    names, vocabulary = _names(token, vectors), tokenizer.get_vocab()
+    names, vocabulary = vector_names(token, vectors), tokenizer.get_vocab()
     at, fix = f"{one_line(file)}: its token {shown(token)}", "name another: FILE:TOKEN"
     for name in (*names, f"{token}_1"):
         if name in vocabulary:

@@ -169,8 +169,8 @@ def complete(config: Mapping[str, Any], cls: str = "") -> dict[str, Any]:
             "and 2 (DDIMScheduler, EulerDiscreteScheduler ...), whose noise is known"
         )
     for key, value in config.items():
-        known = key in _KNOWN or key.startswith("_") or key == "quantization_config"
-        if not known and value is not None and value is not False:
+        is_known = key in _KNOWN or key.startswith("_") or key == "quantization_config"
+        if not is_known and value is not None and value is not False:
             raise UserError(
                 f"scheduler {key}={shown(value)} is no key of diffusers' schedulers "
                 "for Stable Diffusion; remove it if it has no effect"
