@@ -164,14 +164,14 @@ def _without_text(file):
             data = opened.read()
     else:
         data = file.read()
-    kept, place = [data[:8]], 8
+    chunks, place = [data[:8]], 8
     while place < len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
         kind, start = data[place + 4 : place + 8], data[place + 8 : place + 40]
         if kind not in _TEXT_CHUNKS or start.startswith(_ORIENTATION):
-            kept.append(data[place:end])
+            chunks.append(data[place:end])
         place = end
-    return io.BytesIO(b"".join(kept))
+    return io.BytesIO(b"".join(chunks))
 
 
 def _eight_bit(image):

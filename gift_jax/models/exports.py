@@ -164,10 +164,10 @@ def _encode(path, name, entry, array):
 
 def _recast_file(file, dtype):
     def recast(name, entry):
-        known, shape, read = _as_it_is(name, entry)
-        if known in safetensors_io.DTYPES:
-            known = dtype
-        return known, shape, lambda: safetensors_io.cast(name, read(), dtype)
+        disk_dtype, shape, read = _as_it_is(name, entry)
+        if disk_dtype in safetensors_io.DTYPES:
+            disk_dtype = dtype
+        return disk_dtype, shape, lambda: safetensors_io.cast(name, read(), dtype)
 
     _rewrite_file(file, recast)
 

@@ -235,9 +235,9 @@ def _split_part(spec, where, root, splits, below, prompt):
     _refuse_odd(where, root / name, below[name])
     part = _metadata_part(spec, where, root / name, below[name], prompt)
     note = f"{root}: reads {name}/{part.metadata.name}"
-    others = [other for other in below if other != name]
-    if others:
-        note += f", nothing of {', '.join(map(one_line, others[:3]))}"
+    siblings = [folder for folder in below if folder != name]
+    if siblings:
+        note += f", nothing of {', '.join(map(one_line, siblings[:3]))}"
     return dataclasses.replace(part, notes=(note, *part.notes))
 
 

@@ -239,18 +239,18 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     T, start, end = (
         config[key] for key in ("num_train_timesteps", "beta_start", "beta_end")
     )
-    schedule, given = config["beta_schedule"], config["trained_betas"]
-    if given is not None:
-        if not isinstance(given, list | tuple) or not all(map(_is_number, given)):
+    schedule, betas = config["beta_schedule"], config["trained_betas"]
+    if betas is not None:
+        if not isinstance(betas, list | tuple) or not all(map(_is_number, betas)):
             raise UserError(
-                f"scheduler trained_betas={shown(given)}; must be a list of numbers"
+                f"scheduler trained_betas={shown(betas)}; must be a list of numbers"
             )
-        if len(given) != T:
+        if len(betas) != T:
             raise UserError(
-                f"scheduler trained_betas has {len(given)} numbers; must be "
+                f"scheduler trained_betas has {len(betas)} numbers; must be "
                 f"num_train_timesteps={T}"
             )
-        return np.asarray(given, np.float64)
+        return np.asarray(betas, np.float64)
     if schedule == "linear":
         return np.linspace(start, end, T)
     if schedule == "scaled_linear":

@@ -81,13 +81,13 @@ def make_solver(config: Config, sigmas: np.ndarray) -> Solver:
 
     Raises: UserError for an algorithm or a solver type that the classes do not have.
     """
-    given = config["algorithm_type"]
-    algorithm = _ALGORITHMS.get(given, given)
+    label = config["algorithm_type"]
+    algorithm = _ALGORITHMS.get(label, label)
     kind = _TYPES.get(config["solver_type"], config["solver_type"])
     if kind not in ("midpoint", "heun"):
         refuse("solver_type", kind, "must be midpoint or heun")
-    if given not in _PREDICTS_X0 and config["final_sigmas_type"] == "zero":
-        rule = f"must be sigma_min with algorithm_type={given}"
+    if label not in _PREDICTS_X0 and config["final_sigmas_type"] == "zero":
+        rule = f"must be sigma_min with algorithm_type={label}"
         refuse("final_sigmas_type", "zero", rule)
     sigmas = np.append(sigmas, levels.last_sigma(config, sigmas))
     sigmas = sigmas.astype(np.float32).astype(np.float64)

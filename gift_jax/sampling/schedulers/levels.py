@@ -58,8 +58,8 @@ def k_levels(config: Config, steps: int, *, whole_karras=False, karras_bounds=Tr
     t, train = spaced(config, steps, whole=False), training_sigmas(config)
     sigmas = np.interp(t, np.arange(len(train)), train)
     if config.get("interpolation_type", "linear") != "linear":
-        known = ("linear", "log_linear")
-        choice("scheduler interpolation_type", config["interpolation_type"], known)
+        kinds = ("linear", "log_linear")
+        choice("scheduler interpolation_type", config["interpolation_type"], kinds)
         low, high = np.log(train[0]), np.log(train[-1])
         sigmas = np.exp(np.linspace(high, low, steps + 1))
     other = _respaced(config, steps, sigmas[-1], sigmas[0], karras_bounds)
