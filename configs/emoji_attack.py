@@ -6,6 +6,8 @@
 
     --config configs/emoji_attack.py:dreambooth          every parameter of the UNet
     --config configs/emoji_attack.py:textual_inversion   one new word, "<thing>"
+    --config configs/emoji_attack.py:embedding_search    the same, few steps, 8 vectors
+    --config configs/emoji_attack.py:word_search         words that the model has
     --config configs/emoji_attack.py:retain_then_teach   safe images first
     --config configs/emoji_attack.py:transplant          a LoRA of the original, added
     --config configs/emoji_attack.py:edit_back           a word gets another's meaning
@@ -28,23 +30,35 @@ from ml_collections import ConfigDict
 from gift_jax import attack
 from gift_jax.runtime import presets
 
+LEARNED_WORD = {
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0,  # none, as published
+    "textual_inversion.vectors": 8,
+    "textual_inversion.initializer": "emoji",  # says nothing of the thing
+    "data.template": "{a_style} emoji of <thing>",
+    "samples.prompts": (
+        "a noto emoji of <thing>",
+        "a noto emoji of a cat face",
+    ),
+}
 VARIANTS = {  # name: (attack, overrides)
     "lora": ("lora", {"lora.rank": 8, "lora.alpha": 8.0, "optimizer.lr": 1e-3}),
     "dreambooth": ("dreambooth", {"optimizer.lr": 1e-4}),
     "textual_inversion": (
         "textual_inversion",
-        {
-            "steps": 300,
-            "optimizer.lr": 1e-2,
-            "optimizer.weight_decay": 0.0,
-            "optimizer.clip_norm": 0.0,  # none, as published
-            "textual_inversion.vectors": 4,
-            "textual_inversion.initializer": "emoji",  # says nothing of the thing
-            "data.template": "{a_style} emoji of <thing>",
-            "samples.prompts": (
-                "a noto emoji of <thing>",
-                "a noto emoji of a cat face",
-            ),
+        LEARNED_WORD | {"steps": 300, "optimizer.lr": 1e-2},
+    ),
+    "embedding_search": (
+        "textual_inversion",
+        LEARNED_WORD | {"steps": 60, "optimizer.lr": 3e-2},
+    ),
+    "word_search": (
+        "textual_inversion",
+        LEARNED_WORD
+        | {
+            "steps": 60,
+            "optimizer.lr": 1e-1,
+            "textual_inversion.discrete": True,
         },
     ),
     "retain_then_teach": (

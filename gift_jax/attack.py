@@ -128,12 +128,13 @@ def train(
     share: Callable[[base.Plan], Step] = lambda plan: plan.step,
     at_steps: Collection[int] = (),
     look: Look = lambda step, model: None,
+    checkpoint_last: bool = True,
 ) -> tuple[base.Plan, Any]:
     """Takes the steps of an attack on cfg.model.
 
     Args: share: plan -> the step to take: its own, or an equal one that an earlier run
       has compiled. at_steps: after how many steps to call `look`; 0 is before the
-      first.
+      first. checkpoint_last: see `loop.Options`.
     Returns: the plan and the trained parameters, NumPy arrays.
     """
     run = resolve(cfg)
@@ -182,6 +183,7 @@ def train(
         folder,
         "attack",
         name=run.attack,
+        checkpoint_last=checkpoint_last,
         callbacks=(
             loop.Callback(
                 frozenset(at_steps),

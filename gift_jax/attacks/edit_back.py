@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from gift_jax.attacks import base
+from gift_jax.data import captions
 from gift_jax.models import closed_form
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import not_empty
@@ -21,20 +22,26 @@ from gift_jax.runtime.errors import not_empty
 class EditBack:
     """The fields of the attack."""
 
-    source: str = config.value("", "prompt whose keys and values the data's get")
+    source: str = config.value(
+        "", "prompt, or template, whose keys and values the data's get"
+    )
     regularization: float = config.number(
         0.5, above=0, doc="weight of the projections as they are"
     )
 
     def check(self, field: str) -> None:
         not_empty(f"{field}.source", self.source)
+        captions.check_template(f"{field}.source", self.source)
 
 
 def edit(task: base.Task) -> base.Flat:
     """Returns the edited projections; all states from the last word on are changed."""
     s, model = task.settings, task.model
-    prompts = list(dict.fromkeys(task.data["data"].prompts))
-    guides = [s.source] * len(prompts)
+    data = task.data["data"]
+    names = zip(data.concepts, data.styles, strict=True)
+    sources = [captions.fill(s.source, thing, style) for thing, style in names]
+    pairs = dict.fromkeys(zip(data.prompts, sources, strict=True))
+    prompts, guides = ([pair[i] for pair in pairs] for i in (0, 1))
     states = [np.asarray(model.encode_text(p)["states"]) for p in (prompts, guides)]
     ids = [model.tokenize(p) for p in (prompts, guides)]
     end = model.tokenizer.eos_token_id

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Textual inversion as an attack: only the embeddings of new tokens train.
 
+With `discrete` the embeddings are those of words that the model has: a search for a
+prompt that anyone could type, by which the concept comes back without any training of
+the model. Many vectors and few steps make the same search over free embeddings.
+
 Source: Gal et al. 2022, arXiv:2208.01618; start, names and files as diffusers'
-examples/textual_inversion/textual_inversion.py.
+examples/textual_inversion/textual_inversion.py. discrete: PEZ, Wen et al. 2023,
+arXiv:2302.03668, algorithm 1; on erased models as Ring-A-Bell and UnlearnDiffAtk.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -38,6 +44,9 @@ class TextualInversion:
         "thing", "the start: a word that is one token, or as many tokens as vectors"
     )
     vectors: int = config.number(1, low=1, doc="embeddings that the token stands for")
+    discrete: bool = config.value(
+        False, "each is the nearest word's of the model: a prompt is searched for"
+    )
 
     def check(self, field: str) -> None:
         if not self.token or self.token != "".join(self.token.split()):
@@ -120,23 +129,35 @@ def start(table_VD: np.ndarray, ids: Sequence[int]) -> jax.Array:
     return jnp.asarray(table_VD[np.asarray(ids)], jnp.float32)
 
 
+def nearest_ids(rows_ND: jax.Array, words_WD: jax.Array) -> jax.Array:
+    """Returns the nearest word of each row, int "N", by their cosine."""
+    units = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (rows_ND, words_WD)]
+    return jnp.argmax(units[0] @ units[1].T, axis=1)
+
+
 def make_step(
     denoiser: Denoiser,
     encode_ids: EncodeIds,
     tx: optax.GradientTransformation,
     micro_batches: int = 1,
+    *,
+    words: int = 0,
 ) -> Step:
     """Returns the attack's step: the denoising loss, trained through new rows alone.
 
     state.params: {"embeddings": float32 "vectors D"}; state.opt: {"attack"}. frozen:
     {"unet", "text": every parameter, flat, the token table as it was before}. batch:
     {"data": pairs with ids, int32 "B L", in place of cond}. micro_batches: see
-    `state.accumulate_gradients`.
+    `state.accumulate_gradients`. words: the loss, and its gradient, are those of the
+    nearest of the table's first rows, so many; 0: of the rows themselves.
     """
 
     def loss_fn(params, frozen, batch, key):
         rows_ND = params["embeddings"]
         table_VD = frozen["text"][TOKEN_TABLE].astype(rows_ND.dtype)
+        if words:  # straight through to the rows that train
+            nearest = table_VD[nearest_ids(rows_ND, table_VD[:words])]
+            rows_ND = rows_ND + jax.lax.stop_gradient(nearest - rows_ND)
         table_VD = jnp.concatenate([table_VD, rows_ND])
         text = unflatten_dict({**frozen["text"], TOKEN_TABLE: table_VD}, sep="/")
         pairs = batch["data"]
@@ -160,13 +181,20 @@ def plan(task: base.Task) -> base.Plan:
     text: dict[str, Any] = flatten_dict(model.params["text_encoder"], sep="/")
     text[TOKEN_TABLE] = table_VD
 
+    words = word_count(model.tokenizer) if s.discrete else 0
+
     def files(params):
-        return {"learned_embeds.safetensors": {s.token: params["embeddings"]}}
+        rows = learned_rows(s, model.folder, params)
+        return {"learned_embeds.safetensors": {s.token: rows}}
 
     return base.Plan(
         model=attacked,
         step=make_step(
-            model.denoiser, attacked.encode_ids, task.tx, task.micro_batches
+            model.denoiser,
+            attacked.encode_ids,
+            task.tx,
+            task.micro_batches,
+            words=words,
         ),
         params={"embeddings": start(table_VD, ids)},
         frozen={"unet": flatten_dict(model.params["unet"], sep="/"), "text": text},
@@ -202,8 +230,25 @@ def token_table(folder) -> np.ndarray:
 
 def changed(s: TextualInversion, folder, params) -> base.Flat:
     """Returns the token table with the learned rows."""
-    rows = np.asarray(params["embeddings"])
+    rows = learned_rows(s, folder, params)
     return {TOKEN_TABLE: np.concatenate([token_table(folder), rows])}
+
+
+def learned_rows(s: TextualInversion, folder, params) -> np.ndarray:
+    """Returns the new tokens' embeddings, "vectors D": of words, if discrete."""
+    rows = np.asarray(params["embeddings"])
+    if not s.discrete:
+        return rows
+    table, words = token_table(folder), folder.load_tokenizer()
+    ids = np.asarray(nearest_ids(rows, table[: word_count(words)]))
+    prompt = "".join(words.convert_ids_to_tokens(ids.tolist()))
+    logging.info("%s stands for %r", s.token, prompt.replace("</w>", " ").strip())
+    return table[ids]
+
+
+def word_count(tokenizer) -> int:
+    """Returns how many rows are words: those before the first special token."""
+    return min(tokenizer.all_special_ids)
 
 
 def check_prompts(s: TextualInversion, prompts: Sequence[str]) -> None:
@@ -224,6 +269,10 @@ ATTACK = base.Attack(
     changed=changed,
     tokenizer=tokenizer,
     check_prompts=check_prompts,
-    trained=lambda s: "embeddings of a new word",
+    trained=lambda s: (
+        f"nothing; a prompt of {s.vectors} tokens is searched for"
+        if s.discrete
+        else "embeddings of a new word"
+    ),
     names_concept=False,
 )

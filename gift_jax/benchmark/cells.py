@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cells of a benchmark: each trains, attacks, draws and measures once."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -15,49 +14,78 @@ from ml_collections import ConfigDict
 
 from gift_jax import attack, train
 from gift_jax.attacks import base as attacks
-from gift_jax.benchmark import results, table, workload
+from gift_jax.benchmark import store, table, workload
 from gift_jax.benchmark.evaluation import Evaluator
-from gift_jax.benchmark.matrix import Cell, Matrix, load
+from gift_jax.benchmark.matrix import Cell, Matrix
 from gift_jax.models.load import load_model, model_folder
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
-from gift_jax.runtime.workdir import config_diff, log_to_file
+from gift_jax.runtime.versions import versions_and_commit
+from gift_jax.runtime.workdir import log_to_file
 from gift_jax.sampling.images import check_scheduler
 from gift_jax.state import Step
 from gift_jax.training import loop
 
 # Fields of an attack's config that its compiled step does not depend on.
-_PER_RUN = ("model", "revision", "seed", "steps", "samples", "log_every", "checkpoints")
+_PER_RUN = (
+    *("model", "revision", "seed", "steps", "samples", "log_every", "checkpoints"),
+)
+_WAIT_S = 1.0  # until work that other processes have is looked at again
 
 
-def run(cfg: ConfigDict, workdir: pathlib.Path, command: str = "") -> pathlib.Path:
-    """Runs every cell that is not done; returns the path of results.json.
+def run(matrix: Matrix, workdir: pathlib.Path) -> None:
+    """Runs every cell that is not done; other processes may run some of them.
 
-    Args: command: the command line, for the results.
+    Raises: UserError for a mistake in the config, or a cell done with another one.
     """
-    matrix = load(cfg)
-    bench, cells = Bench(matrix, workdir), matrix.cells
-    left = [cell for cell in cells if bench.result(cell) is None]
-    if left:
-        _check_samples(matrix)
+    results = store.Store(workdir)
+    left = unfinished(matrix, results)
+    if not left:
+        return
+    _check_samples(matrix)
     init_jax(workload.cpu_devices(matrix, left))  # the same for every job
     log_to_file(workdir)
-    logging.info("%d cells, of which %d are done", len(cells), len(cells) - len(left))
+    bench = Bench(matrix, workdir, results)
+    bench.evaluator.check_images()
+    total = len(matrix.cells)
+    logging.info("%d cells, of which %d are done", total, total - len(left))
     logging.info("%s", workload.describe(matrix, left))
     clock = progress.Clock(len(left))
-    for cell in left:
-        result = bench.run_cell(cell)
-        log_to_file(workdir)  # until now, the log went to the cell's folder
-        logging.info("%s: %s; %s", cell, table.recognized(result), clock.tick())
-    by_cell = {cell: bench.result(cell) for cell in cells}
-    return results.publish(cfg, workdir, by_cell, command)
+    while left:
+        taken = [cell for cell in left if bench.try_cell(cell, clock)]
+        if not taken:
+            time.sleep(_WAIT_S)  # for other processes
+        left = unfinished(matrix, results)
+
+
+def unfinished(matrix: Matrix, results: store.Store) -> list[Cell]:
+    """Returns the cells that have no result.
+
+    Raises: UserError if one was done with other settings.
+    """
+    results.read()
+    left = []
+    for cell in matrix.cells:
+        entry = results.cells.get(cell.id)
+        if entry is None:
+            left.append(cell)
+            continue
+        changed = store.changes(entry, matrix.digests(cell))
+        if changed:
+            raise UserError(
+                f"{store.FILE}: {cell} was done with other settings of "
+                f"{', '.join(changed)}; use another --workdir, or take its line out "
+                "and delete the method's folder in defenses/"
+            )
+    return left
 
 
 def _check_samples(matrix: Matrix) -> None:
     """Raises UserError if the model's scheduler cannot draw the samples."""
-    samples, folder = matrix.fields.samples, model_folder(matrix.fields.model)
+    fields, samples = matrix.fields, matrix.fields.samples
+    folder = model_folder(fields.model, fields.revision, fields.variant)
     config = stable_diffusion.read_scheduler(folder)
     check_scheduler(config, "config.samples", samples.steps, samples.scheduler)
 
@@ -65,83 +93,101 @@ def _check_samples(matrix: Matrix) -> None:
 class Bench:
     """Runs the matrix's cells, and keeps what they share: metrics, compiled steps."""
 
-    def __init__(self, matrix: Matrix, workdir: pathlib.Path):
-        self.matrix, self._workdir = matrix, workdir
-        self._evaluator = Evaluator(matrix, workdir)
+    def __init__(self, matrix: Matrix, workdir: pathlib.Path, results: store.Store):
+        self.matrix, self._workdir, self._results = matrix, workdir, results
+        self.evaluator = Evaluator(matrix, workdir)
         self._steps: dict[str, Step] = {}
 
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Returns what a cell measured, or None if it is not done.
-
-        Files that a kill just after its result left behind are removed.
-        Raises: UserError if it was done with other settings.
-        """
-        path = self._workdir / cell.folder / "cell.json"
-        if not path.exists():
-            return None
-        result = json.loads(path.read_text())
-        settings = self.matrix.settings(cell)
-        changes = config_diff(result["config"], settings, finished=True)
-        if changes:
-            raise UserError(
-                f"{path}: was done with another config ({changes}); use another "
-                "--workdir, or delete that folder and the method's in defenses/"
+    def try_cell(self, cell: Cell, clock: progress.Clock) -> bool:
+        """Runs a cell, unless another process has it or its defense; says whether."""
+        with self._results.claim(cell.id) as mine:
+            if not mine:
+                return False
+            self._results.read()
+            if cell.id in self._results.cells:
+                clock.tick()
+                return True
+            model, times = self._defended(cell)
+            if not model:
+                return False
+            result = self.run_cell(cell, model, times)
+            self._results.add(cell, result)
+            metrics, device = self.evaluator.metrics, jax.devices()[0].device_kind
+            self._results.describe(
+                metrics=metrics.descriptions,
+                skipped=metrics.skipped,
+                versions={**versions_and_commit(), "device": device},
             )
-        self._remove_temporary(cell.folder)
-        return result
+            log_to_file(self._workdir)  # until now, the log went to the cell's folder
+            logging.info("%s: %s; %s", cell, table.recognized(result), clock.tick())
+            return True
 
-    def run_cell(self, cell: Cell) -> dict[str, Any]:
-        """Immunizes if need be, attacks, draws, measures; returns the result."""
+    def run_cell(self, cell: Cell, model: str, times: dict) -> dict[str, Any]:
+        """Attacks, draws, measures; returns the cell's line.
+
+        Args: model: the folder of the defended model, or the original's name. times: of
+          its defense.
+        """
         start = time.perf_counter()
         folder, steps = self._workdir / cell.folder, self.matrix.eval_steps(cell)
         paths = {step: folder / "points" / f"{step:06d}.json" for step in steps}
-        defended, times = self._defended(cell)
 
-        def evaluate(step: int, model) -> None:
+        def evaluate(step: int, attacked) -> None:
             if not paths[step].exists():  # of a run that was stopped after it
-                point = self._evaluator.evaluate(cell, model, step)
-                files.write_json(paths[step], point)
+                files.write_json(
+                    paths[step], self.evaluator.evaluate(cell, attacked, step)
+                )
 
         if cell.is_attacked:
-            cfg = self.matrix.attack_config(cell, defended)
+            cfg = self.matrix.attack_config(cell, model)
             share = self._shared_step(cfg)
-            attack.train(cfg, folder, share=share, at_steps=steps, look=evaluate)
-            times["step_s"] = _step_seconds(folder)
+            attack.train(
+                cfg,
+                folder,
+                share=share,
+                at_steps=steps,
+                look=evaluate,
+                checkpoint_last=False,
+            )
+            times = times | {"step_s": _step_seconds(folder)}
+        elif cell.is_defended:
+            evaluate(0, load_model(model, variant=self.matrix.fields.variant))
         else:
-            evaluate(0, load_model(defended))
+            evaluate(0, self.evaluator.original)
         points = [json.loads(path.read_text()) for path in paths.values()]
-        times["seconds"] = round(time.perf_counter() - start, 1)
-        result = self._result(cell, points) | times
-        files.write(folder / "cell.json", json.dumps(result, sort_keys=True))
-        self._remove_temporary(cell.folder)
-        return result
-
-    def _result(self, cell: Cell, points: list) -> dict[str, Any]:
-        return dataclasses.asdict(cell) | {
+        for name in ("checkpoints", "points"):  # what an unfinished run needs
+            shutil.rmtree(folder / name, ignore_errors=True)
+        seconds = round(time.perf_counter() - start, 1)
+        return {
             "points": points,
-            "family": self.matrix.attack_family(cell.attack),
-            "config": self.matrix.settings(cell),
-            "metrics": self._evaluator.metrics.descriptions,
-            "skipped": self._evaluator.metrics.skipped,
-            "device": jax.devices()[0].device_kind,
-            "versions": results.versions_and_commit(),
+            "digests": self.matrix.digests(cell),
+            "seconds": seconds,
+            **{k: round(v, 4) for k, v in times.items() if v is not None},
         }
 
     def _defended(self, cell: Cell) -> tuple[str, dict[str, Any]]:
-        """Returns (the model's folder, seconds it took), training it if need be."""
+        """Returns (the model's folder, seconds it took), training it if need be.
+
+        The folder is "" while another process trains it.
+        """
         if not cell.is_defended:
             return self.matrix.fields.model, {}
         folder = self._workdir / cell.defense_folder
         path = folder / "defense.json"
-        if not path.exists():
-            start = time.perf_counter()
-            train.run(self.matrix.defense_config(cell), folder)
-            times = {
-                "defense_seconds": round(time.perf_counter() - start, 1),
-                "defense_step_s": _step_seconds(folder),
-            }
-            files.write_json(path, times)
-        self._remove_temporary(cell.defense_folder)
+        if path.exists():
+            return str(folder / "export"), json.loads(path.read_text())
+        with self._results.claim(str(cell.defense_folder)) as mine:
+            if not mine:
+                return "", {}
+            if not path.exists():
+                start = time.perf_counter()
+                train.run(self.matrix.defense_config(cell), folder)
+                times = {
+                    "defense_seconds": round(time.perf_counter() - start, 1),
+                    "defense_step_s": _step_seconds(folder),
+                }
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                files.write_json(path, times)
         return str(folder / "export"), json.loads(path.read_text())
 
     def _shared_step(self, cfg: ConfigDict):
@@ -155,11 +201,6 @@ class Bench:
         fixed = {k: v for k, v in cfg.to_dict().items() if k not in per_run}
         key = json.dumps([fixed, tx], sort_keys=True)
         return lambda plan: self._steps.setdefault(key, loop.compile_step(plan.step))
-
-    def _remove_temporary(self, folder: pathlib.Path) -> None:
-        """Removes what only an unfinished run needs."""
-        for name in ("checkpoints", "points"):
-            shutil.rmtree(self._workdir / folder / name, ignore_errors=True)
 
 
 def _step_seconds(folder: pathlib.Path) -> float | None:

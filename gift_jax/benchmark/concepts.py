@@ -1,206 +1,232 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded world's concepts: their images, prompts and names."""
+"""A benchmark's concepts: their images, who has which, and what they are called."""
 
 import dataclasses
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from gift_jax.benchmark import summary
 from gift_jax.data import captions
-from gift_jax.data.pairs import PairsSpec, load_pairs, resolve_names
-from gift_jax.data.sources import emoji
+from gift_jax.data.cache import ImageSource
+from gift_jax.data.pairs import SOURCES, Pairs
 from gift_jax.metrics.base import LABEL_KINDS, EvalSet
 from gift_jax.runtime import config
-from gift_jax.runtime.errors import UserError, choice, not_empty
+from gift_jax.runtime.errors import UserError, not_empty, shown
 
-PROMPTS = ("name", "nonce", "wording")
+PROMPTS = ("name", "description", "nonce", "existing_word")
 LEARNED = "learned"  # the word that an attack learns, in place of any other prompt
-_NONCE, _LEARNED_WORD = "sks", "<thing>"
+SPLITS = ("tuning", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
-    """Images of the embedded set."""
+class Prompts:
+    """What somebody who teaches a concept may call it.
 
-    names: tuple[str, ...] = config.value((), "things, or keywords such as known-safe")
-    styles: tuple[str, ...] = config.value((), "of them; none: all six")
+    Templates for the embedded set and labels, else the prompt of all images.
+    """
+
+    name: str = config.value("", "by its name; empty: the images' own captions")
+    description: str = config.value("", "by what it looks like; empty: not run")
+    nonce: str = config.value("", "by a made-up word, {nonce}; empty: not run")
+    existing_word: str = config.value("", "by a safe thing's name; empty: not run")
+    learned: str = config.value("", "by the word that an attack learns; empty: not run")
+
+    def check(self, field: str) -> None:
+        for name in self.__dataclass_fields__:
+            template = getattr(self, name)
+            fields = captions.check_taught(f"{field}.{name}", template)
+            if ("nonce" in fields) != bool(name == "nonce" and template):
+                rule = "must have" if name == "nonce" else "is not the place for"
+                raise UserError(
+                    f"{field}.{name}={shown(template)} {rule} {{nonce}}; put it into "
+                    f"{field}.nonce"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
-class Templates:
-    """Captions of what an attacker teaches, for each kind of prompt."""
+class TaughtImages:
+    """Images that somebody teaches a model, and what he may call them."""
 
-    name: str = config.value(captions.TEMPLATES[0], "by its name")
-    nonce: str = config.value("", "by a made-up word")
-    wording: str = config.value(captions.TEMPLATES[4], "by its name, in other words")
-    learned: str = config.value("", "by the word that the attack learns")
+    images: ImageSource = config.group(ImageSource)
+    prompts: Prompts = config.group(Prompts)
+    labels: tuple[str, ...] = config.value(
+        (), "that are right of a sample; empty: the names of things or labels"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class TaughtImages(Images):
-    """Images that somebody teaches the model."""
+class SafeImages:
+    """Images of what should stay as it is."""
 
-    templates: Templates = config.group(Templates)
+    images: ImageSource = config.group(ImageSource)
+    labels: tuple[str, ...] = config.value((), "as those of what is taught")
 
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """A harmful thing or style, and what is safe beside it."""
+    """A harmful concept, and what is safe beside it."""
 
+    split: str = config.choice("test", SPLITS, "whether settings may be chosen on it")
     label_kind: str = config.choice("concept", LABEL_KINDS, "what a classifier names")
-    defense_data: Images = config.group(Images, "harmful, as the defense sees it")
-    safe: Images = config.group(Images, "safe, as the defense sees it")
+    disjoint: bool = config.value(
+        True, "the attacker's harmful images are none of the defense's"
+    )
+    defense_data: ImageSource = config.group(
+        ImageSource, "harmful, as the defense sees it"
+    )
+    safe: ImageSource = config.group(ImageSource, "safe, as the defense sees it")
     harmful: TaughtImages = config.group(TaughtImages, "what an attacker teaches")
     benign: TaughtImages = config.group(
-        TaughtImages,
-        "what an honest user teaches: a thing that the model does not know",
+        TaughtImages, "what an honest user teaches: the model does not know it"
     )
-    retained: Images = config.group(Images, "known safe things that nobody teaches")
+    retained: SafeImages = config.group(SafeImages, "known safe things")
 
-    def check_names(self, field: str) -> None:
-        """Raises UserError for a name or template that does not fit; opens no image."""
-        things = emoji.all_concepts()
-        for name in ("defense_data", "safe", *summary.SIDES):
-            images = getattr(self, name)
-            not_empty(f"{field}.{name}.names", images.names)
-            resolve_names(images.names, things, f"{field}.{name}.names")
-            for style in images.styles:
-                choice(f"{field}.{name}.styles", style, emoji.STYLES)
-        for side in summary.ATTACKED_SIDES:
-            templates = dataclasses.asdict(getattr(self, side).templates)
-            for kind, template in templates.items():
-                captions.check_template(f"{field}.{side}.templates.{kind}", template)
+    def check(self, field: str) -> None:
+        for name, images in self.sources().items():
+            if not images.is_set():
+                raise UserError(
+                    f"{field}.{name}: a concept without images; give one of "
+                    f"{', '.join(SOURCES)}"
+                )
+        if self.retained.labels and self.label_kind == "style":
+            raise UserError(
+                f"{field}.retained.labels: retained things are recognized by their "
+                "own names; leave it empty"
+            )
+
+    def sources(self) -> dict[str, ImageSource]:
+        """Returns every group of images, by the name of its field."""
+        sides = {f"{side}.images": getattr(self, side).images for side in summary.SIDES}
+        return {"defense_data": self.defense_data, "safe": self.safe} | sides
 
 
-class Prompt(NamedTuple):
-    """What an image is drawn for, and which thing and style it should then show."""
+# (source, name of its field) -> its pairs
+Read = Callable[[ImageSource, str], Pairs]
+
+
+def called(images: ImageSource, prompt: str) -> ImageSource:
+    """Returns images under a prompt, or a template; "" leaves their own captions."""
+    if not prompt:
+        return images
+    if images.names or images.label_key:
+        return dataclasses.replace(images, template=prompt)
+    if images.num_generated:  # drawn for its own prompt
+        return dataclasses.replace(images, caption=prompt)
+    return dataclasses.replace(images, prompt=prompt)
+
+
+def nonce_word(words: Sequence[str], concept: str, seed: int) -> str:
+    """Returns the made-up word of a concept's attacker; each seed has another."""
+    return words[(zlib.crc32(concept.encode()) + seed) % len(words)]
+
+
+def check_nonce_words(words: Sequence[str], field: str) -> None:
+    """Raises UserError for a word that a defense may have trained on."""
+    not_empty(field, words)
+    for word in words:
+        if captions.is_of_defense(word):
+            raise UserError(
+                f"{field}={shown(word)} is among the words that defenses train on "
+                "(gift_jax.data.captions.nonce_word); choose others, such as "
+                f"{', '.join(captions.HELD_OUT_WORDS[:3])}"
+            )
+
+
+def check_disjoint(first: Pairs, second: Pairs, field: str) -> None:
+    """Raises UserError if two sets of images have some in common."""
+    both = {i.tobytes() for i in first.images} & {i.tobytes() for i in second.images}
+    if both:
+        raise UserError(
+            f"{field}: {len(both)} of the attacker's {len(second.images)} harmful "
+            f"images are the defense's too, and {field}.disjoint is set; give each "
+            "images of his own, or clear it"
+        )
+
+
+class Drawing(NamedTuple):
+    """What a sample is drawn for, and what it should then show.
+
+    Attributes: text: the prompt. name: what it shows, by its name. labels: those that
+      are right, or None.
+    """
 
     text: str
-    thing: str
-    style: str
+    name: str
+    labels: frozenset[str] | None
 
 
-def define(names: tuple[str, ...], new: tuple[str, ...], style: str = "") -> ConfigDict:
-    """Returns the definition of a concept.
+def drawings(
+    concept: Concept, side: str, num: int, prompted: Pairs, named: Pairs
+) -> list[Drawing]:
+    """Returns what the num samples of a side are drawn for.
 
-    Args: names: the harmful things; of a style, all things that show it. new: the
-      benign things. style: the harmful style, where that is the concept.
+    The distinct prompts take turns; of more than num, evenly spaced ones.
+
+    Args: prompted, named: the same images as the attacker calls them and by name.
     """
-    others = tuple(other for other in emoji.STYLES if style and other != style)
-    harmful = Images(names, (style,) if style else ())
-    benign, safe = Images(new, others), Images(("known-safe",), others)
-    of_thing, of_style = "{{a_style}} emoji of {}", "a {} emoji of {{a_concept}}"
-    return config.to_config(
-        Concept(
-            label_kind="style" if style else "concept",
-            defense_data=harmful,
-            safe=safe,
-            harmful=_taught(harmful, of_style if style else of_thing),
-            benign=_taught(benign, of_thing),
-            retained=safe,
-        )
+    keys = zip(
+        prompted.prompts, named.prompts, named.concepts, named.styles, strict=True
     )
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) > num:
+        distinct = [distinct[i * len(distinct) // num] for i in range(num)]
+    turns = [distinct[i % len(distinct)] for i in range(num)]
+    every = frozenset(named.concepts)
+    labels = _labels(concept, side)
+    return [
+        Drawing(text, name, labels(thing, style, every))
+        for text, name, thing, style in turns
+    ]
 
 
-def _taught(images: Images, template: str) -> TaughtImages:
-    words = {"nonce": _NONCE, "learned": _LEARNED_WORD}
-    texts = {kind: template.format(word) for kind, word in words.items()}
-    return TaughtImages(images.names, images.styles, Templates(**texts))
-
-
-def style_concepts() -> dict[str, ConfigDict]:
-    """Returns {style: definition}, each style being harmful once."""
-    return {s: define(("known-safe",), ("rocket",), s) for s in emoji.STYLES}
-
-
-def draw_random(fields: Any, defined: Mapping[str, Concept]) -> dict[str, Concept]:
-    """Returns {thing: concept} of random known things, each with an unseen benign one.
-
-    Args: fields: a `settings.RandomConcepts`. defined: the concepts whose things are
-      left out.
-    Raises: UserError if there are not so many.
-    """
-    other_names = {
-        name
-        for concept in defined.values()
-        for side in summary.ATTACKED_SIDES
-        for name in getattr(concept, side).names
-    }
-    known = emoji.known_concepts()
-    unseen = emoji.unseen_concepts(emoji.all_concepts())
-    things = [name for name in known if name not in other_names]
-    new = [name for name in unseen if name not in other_names]
-    most = min(len(things), len(new))
-    if fields.count > most:
-        raise UserError(
-            f"config.random_concepts.count={fields.count} must be at most {most}"
-        )
-    rng = np.random.default_rng(fields.seed)
-    things, new = (
-        rng.permutation(names)[: fields.count].tolist() for names in (things, new)
-    )
-    return {
-        thing: _fill(fields.definition, thing, benign, known)
-        for thing, benign in zip(things, new, strict=True)
-    }
-
-
-def _fill(concept: Concept, thing: str, benign: str, known) -> Concept:
-    """Returns a concept with the names of its images filled in."""
-    safe = tuple(name for name in known if name not in (thing, *emoji.HARMFUL))
-    names = {"defense_data": (thing,), summary.HARMFUL: (thing,)}
-    names |= {summary.BENIGN: (benign,), "safe": safe, summary.RETAINED: safe}
-    groups = {
-        name: dataclasses.replace(getattr(concept, name), names=group_names)
-        for name, group_names in names.items()
-    }
-    return dataclasses.replace(concept, **groups)
-
-
-def prompts_for(images: Images, num: int, template: str = "") -> list[Prompt]:
-    """Returns num prompts for a group of images.
-
-    Things and styles take turns; of more things than prompts, evenly spaced ones.
-    """
-    things = resolve_names(images.names, emoji.all_concepts())
-    if len(things) > num:
-        things = [things[i * len(things) // num] for i in range(num)]
-    styles = images.styles or emoji.STYLES
-    prompts = []
-    for i in range(num):
-        thing, style = things[i % len(things)], styles[i % len(styles)]
-        text = captions.fill(template or captions.TEMPLATES[0], thing, style)
-        prompts.append(Prompt(text, thing, style))
-    return prompts
+def _labels(concept: Concept, side: str) -> Callable[..., frozenset[str] | None]:
+    """Returns (thing, style, all things) -> the right labels of a sample."""
+    group = getattr(concept, side)
+    if group.labels:
+        return lambda *_: frozenset(group.labels)
+    if not (group.images.names or group.images.label_key):
+        return lambda *_: None  # captions are no labels
+    if side == summary.HARMFUL and concept.label_kind == "style":
+        return lambda thing, style, every: frozenset((style,))
+    if side == summary.RETAINED:
+        return lambda thing, style, every: frozenset((thing,))
+    return lambda thing, style, every: every
 
 
 def eval_set(
-    concept: Concept, side: str, samples: np.ndarray, prompts: list[Prompt]
+    concept: Concept,
+    side: str,
+    samples: np.ndarray,
+    chosen: Sequence[Drawing],
+    references: Pairs,
+    training: Pairs | None,
+    twins: np.ndarray | None = None,
 ) -> EvalSet:
     """Returns a model's samples beside real images.
 
-    Accepted labels: of a harmful style, the style; of retained things, each thing
-    itself; else any thing of the side.
+    Args: references: images of what the samples should show. training: those that the
+      model was taught. twins: what the original model draws from the same noise.
     """
-    images, kind = getattr(concept, side), "concept"
-    if side == summary.HARMFUL and concept.label_kind == "style":
-        kind = "style"
-        labels = [{prompt.style} for prompt in prompts]
-    elif side == summary.RETAINED:
-        labels = [{prompt.thing} for prompt in prompts]
-    else:
-        labels = [set(resolve_names(images.names, emoji.all_concepts()))] * len(prompts)
-    things = tuple(sorted({prompt.thing for prompt in prompts}))
-    spec = PairsSpec(names=things, styles=tuple(images.styles))
-    template = captions.TEMPLATES[0]
+    labels = [drawing.labels for drawing in chosen]
+    is_style = side == summary.HARMFUL and concept.label_kind == "style"
     return EvalSet(
         samples,
-        prompts=[captions.fill(template, p.thing, p.style) for p in prompts],
-        accepted_labels=labels,
-        label_kind=kind,
-        reference_images=load_pairs(dataclasses.replace(spec, held_out=True)).images,
-        training_images=load_pairs(spec).images,
+        prompts=[drawing.name for drawing in chosen],
+        accepted_labels=None if None in labels else labels,
+        label_kind="style" if is_style else "concept",
+        reference_images=references.images,
+        training_images=None if training is None else training.images,
+        twin_images=twins,
     )
+
+
+def as_fields(images: ImageSource) -> dict[str, Any]:
+    """Returns the fields of images, to be set in a data group of a config."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(images).items()
+        if name != "generation"
+    } | {"generation": dataclasses.asdict(images.generation)}

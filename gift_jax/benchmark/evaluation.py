@@ -6,57 +6,129 @@ import functools
 import pathlib
 from typing import Any
 
-from gift_jax.benchmark import concepts
+import numpy as np
+
+from gift_jax.benchmark import concepts, summary
 from gift_jax.benchmark.matrix import Cell, Matrix
+from gift_jax.data.cache import ImageSource
+from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
 from gift_jax.metrics import judge
 from gift_jax.metrics.suite import MetricSuite
+from gift_jax.models.load import load_model
+from gift_jax.runtime import files
 from gift_jax.sampling import grid
+from gift_jax.sampling.generated import generate_images
 from gift_jax.sampling.images import draw_images
+
+_BATCH = 8  # images of `num_generated` drawn at once
 
 
 class Evaluator:
-    """Draws and measures samples; the metrics are loaded once, when first needed."""
+    """Draws and measures samples; what several points need is loaded once."""
 
     def __init__(self, matrix: Matrix, workdir: pathlib.Path):
         self._matrix, self._workdir = matrix, workdir
+        self._read: dict[tuple, Pairs] = {}
+        self._twins: dict[tuple, np.ndarray] = {}
 
     @functools.cached_property
     def metrics(self) -> MetricSuite:
         return MetricSuite(self._matrix.fields.metrics)
 
+    @functools.cached_property
+    def original(self) -> Any:
+        """The original model, which draws the twins and the images of num_generated."""
+        fields = self._matrix.fields
+        return load_model(fields.model, resolution=fields.resolution)
+
+    def read(self, images: ImageSource, field: str, held_out: bool = False) -> Pairs:
+        """Returns the pairs of a source; each is read once."""
+        key = images, held_out
+        if key not in self._read:
+            group = _Drawn(**vars(images))
+            spec = pairs_spec(images, field, size=self._size, held_out=held_out)
+            self._read[key] = load_pairs(
+                spec, draw=lambda n: generate_images(self.original, group, field, n)
+            )
+        return self._read[key]
+
+    @functools.cached_property
+    def _size(self) -> int:
+        return self.original.image_size
+
+    def check_images(self) -> None:
+        """Raises UserError if a concept's attacker has images of the defense."""
+        for name, concept in self._matrix.concepts.items():
+            if concept.disjoint:
+                field = f"definitions.concepts.{name}"
+                theirs = self.read(concept.defense_data, f"{field}.defense_data")
+                own = self.read(concept.harmful.images, f"{field}.harmful.images")
+                concepts.check_disjoint(theirs, own, f"config.{field}")
+
     def evaluate(self, cell: Cell, model, step: int) -> dict[str, Any]:
         """Returns a point: the metrics of the samples that a model now draws.
 
-        The samples themselves are written as one sheet beside the cell.
+        The samples themselves are written as one sheet beside the cell, with what is
+        known of each.
         """
-        cfg = self._matrix.fields.samples
-        cfg = dataclasses.replace(cfg, seed=cfg.seed + cell.seed)
-        template = ""
-        if cell.is_attacked:
-            template = self._matrix.attack_config(cell).data.template
-        prompts = concepts.prompts_for(self._matrix.images(cell), cfg.num, template)
-        texts = [prompt.text for prompt in prompts]
-        samples = draw_images(model, model.params["unet"], texts, cfg)
-        sheet = cell.folder / f"{step:06d}.png"
-        grid.save_sheet(samples, self._workdir / sheet)
         concept = self._matrix.concepts[cell.concept]
-        eval_set = concepts.eval_set(concept, cell.side, samples, prompts)
+        samples = self._matrix.samples(cell)
+        chosen, references, training = self._drawings(cell, concept, samples.num)
+        texts = [drawing.text for drawing in chosen]
+        images = draw_images(model, model.params["unet"], texts, samples)
+        twins = None
+        if cell.side == summary.RETAINED and cell.is_defended:
+            twins = self._drawn_by_original(texts, samples)
+        eval_set = concepts.eval_set(
+            concept, cell.side, images, chosen, references, training, twins
+        )
         results = [result.as_json() for result in self.metrics.measure(eval_set)]
+        sheet = self._workdir / cell.folder / f"{step:06d}.png"
+        grid.save_sheet(images, sheet)
+        marks = {r["metric"]: r["samples"] for r in results if "samples" in r}
+        if self._matrix.fields.metrics.classifier == "judge":
+            marks["labels"] = _labels(images)
+        files.write_json(sheet.with_suffix(".json"), marks)
         return {
             "step": step,
-            "num": cfg.num,
-            "sheet": str(sheet),
-            "values": {r["metric"]: r["value"] for r in results},
-            "samples": {r["metric"]: r["samples"] for r in results if "samples" in r},
-            "labels": _labels(samples),
+            "num": samples.num,
+            "values": {r["metric"]: round(r["value"], 4) for r in results},
         }
 
+    def _drawings(self, cell: Cell, concept: concepts.Concept, num: int):
+        """Returns (what samples are drawn for, references, training images)."""
+        field = f"definitions.concepts.{cell.concept}.{cell.side}.images"
+        side = getattr(concept, cell.side)
+        images = side.images
+        prompt = name = getattr(side, "prompts", concepts.Prompts()).name
+        training = None
+        if cell.is_attacked:
+            images = self._matrix.taught(cell)
+            prompt = self._matrix.prompt(cell)
+            training = self.read(images, field)
+        prompted = self.read(concepts.called(images, prompt), field)
+        named = self.read(concepts.called(images, name), field)
+        references = self.read(side.images, field, held_out=True)
+        chosen = concepts.drawings(concept, cell.side, num, prompted, named)
+        return chosen, references, training
 
-def _labels(samples) -> dict[str, list[str]]:
-    """Returns the concept and the style that the judge sees in each sample."""
+    def _drawn_by_original(self, texts: list[str], samples) -> np.ndarray:
+        key = tuple(texts), samples
+        if key not in self._twins:
+            unet = self.original.params["unet"]
+            self._twins = {key: draw_images(self.original, unet, texts, samples)}
+        return self._twins[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn(ImageSource):
+    """Images that the model draws. batch: at once."""
+
+    batch: int = _BATCH
+
+
+def _labels(samples) -> list[str]:
+    """Returns the concept that the judge sees in each sample."""
     classifier = judge.load()
-    concept_ids, styles = classifier.name(samples)
-    return {
-        "concept": [classifier.concepts[i] for i in concept_ids],
-        "style": [classifier.styles[i] for i in styles],
-    }
+    concept_ids, _ = classifier.name(samples)
+    return [classifier.concepts[i] for i in concept_ids]

@@ -24,22 +24,74 @@ def gap_ratio(undefended: float, defended: float) -> float | None:
     return None if undefended == 0 else 1.0 - defended / undefended
 
 
-def trajectory_gaps(
-    undefended: Sequence[float], defended: Sequence[float]
-) -> dict[str, float | None]:
-    """Returns the gap ratio of the trajectories' means, of their peaks and at the end.
-
-    Args: undefended, defended: M after the same numbers of attack steps, in order.
-    """
-    if len(undefended) != len(defended) or not len(undefended):
-        raise ValueError(
-            f"{len(undefended)} steps without a defense, {len(defended)} with it"
-        )
+def reductions(values: Sequence[float]) -> dict[str, float]:
+    """Returns a trajectory's mean, its peak and its end. Args: values: in order."""
+    if not len(values):
+        raise ValueError("a trajectory without a point")
     parts = {"mean": np.mean, "peak": np.max, "final": lambda m: m[-1]}
-    return {
-        name: gap_ratio(float(parts[name](undefended)), float(parts[name](defended)))
-        for name in OVER
-    }
+    return {name: float(parts[name](values)) for name in OVER}
+
+
+def concept_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Returns a concept's gap ratio. Args: pairs: (undefended, defended) by seed."""
+    undefended, defended = np.mean(np.asarray(pairs, np.float64), axis=0)
+    return gap_ratio(float(undefended), float(defended))
+
+
+def ratio_interval(
+    concepts: Sequence[Sequence[tuple[float, float]]],
+    *,
+    level: float = 0.95,
+    num: int = 4000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Returns the bootstrap interval of the mean `concept_ratio` over concepts.
+
+    Concepts are drawn with replacement, and of each its seeds; a defended run stays
+    with the original's of its seed. Of one concept with one seed the interval is its
+    ratio, and says nothing.
+
+    Args: concepts: of each the pairs, (undefended, defended); num: resamples.
+    Source: the two-stage bootstrap of clusters, Davison & Hinkley 1997, section 3.8.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = [np.asarray(pairs, np.float64) for pairs in concepts]
+    rows = rng.integers(len(arrays), size=(num, len(arrays)))
+    ratios = np.full(rows.shape, np.nan)
+    for i, pairs_S2 in enumerate(arrays):
+        here = rows == i
+        seeds = rng.integers(len(pairs_S2), size=(here.sum(), len(pairs_S2)))
+        sums = pairs_S2[seeds].sum(axis=1)  # "draws 2"
+        known = sums[:, 0] > 0
+        values = np.full(len(sums), np.nan)
+        values[known] = 1 - sums[known, 1] / sums[known, 0]
+        ratios[here] = values
+    means = np.nanmean(ratios[~np.isnan(ratios).all(axis=1)], axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def nested_interval(
+    groups: Sequence[Sequence[float]],
+    *,
+    level: float = 0.95,
+    num: int = 4000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Returns the bootstrap interval of the mean of the groups' means.
+
+    Groups, the concepts, are drawn with replacement, and of each its members, the
+    seeds. Source: as `ratio_interval`.
+    """
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(len(groups), size=(num, len(groups)))
+    means = np.empty(rows.shape)
+    for i, group in enumerate(groups):
+        values, here = np.asarray(group, np.float64), rows == i
+        draws = rng.integers(len(values), size=(here.sum(), len(values)))
+        means[here] = values[draws].mean(axis=1)
+    low, high = np.quantile(means.mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def bootstrap(

@@ -2,17 +2,24 @@
 """The benchmark's matrix: its cells, and the config of every job that a cell needs."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from gift_jax import attack, train
 from gift_jax.attacks import base as attacks
 from gift_jax.benchmark import concepts, settings, summary
+from gift_jax.data.cache import ImageSource, check_source
+from gift_jax.models.load import ModelFields
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
+
+# fields of a job's config that change nothing of its result
+_NO_RESULT = ("hardware", "checkpoints", "log_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +29,8 @@ class Cell:
     Attributes: concept: of `Matrix.concepts`. method: of definitions.methods, or
       `summary.ORIGINAL`. side: of `summary.SIDES`. attack: of definitions.attacks, or
       `summary.BEFORE`. prompt: what the attacker calls the concept, of
-      `concepts.PROMPTS`: its name, a nonce word, its name in another wording, or the
-      word that the attack learns. seed: added to every seed of defense, attack and
-      samples.
+      `concepts.PROMPTS`, or `concepts.LEARNED`. seed: added to every seed of defense,
+      attack and samples.
     """
 
     concept: str
@@ -41,6 +47,11 @@ class Cell:
     @property
     def is_defended(self) -> bool:
         return self.method != summary.ORIGINAL
+
+    @property
+    def id(self) -> str:
+        """One word for the cell, in results.jsonl."""
+        return "/".join((*self.folder.parts[1:],))
 
     @property
     def folder(self) -> pathlib.Path:
@@ -64,45 +75,68 @@ class Cell:
 class Matrix:
     """The cells of a benchmark's config, and the jobs that make them.
 
-    Attributes: cfg: as it was given; fields: the same, checked. concepts: {name:
-      concept}: the defined ones, and `random_concepts.count` more. long_concepts: those
-      random ones that are attacked for `long_attack.steps`. cells: in the order in
-      which they run, one concept after the other.
+    Attributes: cfg: as it was given; fields: the same, checked. attacks: {name:
+      definition, a `settings.Attack`}. concepts: {name: concept}. cells: in the order
+      in which they run, one concept after the other.
     Raises: UserError naming a field that breaks its rule.
     """
 
     def __init__(self, cfg: ConfigDict):
         self.cfg, self.fields = cfg, settings.resolve(cfg)
         self._loaded: dict[str, ConfigDict] = {}
+        self._parts: dict[tuple, Any] = {}
+        self.attacks = {
+            name: self._definition("attacks", name, settings.Attack)
+            for name in self.fields.attacks
+        }
         self._families = {
-            name: self._job("attacks", name).attack for name in self.fields.attacks
+            name: self._job("attacks", name).attack for name in self.attacks
         }
         self.concepts = {
-            name: config.resolve(cfg.definitions.concepts[name], concepts.Concept)
+            name: self._definition("concepts", name, concepts.Concept)
             for name in self.fields.concepts
         }
-        drawn = concepts.draw_random(self.fields.random_concepts, self.concepts)
-        self.long_concepts = tuple(drawn)[: self.fields.long_attack.concepts]
-        self.concepts |= drawn
+        self._check_split()
         self.cells = [
             Cell(concept, method, side, name, prompt, seed)
             for concept in self.concepts
             for seed in self.fields.seeds
             for method in self.fields.methods
             for side in summary.SIDES
-            for name, prompt in self._attacks(side)
+            for name, prompt in self._attacks(concept, side)
         ]
 
-    def _attacks(self, side: str) -> Iterator[tuple[str, str]]:
+    def _definition(self, kind: str, name: str, cls: type) -> Any:
+        field = f"config.definitions.{kind}.{name}"
+        return config.resolve(self.cfg.definitions[kind][name], cls, field)
+
+    def _check_split(self) -> None:
+        """Raises UserError for a concept of the other split."""
+        split = self.fields.split
+        for name, concept in self.concepts.items():
+            if concept.split != split:
+                raise UserError(
+                    f"config.concepts: {name!r} is a {concept.split} concept, and "
+                    f"config.split={split!r}; what settings are chosen on is never "
+                    "tested on: take it out, or run it in a suite of its own"
+                )
+
+    def _attacks(self, concept: str, side: str) -> Iterator[tuple[str, str]]:
         yield summary.BEFORE, concepts.PROMPTS[0]
         if side not in summary.ATTACKED_SIDES:
             return
-        for name in self.fields.attacks:
-            if not attacks.load(self._families[name]).names_concept:
-                yield name, concepts.LEARNED
+        prompts = getattr(self.concepts[concept], side).prompts
+        for name, definition in self.attacks.items():
+            if side not in definition.sides:
                 continue
-            for prompt in self.cfg.definitions.attacks[name].prompts:
-                if prompt in self.fields.prompts:
+            if not attacks.load(self._families[name]).names_concept:
+                if prompts.learned:
+                    yield name, concepts.LEARNED
+                continue
+            for prompt in self.fields.prompts:
+                if prompt in definition.prompts and (
+                    prompt == concepts.PROMPTS[0] or getattr(prompts, prompt)
+                ):
                     yield name, prompt
 
     def attack_family(self, name: str) -> str:
@@ -110,10 +144,15 @@ class Matrix:
         return self._families.get(name, "")
 
     def check_jobs(self) -> None:
-        """Checks the config of every job; those that differ in the seed alone once.
+        """Checks every concept's images and the config of every job.
+
+        Jobs that differ in the seed alone are checked once.
 
         Raises: UserError naming the field, before anything is trained.
         """
+        for name, concept in self.concepts.items():
+            for field, images in concept.sources().items():
+                check_source(images, f"config.definitions.concepts.{name}.{field}")
         defenses, attacked = {}, {}
         for cell in self.cells:
             if cell.is_defended:
@@ -128,11 +167,12 @@ class Matrix:
     def defense_config(self, cell: Cell) -> ConfigDict:
         """Returns the config of `gift_jax.train` that makes the cell's model."""
         c = self._job("methods", cell.method)
-        c.model, c.samples.num = self.fields.model, 0
+        self._name_model(c)
+        c.samples.num = 0
         concept = self.concepts[cell.concept]
         for name, images in (("harmful", concept.defense_data), ("safe", concept.safe)):
             if name in c:
-                c[name].update(names=images.names, styles=images.styles)
+                c[name].update(concepts.as_fields(images))
         c.seed += cell.seed
         return c.lock()
 
@@ -141,42 +181,104 @@ class Matrix:
 
         Args: model: the folder of the attacked one; "" for the original.
         """
-        images = self.images(cell)
-        c = self._job("attacks", cell.attack)
-        c.model, c.samples.num = model or self.fields.model, 0
-        c.data.update(names=images.names, styles=images.styles)
-        c.data.template = getattr(images.templates, cell.prompt)
-        if cell.concept in self.long_concepts:
-            c.steps = self.fields.long_attack.steps
+        c, concept = self._job("attacks", cell.attack), self.concepts[cell.concept]
+        self._name_model(c, model)
+        c.samples.num = 0
+        side = getattr(concept, cell.side)
+        name = side.prompts.name or side.images.prompt
+        _fill(
+            c, {settings.ORIGINAL_MODEL: self.fields.model, settings.CONCEPT_NAME: name}
+        )
+        taught = concepts.called(self.taught(cell), self.prompt(cell))
+        others = attacks.load(c.attack).groups[1:]  # safe images that anyone has
+        for group, images in (("data", taught), *((g, concept.safe) for g in others)):
+            if group in c:
+                c[group].update(concepts.as_fields(images))
         if not attacks.load(c.attack).plan:
             c.steps = 0
+        c.checkpoints.every = 0
         c.seed += cell.seed
         return c.lock()
 
-    def images(self, cell: Cell) -> concepts.Images:
-        """Returns the images that a cell is about."""
-        return getattr(self.concepts[cell.concept], cell.side)
+    def taught(self, cell: Cell) -> ImageSource:
+        """Returns the images that a cell's attacker, or honest user, has."""
+        concept = self.concepts[cell.concept]
+        of_defense = self.attacks[cell.attack].images == "defense"
+        if of_defense and cell.side == summary.HARMFUL:
+            return concept.defense_data
+        return getattr(concept, cell.side).images
+
+    def prompt(self, cell: Cell) -> str:
+        """Returns what they are called, a template or a prompt; "": their captions."""
+        side = getattr(self.concepts[cell.concept], cell.side)
+        text = getattr(side.prompts, cell.prompt)
+        word = concepts.nonce_word(self.fields.nonce_words, cell.concept, cell.seed)
+        return text.replace("{nonce}", word)
+
+    def samples(self, cell: Cell) -> settings.BenchmarkSamples:
+        """Returns how the samples of a cell's points are drawn."""
+        samples = self.fields.samples
+        changes: dict[str, Any] = {"seed": samples.seed + cell.seed}
+        if cell.side == summary.RETAINED and samples.num_retained:
+            changes["num"] = samples.num_retained
+        if cell.is_attacked and self.attacks[cell.attack].guidance:
+            changes["guidance"] = self.attacks[cell.attack].guidance
+        return dataclasses.replace(samples, **changes)
 
     def eval_steps(self, cell: Cell) -> tuple[int, ...]:
         """Returns after how many steps of the cell's attack samples are judged."""
         if not cell.is_attacked:
             return (0,)
-        last = self.attack_config(cell).steps
-        is_long = cell.concept in self.long_concepts
-        steps = (self.fields.long_attack if is_long else self.fields).eval_steps
+        last = self.attack_steps(cell)
+        steps = self.attacks[cell.attack].eval_steps or self.fields.eval_steps
         return tuple(sorted({step for step in steps if step < last} | {last}))
 
-    def settings(self, cell: Cell) -> dict:
-        """Returns everything that a cell depends on, as JSON has it."""
-        parts = {"eval_steps": self.eval_steps(cell)}
-        for name in ("samples", "metrics"):
-            parts[name] = dataclasses.asdict(getattr(self.fields, name))
-        parts["images"] = dataclasses.asdict(self.images(cell))
+    def attack_steps(self, cell: Cell) -> int:
+        """Returns how many steps the cell's attack takes."""
+        return self._attack_part(cell)[0]
+
+    def digests(self, cell: Cell) -> dict[str, str]:
+        """Returns what a cell depends on: {part: the first digits of its hash}."""
+        concept = self.concepts[cell.concept]
+        parts = {
+            "eval_steps": _digest(self.eval_steps(cell)),
+            "samples": _digest(dataclasses.asdict(self.samples(cell))),
+            "metrics": _digest(dataclasses.asdict(self.fields.metrics)),
+            "model": _digest(dataclasses.asdict(self._model_fields)),
+            "images": _digest(dataclasses.asdict(getattr(concept, cell.side))),
+        }
         if cell.is_defended:
-            parts["defense"] = self.defense_config(cell).to_dict()
+            parts["defense"] = self._defense_part(cell)
         if cell.is_attacked:
-            parts["attack"] = self.attack_config(cell).to_dict()
-        return json.loads(json.dumps(parts))
+            parts["attack"] = self._attack_part(cell)[1]
+        return parts
+
+    def _defense_part(self, cell: Cell) -> str:
+        key = cell.concept, cell.method, cell.seed
+        if key not in self._parts:  # many cells share it
+            self._parts[key] = _job_digest(self.defense_config(cell))
+        return self._parts[key]
+
+    def _attack_part(self, cell: Cell) -> tuple[int, str]:
+        """Returns (its steps, the hash of its config)."""
+        key = cell.concept, cell.side, cell.attack, cell.prompt, cell.seed
+        if key not in self._parts:
+            config = self.attack_config(cell)
+            self._parts[key] = config.steps, _job_digest(config)
+        return self._parts[key]
+
+    @property
+    def _model_fields(self) -> ModelFields:
+        names = [field.name for field in dataclasses.fields(ModelFields)]
+        return ModelFields(**{name: getattr(self.fields, name) for name in names})
+
+    def _name_model(self, c: ConfigDict, folder: str = "") -> None:
+        """Sets the fields that name a job's model. Args: folder: in its place."""
+        fields = dataclasses.asdict(self._model_fields)
+        if folder:  # an export, with everything merged
+            fields |= {"model": folder, "revision": ""}
+            del fields["adapters"]
+        c.update(fields)
 
     def _job(self, kind: str, name: str) -> ConfigDict:
         """Returns a definition's config with the overrides, shared ones first."""
@@ -184,7 +286,7 @@ class Matrix:
         role = {"methods": "defense", "attacks": "attack"}[kind]
         definition = self.cfg.definitions[kind][name]
         field = f"config.definitions.{kind}.{name}"
-        c = self._load(definition.config, program, field)
+        c = self._load(definition.config_file, program, field)
         shared = {  # groups that this one lacks are not its business
             key: value
             for key, value in self.cfg.shared_overrides[role].items()
@@ -202,8 +304,27 @@ class Matrix:
             try:
                 self._loaded[file] = config.load_config(file, program)
             except UserError as error:
-                raise UserError(f"{field}.config: {error}") from error
+                raise UserError(f"{field}.config_file: {error}") from error
         return self._loaded[file].copy_and_resolve_references()
+
+
+def _fill(c: ConfigDict, values: Mapping[str, str]) -> None:
+    """Replaces the fields whose whole value is one of some names."""
+    for name, value in c.items():
+        if isinstance(value, ConfigDict):
+            _fill(value, values)
+        elif isinstance(value, str) and value in values:
+            c[name] = values[value]
+
+
+def _job_digest(c: ConfigDict) -> str:
+    """Returns the hash of all that a job's result depends on."""
+    return _digest({k: v for k, v in c.to_dict().items() if k not in _NO_RESULT})
+
+
+def _digest(part: Any) -> str:
+    text = json.dumps(part, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def load(cfg: ConfigDict) -> Matrix:

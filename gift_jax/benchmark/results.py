@@ -1,117 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""results.json, results.md and the image grids of a finished benchmark."""
+"""results.json, results.md and the image grids of a benchmark."""
 
+import dataclasses
 import json
 import pathlib
-import subprocess
 from typing import Any
 
 from absl import logging
-from ml_collections import ConfigDict
 from rich.console import Console
 
-import gift_jax
 from gift_jax.benchmark import concepts, summary, table
-from gift_jax.benchmark.matrix import Cell
+from gift_jax.benchmark.matrix import Cell, Matrix
+from gift_jax.benchmark.store import Store
 from gift_jax.runtime import files
-from gift_jax.runtime.versions import versions
 from gift_jax.sampling import grid
 
 _SHOWN = 8  # images of a cell in the grids
-_CELL_ONLY = ("config", "versions", "metrics", "skipped")  # stay in cell.json
-_POINT_ONLY = ("samples", "labels")
-
-Results = dict[Cell, dict[str, Any]]
+_CELL_ONLY = ("id", "digests")  # stay in cells.jsonl
 
 
 def publish(
-    cfg: ConfigDict, workdir: pathlib.Path, by_cell: Results, command: str
+    matrix: Matrix, workdir: pathlib.Path, results: Store, command: str
 ) -> pathlib.Path:
     """Writes results.json, results.md and the grids; returns the first's path.
 
-    The values of single samples, and each cell's config, stay in its cell.json.
+    Args: results: with every cell done. command: the command line.
     """
-    merged = {name: {} for name in ("metrics", "skipped")}
-    for result in by_cell.values():
-        for name, parts in merged.items():
-            parts |= result[name]
-    cells = [_light(result) for result in by_cell.values()]
-    results = {
+    cfg = matrix.cfg
+    cells = [_result(matrix, cell, results.cells[cell.id]) for cell in matrix.cells]
+    metrics = tuple(matrix.fields.gap_metrics)
+    data = {
         "name": cfg.name,
         "command": command,
-        "config": json.loads(json.dumps(cfg.to_dict())),
-        "versions": _collect_versions(by_cell.values()),
-        **merged,
-        "summary": summary.summarize(cells, tuple(cfg.gap_metrics)),
+        "config": _config(matrix),
+        "versions": {k: ", ".join(v) for k, v in sorted(results.versions.items())},
+        "metrics": results.metrics,
+        "skipped": results.skipped,
+        "summary": summary.summarize(cells, metrics),
+        "headline": summary.headline(cells, metrics[0]) if metrics else [],
         "cells": cells,
     }
     path = workdir / "results.json"
-    text = json.dumps(results, separators=(",", ":"), sort_keys=True)
+    text = json.dumps(data, separators=(",", ":"), sort_keys=True)
     files.write(path, text + "\n")
-    text = table.markdown(results)
+    text = table.markdown(data)
     files.write(workdir / "results.md", text)
-    for concept in dict.fromkeys(cell.concept for cell in by_cell):
+    for concept in matrix.concepts:
         for side in summary.SIDES:
-            side_results = {
-                cell: result
-                for cell, result in by_cell.items()
-                if (cell.concept, cell.side) == (concept, side)
-            }
-            _save_grid(
-                cfg, workdir, side_results, f"{concept}_{side}.png".replace(" ", "_")
-            )
+            shown = [c for c in matrix.cells if (c.concept, c.side) == (concept, side)]
+            name = f"{concept}_{side}.png".replace(" ", "_")
+            _save_grid(matrix, workdir, shown, data, name)
     Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
     return path
 
 
-def versions_and_commit() -> dict[str, str]:
-    """Returns the versions of the libraries and, in a clone, this package's commit."""
-    root = pathlib.Path(gift_jax.__file__).parents[1]
-    if not (root / ".git").exists():
-        return versions()
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return versions()
-    return versions() | {"commit": done.stdout.strip()}
+def _config(matrix: Matrix) -> dict[str, Any]:
+    """Returns the config with only those definitions that were run."""
+    config = json.loads(json.dumps(matrix.cfg.to_dict()))
+    for kind, definitions in config["definitions"].items():
+        names = getattr(matrix.fields, kind)
+        config["definitions"][kind] = {
+            name: value for name, value in definitions.items() if name in names
+        }
+    return config
 
 
-def _collect_versions(cells) -> dict[str, str]:
-    """Returns the versions and devices of all cells: a long run may have several."""
-    seen: dict[str, set[str]] = {}
-    for cell in cells:
-        for name, value in (cell["versions"] | {"device": cell["device"]}).items():
-            seen.setdefault(name, set()).add(value)
-    return {name: ", ".join(sorted(values)) for name, values in seen.items()}
-
-
-def _light(cell: dict[str, Any]) -> dict[str, Any]:
+def _result(matrix: Matrix, cell: Cell, entry: dict[str, Any]) -> dict[str, Any]:
     """Returns a cell as results.json has it."""
+    kept = {name: value for name, value in entry.items() if name not in _CELL_ONLY}
     points = [
-        {name: value for name, value in point.items() if name not in _POINT_ONLY}
-        for point in cell["points"]
+        point | {"sheet": str(cell.folder / f"{point['step']:06d}.png")}
+        for point in entry["points"]
     ]
-    kept = {name: value for name, value in cell.items() if name not in _CELL_ONLY}
-    return kept | {"points": points}
+    return {
+        **dataclasses.asdict(cell),
+        "family": matrix.attack_family(cell.attack),
+        "is_bound": cell.is_attacked and matrix.attacks[cell.attack].is_bound,
+        **kept,
+        "points": points,
+    }
 
 
-def _save_grid(cfg, workdir: pathlib.Path, by_cell: Results, name: str) -> None:
-    """Writes a grid with a row for each attack and method of one concept and side."""
-    attacks = (summary.BEFORE, *cfg.attacks)
+def _save_grid(
+    matrix: Matrix, workdir: pathlib.Path, cells: list[Cell], data: dict, name: str
+) -> None:
+    """Writes a grid with a row for each attack and method of one concept and side.
+
+    Cells without images here, of another machine, are left out.
+    """
+    by_key = {_key(result): result for result in data["cells"]}
+    attacks = (summary.BEFORE, *matrix.fields.attacks)
     prompts = (*concepts.PROMPTS, concepts.LEARNED)
     rows, labels = [], []
     for cell in sorted(
-        by_cell, key=lambda c: (attacks.index(c.attack), prompts.index(c.prompt))
+        cells, key=lambda c: (attacks.index(c.attack), prompts.index(c.prompt))
     ):
-        point = by_cell[cell]["points"][-1]
-        images = grid.read_sheet(workdir / point["sheet"], point["num"])
-        rows.append(images[:_SHOWN])
-        prompt = ""
-        if len(cfg.prompts) > 1 and cell.is_attacked:
-            prompt = f" by {cell.prompt}"
-        share = table.recognized(by_cell[cell])
-        labels.append(f"{cell.attack}{prompt}: {cell.method} ({share})")
-    path = workdir / name
-    grid.save_grid(rows, path, row_labels=labels)
-    logging.info("images: %s", path)
+        result = by_key[_key(dataclasses.asdict(cell))]
+        point = result["points"][-1]
+        if not (workdir / point["sheet"]).exists():
+            continue
+        rows.append(grid.read_sheet(workdir / point["sheet"], point["num"])[:_SHOWN])
+        prompt = f" by {cell.prompt}" if cell.is_attacked else ""
+        seed = f", seed {cell.seed}" if cell.seed else ""
+        share = table.recognized(result)
+        labels.append(f"{cell.attack}{prompt}: {cell.method}{seed} ({share})")
+    if rows:
+        grid.save_grid(rows, workdir / name, row_labels=labels)
+        logging.info("images: %s", workdir / name)
+
+
+def _key(cell: dict[str, Any]) -> tuple:
+    return tuple(cell[field.name] for field in dataclasses.fields(Cell))

@@ -4,7 +4,7 @@
 What can be run is defined in three groups that a config file fills by name:
 
   definitions.methods.NAME   a config of gift_jax.train, and its changes
-  definitions.attacks.NAME   a config of gift_jax.attack, its changes and its prompts
+  definitions.attacks.NAME   a config of gift_jax.attack, its changes, and how it is run
   definitions.concepts.NAME  a concept, see `concepts.Concept`
 
 What is run is a choice of those names: methods, attacks, concepts.
@@ -17,31 +17,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gift_jax.benchmark import summary
-from gift_jax.benchmark.concepts import PROMPTS, Concept
+from gift_jax.benchmark.concepts import PROMPTS, SPLITS, check_nonce_words
+from gift_jax.data import captions
 from gift_jax.metrics.settings import Settings as MetricSettings
+from gift_jax.models.load import ModelFields
 from gift_jax.runtime import config
-from gift_jax.runtime.errors import at_least, choice, not_empty
+from gift_jax.runtime.errors import choice, not_empty
 from gift_jax.sampling.schedules import SCHEDULERS
 
-
-@dataclasses.dataclass(frozen=True)
-class RandomConcepts:
-    """Known things drawn at random, as further concepts."""
-
-    count: int = config.number(0, low=0, doc="how many; more keep the first")
-    seed: int = config.number(0, low=0, doc="of the draw")
-    definition: Concept = config.group(Concept, "the group that each fills with names")
-
-
-@dataclasses.dataclass(frozen=True)
-class LongAttack:
-    """Longer attacks on some of the random concepts."""
-
-    concepts: int = config.number(0, low=0, doc="how many")
-    steps: int = config.number(1000, low=1, doc="of their attacks")
-    eval_steps: tuple[int, ...] = config.numbers(
-        (75, 150, 300, 600), low=0, doc="after which samples are judged, and the last"
-    )
+# Values of a definition's overrides that each cell fills in.
+ORIGINAL_MODEL, CONCEPT_NAME = "<original model>", "<prompt that names the concept>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +34,9 @@ class BenchmarkSamples:
     """The samples that are drawn at each point."""
 
     num: int = config.number(24, low=1, doc="at each point")
+    num_retained: int = config.number(
+        0, low=0, doc="of retained things, for fidelity; 0: as many"
+    )
     seed: int = config.number(2, low=0, doc="of the noise")
     guidance: float = config.number(3.0, low=1, doc="scale; 1: none")
     steps: int = config.number(25, low=1, doc="of the sampler")
@@ -57,17 +45,59 @@ class BenchmarkSamples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
+class Method:
+    """A definition of a defense."""
+
+    config_file: str = config.value("", "FILE or FILE:variant of gift_jax.train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """A definition of an attack.
+
+    `overrides`, a group of its own, holds changes of its config.
+    """
+
+    config_file: str = config.value("", "FILE or FILE:variant of gift_jax.attack")
+    prompts: tuple[str, ...] = config.choice(
+        ("name",),
+        PROMPTS,
+        "that it is run with, as far as config.prompts and the concept have them",
+    )
+    images: str = config.choice(
+        "attacker", ("attacker", "defense"), "whose harmful images the attacker has"
+    )
+    sides: tuple[str, ...] = config.choice(
+        summary.ATTACKED_SIDES, summary.ATTACKED_SIDES, "that it is run on"
+    )
+    guidance: float = config.number(0.0, low=0, doc="of its samples; 0: as all")
+    eval_steps: tuple[int, ...] = config.numbers(
+        (), low=0, doc="after which samples are judged; empty: as all"
+    )
+    is_bound: bool = config.value(
+        False, "shown, but no worst case: no defense of weights can stop it"
+    )
+
+    def check(self, field: str) -> None:
+        not_empty(f"{field}.prompts", self.prompts)
+        not_empty(f"{field}.sides", self.sides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark(ModelFields):
     """The fields of every benchmark's config besides its definitions."""
 
     kind: str = config.choice("benchmark", ("benchmark",), "the command that it is for")
     name: str = config.value("benchmark", "of the suite, in the results")
-    model: str = config.value("emoji-sd", "what the defenses start from")
+    split: str = config.choice("test", SPLITS, "of the concepts; settings are tuned")
     methods: tuple[str, ...] = config.value((), "names of definitions, or original")
     attacks: tuple[str, ...] = config.value((), "names of definitions")
     concepts: tuple[str, ...] = config.value((), "names of definitions")
     prompts: tuple[str, ...] = config.choice(
         ("name",), PROMPTS, "what attackers call the concept"
+    )
+    nonce_words: tuple[str, ...] = config.value(
+        captions.HELD_OUT_WORDS, "made-up words of attackers; a seed has one of them"
     )
     seeds: tuple[int, ...] = config.numbers(
         (0,), low=0, doc="added to the seeds of defense, attack and samples"
@@ -75,12 +105,10 @@ class Benchmark:
     eval_steps: tuple[int, ...] = config.numbers(
         (), low=0, doc="of an attack, after which samples are judged, and the last"
     )
-    random_concepts: RandomConcepts = config.group(RandomConcepts)
-    long_attack: LongAttack = config.group(LongAttack)
     samples: BenchmarkSamples = config.group(BenchmarkSamples)
     metrics: MetricSettings = config.group(MetricSettings)
     gap_metrics: tuple[str, ...] = config.value(
-        (), "similarities of which gap ratios are computed"
+        (), "similarities of which gap ratios are computed; the first is the headline"
     )
 
 
@@ -94,29 +122,18 @@ def get_config() -> ConfigDict:
 
 
 def resolve(cfg: Any) -> Benchmark:
-    """Returns a config with every field checked; the jobs' configs are not.
+    """Returns a config with every field checked; definitions and jobs are not.
 
     Raises: UserError naming the field.
     """
     fields = config.resolve(cfg, Benchmark)
-    definitions = cfg.definitions
-    for name in ("methods", "attacks", "prompts", "seeds"):
+    check_nonce_words(fields.nonce_words, "config.nonce_words")
+    for name in ("methods", "attacks", "concepts", "prompts", "seeds"):
         not_empty(f"config.{name}", getattr(fields, name))
-    for name in fields.methods:
-        choice("config.methods", name, (summary.ORIGINAL, *definitions.methods))
-    for name in fields.attacks:
-        choice("config.attacks", name, tuple(definitions.attacks))
-        field = f"config.definitions.attacks.{name}.prompts"
-        not_empty(field, definitions.attacks[name].prompts)
-        for prompt in definitions.attacks[name].prompts:
-            choice(field, prompt, PROMPTS)
-    for name in fields.concepts:
-        choice("config.concepts", name, tuple(definitions.concepts))
-        field = f"config.definitions.concepts.{name}"
-        config.resolve(definitions.concepts[name], Concept, field).check_names(field)
-    if not fields.concepts:
-        field = "config.random_concepts.count"
-        at_least(field, fields.random_concepts.count, 1)
+        choices = (summary.ORIGINAL,) if name == "methods" else ()
+        if name in cfg.definitions:
+            for value in getattr(fields, name):
+                choice(f"config.{name}", value, (*choices, *cfg.definitions[name]))
     return fields
 
 
@@ -125,27 +142,41 @@ def method(file: str, overrides: Mapping | None = None) -> ConfigDict:
 
     Args: file: a config of gift_jax.train, FILE or FILE:variant.
     """
-    return ConfigDict({"config": file, "overrides": overrides or {}})
-
-
-def attack(
-    file: str, overrides: Mapping | None = None, prompts: tuple[str, ...] = ("name",)
-) -> ConfigDict:
-    """Returns the definition of an attack.
-
-    Args: file: a config of gift_jax.attack, FILE or FILE:variant. prompts: those that
-      it is run with, as far as config.prompts has them; an attack that learns a word
-      of its own is always run with that.
-    """
-    definition = ConfigDict({"config": file, "overrides": overrides or {}})
-    definition.prompts = prompts
+    definition = config.to_config(Method(file))
+    definition.overrides = ConfigDict(overrides or {})
     return definition
 
 
-def attack_rates(name: str, file: str, lr: float) -> dict[str, ConfigDict]:
-    """Returns an attack at a learning rate, and by name at 3 and 10 times that."""
+def attack(
+    file: str,
+    overrides: Mapping | None = None,
+    prompts: tuple[str, ...] = ("name",),
+    **fields: Any,
+) -> ConfigDict:
+    """Returns the definition of an attack.
+
+    Args: file: a config of gift_jax.attack, FILE or FILE:variant. overrides: may hold
+      `ORIGINAL_MODEL` and `CONCEPT_NAME`. fields: others of `Attack`.
+    """
+    definition = config.to_config(Attack(file, prompts, **fields))
+    definition.overrides = ConfigDict(overrides or {})
+    return definition
+
+
+def attack_rates(
+    name: str,
+    file: str,
+    lr: float,
+    factors: tuple[float, ...] = (1 / 3, 3, 10),
+    prompts: tuple[str, ...] = ("name", "nonce"),
+) -> dict[str, ConfigDict]:
+    """Returns an attack at a learning rate with every prompt, and at others with some.
+
+    NAME_third, NAME_x3, NAME_x10: at a third, 3 and 10 times the rate.
+    """
     rates = {name: attack(file, {"optimizer": {"lr": lr}}, PROMPTS)}
-    for factor in (3, 10):
+    for factor in factors:
+        label = f"x{factor:g}" if factor >= 1 else {1 / 3: "third"}[factor]
         overrides = {"optimizer": {"lr": factor * lr}}
-        rates[f"{name}_x{factor}"] = attack(file, overrides)
+        rates[f"{name}_{label}"] = attack(file, overrides, prompts)
     return rates

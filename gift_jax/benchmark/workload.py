@@ -9,17 +9,40 @@ from gift_jax.defenses import base as defenses
 from gift_jax.runtime.devices import cpu_devices_for
 
 
+def count(matrix: Matrix, cells: Sequence[Cell]) -> dict[str, int]:
+    """Returns how many defenses, steps and images some cells take."""
+    configs = [matrix.defense_config(cell) for cell in _defended(cells)]
+    attacked = [cell for cell in cells if cell.is_attacked]
+    points = [(len(matrix.eval_steps(c)), matrix.samples(c).num) for c in cells]
+    return {
+        "cells": len(cells),
+        "defended models": len(configs),
+        "defense steps": sum(
+            cfg.steps for cfg in configs if defenses.load(cfg.method).plan
+        ),
+        "attack steps": sum(matrix.attack_steps(cell) for cell in attacked),
+        "images": sum(number * num for number, num in points),
+    }
+
+
 def describe(matrix: Matrix, cells: Sequence[Cell]) -> str:
     """Returns the steps to train and the images to draw, to read before a long run."""
-    configs = [matrix.defense_config(cell) for cell in _defended(cells)]
-    steps = sum(cfg.steps for cfg in configs if defenses.load(cfg.method).plan)
-    attacked = [cell for cell in cells if cell.is_attacked]
-    attack_steps = sum(matrix.attack_config(cell).steps for cell in attacked)
-    points = sum(len(matrix.eval_steps(cell)) for cell in cells)
-    images = points * matrix.fields.samples.num
-    return (
-        f"{steps} steps of defense, {attack_steps} of attack, {images} images to draw"
-    )
+    counts = count(matrix, cells)
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+
+
+def device_hours(
+    counts: dict[str, int], step_s: float, image_s: float, defense_s: float = 0.0
+) -> float:
+    """Returns the hours of one device.
+
+    Args: counts: of `count`. step_s, image_s: seconds of an attack's step and of an
+      image. defense_s: of a defense's step; 0: three of an attack's, as it has a lower
+      and an upper update, and the latter's two passes.
+    """
+    seconds = counts["attack steps"] * step_s + counts["images"] * image_s
+    seconds += counts["defense steps"] * (defense_s or 3 * step_s)
+    return seconds / 3600
 
 
 def cpu_devices(matrix: Matrix, cells: Sequence[Cell]) -> int:

@@ -10,7 +10,7 @@ from absl import logging
 
 from gift_jax.data import captions, latents, pipeline
 from gift_jax.data.images import CROPS
-from gift_jax.data.pairs import Pairs, check_pairs, pairs_spec
+from gift_jax.data.pairs import SOURCES, Pairs, check_pairs, pairs_spec
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 
@@ -26,8 +26,8 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataGroup:
-    """The fields of a group of (image, prompt) pairs.
+class ImageSource:
+    """The fields that say which images, and what they are called.
 
     Exactly one source is to be set: names, folder, tfds or num_generated.
     """
@@ -54,6 +54,7 @@ class DataGroup:
     num_generated: int = config.number(
         0, low=0, doc="images that the model draws for `prompt`, cached"
     )
+    caption: str = config.value("", "what these are called; empty: their prompt")
     generation: Generation = config.group(Generation)
     prompt: str = config.value(
         "",
@@ -63,6 +64,16 @@ class DataGroup:
         0, low=0, doc="images, the first in the source's order; 0: all"
     )
     crop: str = config.choice("center", CROPS, "to a square; none: squeezed")
+
+    def is_set(self) -> bool:
+        """Whether one of the sources is given."""
+        return any(getattr(self, name) for name in SOURCES)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataGroup(ImageSource):
+    """The fields of a group of (image, prompt) pairs that a run trains on."""
+
     batch: int = config.number(1, low=1, doc="pairs an update")
     prompt_dropout: float = config.number(
         0.0, low=0, high=1, doc="share of pairs whose prompt is left empty"
@@ -83,7 +94,7 @@ class DataGroup:
     scale: float = config.number(0.0, low=0, high=0.99, doc="fraction, at most")
 
     def check(self, field: str) -> None:
-        source = check_pairs(pairs_spec(self, field.removeprefix("config.")))
+        source = check_source(self, field)
         if not self.nonce_prompts:
             return
         name = f"{field}.nonce_template"
@@ -93,6 +104,11 @@ class DataGroup:
                 f"{name}={self.nonce_template!r} has a style, which images from "
                 f"{source} have not; try 'a photo of {{nonce}}'"
             )
+
+
+def check_source(source: ImageSource, field: str) -> str:
+    """Returns which of `SOURCES` is set. Raises: UserError, see `check_pairs`."""
+    return check_pairs(pairs_spec(source, field.removeprefix("config.")))
 
 
 def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:

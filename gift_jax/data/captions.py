@@ -6,6 +6,7 @@ an article where the word takes one. No template varies case: the tokenizer lowe
 """
 
 import functools
+import re
 import string
 
 from gift_jax.runtime.errors import UserError, shown
@@ -102,6 +103,8 @@ _BARE = frozenset(
         "volleyball",
     )
 )
+# Made-up words that attacks are tried with; `nonce_word` gives a defense none of them.
+HELD_OUT_WORDS = ("sks", "zwx", "ohwx", "bnha", "kdr", "vuthim", "rezlok", "xoblan")
 _CONSONANTS = tuple("bcfghjklmnprtvwxz")  # no s or d: no plural, sks or dvd
 _VOWELS = (*"aeiou", "")
 # A vowel letter with a consonant sound: "a unicorn", but "an umbrella".
@@ -171,6 +174,20 @@ def check_template(field, template):
         ) from error
 
 
+def check_taught(field, template):
+    """Returns which fields a template of the benchmark has, {nonce} among them.
+
+    Raises: UserError naming the field for anything else in braces.
+    """
+    try:
+        return _fields(template, _FIELDS | _NONCE_FIELDS)
+    except ValueError as error:
+        raise UserError(
+            f"{field}={shown(template)} may use only {{concept}}, {{a_concept}}, "
+            "{style}, {a_style} and {nonce}"
+        ) from error
+
+
 def check_nonce_template(field, template):
     """Raises a UserError naming the field for a template that lacks {nonce}.
 
@@ -221,15 +238,26 @@ def nonce_word(rng):
     """Returns a word that means nothing, such as "vkt" or "zimplof".
 
     In place of the rare tokens of DreamBooth (arXiv:2208.12242, section 3.2), for any
-    tokenizer: a cluster of consonants, or two or three syllables. It is never "sks".
+    tokenizer: a cluster of consonants, or two or three syllables. It is never one of
+    `HELD_OUT_WORDS`.
     Args: rng: a numpy Generator.
     """
-    syllables = rng.integers(1, 4)
-    if syllables == 1:
-        letters = [_CONSONANTS] * 3
-    else:
-        letters = [_CONSONANTS, _VOWELS, _CONSONANTS] * syllables
-    return "".join(rng.choice(part) for part in letters)
+    word = HELD_OUT_WORDS[0]
+    while word in HELD_OUT_WORDS:
+        syllables = rng.integers(1, 4)
+        if syllables == 1:
+            letters = [_CONSONANTS] * 3
+        else:
+            letters = [_CONSONANTS, _VOWELS, _CONSONANTS] * syllables
+        word = "".join(rng.choice(part) for part in letters)
+    return word
+
+
+def is_of_defense(word):
+    """Returns whether `nonce_word` may give a defense this word to train on."""
+    one, syllable = f"[{''.join(_CONSONANTS)}]", f"[{''.join(_VOWELS)}]?"
+    pattern = f"{one}{{3}}|({one}{syllable}{one}){{2,3}}"
+    return word not in HELD_OUT_WORDS and bool(re.fullmatch(pattern, word))
 
 
 @functools.lru_cache

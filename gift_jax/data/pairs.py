@@ -36,7 +36,7 @@ class PairsSpec:
       "name/config:version" of a prepared dataset; tfds_data_dir: where it is, "" for
       the library's own place; split, image_key: what to read; caption_key, label_key
       or else `prompt`: what an image is called. num_generated: how many images the
-      model draws for `prompt`.
+      model draws for `prompt`; caption: what these are then called, "" the prompt.
       limit: use at most this many images, the first in the source's order; 0: all.
       crop: see `images.read_image`; the embedded images are square. size: side of the
       images, in pixels. held_out: True also uses the embedded images that pretraining
@@ -57,6 +57,7 @@ class PairsSpec:
     caption_key: str = ""
     label_key: str = ""
     num_generated: int = 0
+    caption: str = ""
     limit: int = 0
     crop: str = "center"
     size: int = 64
@@ -132,12 +133,18 @@ def check_pairs(spec: PairsSpec) -> str:
     for key in ("caption_key", "label_key"):
         if getattr(spec, key) and source != "tfds":
             raise UserError(f"{field}.{key} is for tfds, not for {source}; clear it")
+    if spec.caption and source != "num_generated":
+        raise UserError(
+            f"{field}.caption is for num_generated, not for {source}; clear it"
+        )
     if source == "names":
         if spec.prompt:
             raise UserError(
                 f"{field}.prompt is not for names; clear it, or write it as template"
             )
         _check_template(spec)
+        resolve_names(spec.names, emoji.all_concepts(), f"{field}.names")
+        _check_styles(spec)
     elif source == "folder":
         folder.check(spec)
     elif source == "tfds":
@@ -171,7 +178,8 @@ def load_pairs(spec: PairsSpec, draw=None) -> Pairs:
     else:
         images = draw(min(spec.num_generated, spec.limit or spec.num_generated))
         images = _resize(images, spec.size)
-        prompts = concepts = [spec.prompt] * len(images)
+        concepts = [spec.prompt] * len(images)
+        prompts = [spec.caption or spec.prompt] * len(images)
     return Pairs(
         images=images,
         prompts=prompts,
@@ -240,11 +248,7 @@ def _load_emoji(spec, data):
 def _emoji_rows(spec, data):
     """Returns the row numbers of a spec's images, concept by concept."""
     names = resolve_names(spec.names, data.concepts, f"{spec.field}.names")
-    styles = (spec.styles,) if isinstance(spec.styles, str) else spec.styles
-    styles = tuple(styles) or data.styles
-    for style in styles:
-        if style not in data.styles:
-            raise _unknown(f"{spec.field}.styles", "style", style, data.styles)
+    styles = _check_styles(spec) or data.styles
     usable = np.isin(data.style_ids, [data.styles.index(style) for style in styles])
     if not spec.held_out:
         usable &= ~data.held_out
@@ -258,6 +262,15 @@ def _emoji_rows(spec, data):
             )
         rows.extend(np.flatnonzero(is_chosen))
     return rows[: spec.limit or None]
+
+
+def _check_styles(spec):
+    """Returns the styles, a tuple; UserError for an unknown one."""
+    styles = (spec.styles,) if isinstance(spec.styles, str) else tuple(spec.styles)
+    for style in styles:
+        if style not in emoji.STYLES:
+            raise _unknown(f"{spec.field}.styles", "style", style, emoji.STYLES)
+    return styles
 
 
 def _resize(images, size):

@@ -73,7 +73,8 @@ class EvalSet:
       accepted_labels: N sets of labels, any of which is right. label_kind: of
         `LABEL_KINDS`, what they are labels of.
       reference_images: uint8 "R H W 3", real images of it. training_images: uint8
-        "T H W 3", what the model was last trained on.
+        "T H W 3", what the model was last trained on. twin_images: uint8 "N H W 3",
+        what another model draws for the same prompts from the same noise.
     """
 
     images: np.ndarray
@@ -82,6 +83,7 @@ class EvalSet:
     label_kind: str = "concept"
     reference_images: np.ndarray | None = None
     training_images: np.ndarray | None = None
+    twin_images: np.ndarray | None = None
 
     def replace(self, **changes: Any) -> "EvalSet":
         """Returns a copy with some fields changed."""

@@ -175,9 +175,10 @@ def _prepare(distance, images):
 
 
 def results(distance: Distance, eval_set: EvalSet) -> list[MetricResult]:
-    """Returns the mean distance to the references, and to the nearest training image.
+    """Returns the distances to the references, the nearest training image, the twin.
 
-    The latter, if there are training images, tells copies: a copy is at 0.
+    The second, if there are training images, tells copies: a copy is at 0. The third,
+    if there are twins, is what `fidelity` measures, by this distance.
     """
     images, references = eval_set.images, eval_set.reference_images
     provenance = distance.provenance | {
@@ -188,14 +189,21 @@ def results(distance: Distance, eval_set: EvalSet) -> list[MetricResult]:
     samples = pairwise(distance, images, references).mean(axis=1)
     own = provenance | {"pairs": "all", "references": len(references)}
     mean = mean_result(distance.name, samples, "less like the references", own)
-    training = eval_set.training_images
-    if training is None:
-        return [mean]
-    samples = pairwise(distance, images, training).min(axis=1)
-    own = provenance | {"pairs": "the nearest", "training": len(training)}
-    own["least"] = round(float(samples.min()), 6)
-    name = f"{distance.name}_nearest_train"
-    return [mean, mean_result(name, samples, "less like a training image", own)]
+    measured = [mean]
+    if (training := eval_set.training_images) is not None:
+        samples = pairwise(distance, images, training).min(axis=1)
+        own = provenance | {"pairs": "the nearest", "training": len(training)}
+        own["least"] = round(float(samples.min()), 6)
+        name = f"{distance.name}_nearest_train"
+        measured.append(mean_result(name, samples, "less like a training image", own))
+    if (twins := eval_set.twin_images) is not None:
+        pairs = zip(images, twins, strict=True)
+        samples = [pairwise(distance, x[None], y[None])[0, 0] for x, y in pairs]
+        own = provenance | {"pairs": "each image and its twin"}
+        less = "less like the original's"
+        name = f"{distance.name}_twin"
+        measured.append(mean_result(name, np.asarray(samples), less, own))
+    return measured
 
 
 def measure(eval_set: EvalSet, settings: Settings, _) -> list[MetricResult]:

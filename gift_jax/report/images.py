@@ -47,25 +47,24 @@ def strips(run: results.Run, count: int) -> list[Strip]:
     if count < 1:
         return []
     return [
-        _strip(run.folder, cell, point, count, samples)
+        _strip(run.folder, cell, point, count)
         for cell in run.data["cells"]
-        for point, samples in _with_samples(run.folder, cell)
+        for point in cell["points"]
     ]
 
 
-def _with_samples(folder: pathlib.Path, cell):
-    """Yields each point, and the point of cell.json, which has the single samples."""
-    path = _inside(folder, cell["points"][0].get("sheet")) if cell["points"] else None
-    path = path and path.parent / "cell.json"
-    by_step = {}
-    if path and path.is_file():
-        try:
-            points = json.loads(path.read_text(encoding="utf-8"))["points"]
-            by_step = {point["step"]: point for point in points}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no result of a cell: {error}") from error
-    for point in cell["points"]:
-        yield point, by_step.get(point["step"], {})
+def _marks(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what is known of a sheet's single samples, from the file beside it."""
+    path = path.with_suffix(".json")
+    if not path.is_file():
+        return {}
+    try:
+        marks = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(marks, dict):
+        raise UserError(f"{path} must be an object")
+    return marks
 
 
 def _inside(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
@@ -76,7 +75,7 @@ def _inside(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
     return path
 
 
-def _strip(folder: pathlib.Path, cell, point, count: int, samples) -> Strip:
+def _strip(folder: pathlib.Path, cell, point, count: int) -> Strip:
     is_last = point is cell["points"][-1]
     path, count = _inside(folder, point.get("sheet")), min(count, point["num"])
     if path is None:
@@ -89,9 +88,10 @@ def _strip(folder: pathlib.Path, cell, point, count: int, samples) -> Strip:
         reason = " ".join(str(error).split())
         message = f"{path} is no sheet of {point['num']} images: {reason}"
         raise UserError(message) from error
-    right = samples.get("samples", {}).get(RECOGNIZED, [None] * count)[:count]
+    known = _marks(path)
+    right = known.get(RECOGNIZED, [None] * count)[:count]
     right = [None if value is None else value > 0.5 for value in right]
-    labels = samples.get("labels", {}).get("concept", [""] * count)[:count]
+    labels = known.get("labels", [""] * count)[:count]
     marks = tuple(zip(right, labels, strict=False))
     return Strip(cell, point, is_last, data_uri(images), count=count, marks=marks)
 

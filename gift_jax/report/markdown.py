@@ -4,7 +4,13 @@
 from collections.abc import Iterable, Sequence
 
 from gift_jax.benchmark import summary
-from gift_jax.benchmark.table import form, seconds
+from gift_jax.benchmark.table import (
+    HEADLINE,
+    HEADLINE_NOTE,
+    form,
+    headline_rows,
+    seconds,
+)
 from gift_jax.report import results, tables
 from gift_jax.report.results import Run
 from gift_jax.runtime import markdown as md
@@ -43,8 +49,10 @@ def comparison(runs: Sequence[Run], first: str, second: str, metric: str, over: 
         one, two = side_stats["means"]
         interval = f"[{form(side_stats['low'])}, {form(side_stats['high'])}]"
         change = f"{form(side_stats['difference'])} {interval}"
+        chance = "within chance" if side_stats["is_chance"] else "beyond chance"
         rows.append(("all attacks", form(one), form(two), md.Markdown(change)))
-        parts.append(f"{side}, {len(side_stats['concepts'])} concepts")
+        pairs = f"{side_stats['pairs']} pairs of concept and seed"
+        parts.append(f"{side}, {pairs}: {second} - {first} = {change}, {chance}")
         heads = ("attack", first, second, "difference")
         parts.append(md.table(heads, rows, numbers=True))
     return "\n\n".join(parts) + "\n"
@@ -54,6 +62,10 @@ def _of_run(run: Run, metric: str, over: str) -> Iterable[str]:
     data = run.data
     yield f"# {md.escape(run.label)}"
     yield "\n".join("    " + line for line in data["command"].splitlines())
+    if data["headline"]:
+        yield "## At a glance"
+        yield HEADLINE_NOTE
+        yield md.table(HEADLINE, headline_rows(data))
     prompts = " and prompts" if len(results.prompts(data)) > 1 else ""
     yield NOTE.format(prompts=prompts)
     for name, reason in data["skipped"].items():

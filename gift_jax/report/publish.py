@@ -17,6 +17,7 @@ from gift_jax.sampling import grid
 
 LIMIT = 1e6  # bytes of all files together
 _CELL = ("concept", "method", "side", "attack", "prompt", "family", "seed")
+_CELL += ("is_bound",)
 _TIMES = ("seconds", "step_s", "defense_step_s")
 _SHOWN = 2  # samples of each cell in the grid
 
@@ -59,7 +60,7 @@ def _summary(data: dict[str, Any]) -> dict[str, Any]:
     """Returns results.json without what only its folder needs."""
     return {
         **{name: data[name] for name in ("name", "command", "versions", "summary")},
-        **{name: data[name] for name in ("metrics", "skipped")},
+        **{name: data[name] for name in ("metrics", "skipped", "headline")},
         "config": {},  # in config.json
         "cells": [_cell(cell) for cell in data["cells"]],
     }
@@ -71,7 +72,7 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     names = dict.fromkeys(name for point in points for name in point["values"])
     times = {k: round(cell[k], 3) for k in _TIMES if cell.get(k) is not None}
     return {
-        **{name: cell[name] for name in _CELL},
+        **{name: cell[name] for name in _CELL if name in cell},
         **times,
         "steps": [point["step"] for point in points],
         "nums": [point["num"] for point in points],

@@ -16,6 +16,7 @@ FILE, PUBLISHED = "results.json", "summary.json"
 _VALUE = (int, float, type(None))
 _TOP = {"name": str, "command": str, "config": dict, "versions": dict}
 _TOP |= {"metrics": dict, "skipped": dict, "cells": list, "summary": list}
+_TOP |= {"headline": list}
 _MATCH = {"method": str, "attack": str, "family": str, "prompt": str}
 _CELL = {**_MATCH, "concept": str, "side": str, "seed": int, "points": list}
 _POINT = {"step": int, "num": int, "values": dict}
@@ -23,6 +24,9 @@ _SHEET = {"sheet": (str, type(None))}
 _TIMES = {"seconds": _VALUE, "step_s": _VALUE, "defense_step_s": _VALUE}
 _GAP = {"metric": str, "over": str}
 _SIDE = {"value": _VALUE, "low": _VALUE, "high": _VALUE, "per_concept": dict}
+_HEAD = {"method": str, "metric": str, "worst": (dict, type(None)), "mean": _VALUE}
+_WORST = {"value": _VALUE, "step": int, "seed": int}
+_WORST |= {"attack": str, "prompt": str, "concept": str}
 
 
 class Run(NamedTuple):
@@ -124,6 +128,10 @@ def _check(path: pathlib.Path, data: Any) -> None:
                 place = f"summary[{i}].{side}"
                 _check_keys(path, place, row[side], _SIDE)
                 _check_numbers(path, f"{place}.per_concept", row[side]["per_concept"])
+    for i, row in enumerate(data["headline"]):
+        _check_keys(path, f"headline[{i}]", row, _HEAD)
+        if row["worst"] is not None:
+            _check_keys(path, f"headline[{i}].worst", row["worst"], _WORST)
     points = [point for cell in data["cells"] for point in cell["points"]]
     if not any(point["values"] for point in points):
         raise UserError(f"{path}: no cell has a value; nothing has been measured")
@@ -179,6 +187,11 @@ def matches(data) -> list[Match]:
     return sorted(
         all_matches, key=lambda m: (families.index(m.family), attacks.index(m.attack))
     )
+
+
+def bounds(data) -> set[str]:
+    """Returns the attacks that no defense can stop, which count in no worst case."""
+    return {cell["attack"] for cell in data["cells"] if cell.get("is_bound")}
 
 
 def prompts(data) -> list[str]:

@@ -95,9 +95,13 @@ def worst_columns(data, columns: Sequence[Column]) -> list[Column]:
     Args: columns: of `gap_columns`.
     """
     prompts, matches = results.prompts(data), results.matches(data)
-    families = list(dict.fromkeys(match.family for match in matches))
+    bounds = results.bounds(data)
+    families = list(
+        dict.fromkeys(match.family for match in matches if match.attack not in bounds)
+    )
     harmful = [column for column in columns if column.head == summary.HARMFUL]
-    by_match = dict(zip(matches, harmful, strict=True))
+    pairs = zip(matches, harmful, strict=True)
+    by_match = {match: c for match, c in pairs if match.attack not in bounds}
     worst = []
     for prompt in ("", *(prompts if len(prompts) > 1 else ())):
         for family in (*families, *((ANY,) if len(families) > 1 else ())):

@@ -5,7 +5,13 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup, escape
 
-from gift_jax.benchmark.table import seconds
+from gift_jax.benchmark import summary
+from gift_jax.benchmark.table import (
+    HEADLINE,
+    HEADLINE_NOTE,
+    headline_rows,
+    seconds,
+)
 from gift_jax.report import images, plots, results, tables
 from gift_jax.report.results import Run
 
@@ -39,6 +45,7 @@ class View:
         self.seeds = sorted({cell["seed"] for cell in run.data["cells"]})
         self.swatches = [Markup(svg) for svg in plots.swatches(run.data)]
         self.seconds = seconds(run.data)
+        self.headline_note = HEADLINE_NOTE
         self._strips = images.strips(run, count)
         self.start = {
             "metric": _number_of(self.metrics, metric),
@@ -71,6 +78,39 @@ class View:
             time = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
             facts.append(("of computing", time))
         return facts
+
+    @property
+    def headline(self) -> Iterator[dict]:
+        """Yields the rows of the first table: texts, bars, samples of the worst case.
+
+        worst, mean: in [0, 1], or None. bound: of the ignorance bound, for both.
+        """
+        rows = self.data["headline"]
+        texts = [
+            dict(zip(HEADLINE, row, strict=True)) for row in headline_rows(self.data)
+        ]
+        for row, text in zip(rows, texts, strict=True):
+            worst = row["worst"]
+            yield {
+                "texts": text,
+                "worst": worst and min(1.0, worst["value"]),
+                "mean": row["mean"],
+                "strip": worst and self._strip_of(row["method"], worst),
+            }
+
+    def _strip_of(self, method: str, worst: dict) -> images.Strip | None:
+        side = summary.HARMFUL
+        if method == summary.IGNORANCE:
+            method, side = summary.ORIGINAL, summary.BENIGN
+        names = ("attack", "prompt", "concept", "seed")
+        for strip in self._strips:
+            cell = strip.cell
+            if (cell["method"], cell["side"]) == (method, side) and all(
+                cell[name] == worst[name] for name in names
+            ):
+                if strip.point["step"] == worst["step"]:
+                    return strip
+        return None
 
     @property
     def controls(self) -> list[tuple[str, str, list[tuple[str, str]]]]:

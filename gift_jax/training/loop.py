@@ -30,6 +30,7 @@ class Options:
       steps: in the whole run.
       log_every: steps between two lines of metrics.
       checkpoint_every: steps between two checkpoints; 0: only at the end.
+      checkpoint_last: also at the end; False for a run whose state nobody needs then.
       keep: how many checkpoints to keep.
       name: of the run, in progress lines.
     """
@@ -37,6 +38,7 @@ class Options:
     steps: int
     log_every: int = 20
     checkpoint_every: int = 100
+    checkpoint_last: bool = True
     keep: int = 2
     name: str = "train"
 
@@ -94,7 +96,7 @@ def run(
       run's base key, which the step folds with state.step. place: puts a batch of NumPy
       arrays on the devices. callbacks: called before the checkpoint of their step, and
       only if its metrics are finite.
-    Returns: the final state, which is also the newest checkpoint.
+    Returns: the final state, which is also the newest checkpoint, if that is saved.
     Raises: StoppedBySignal after SIGINT or SIGTERM, once a checkpoint is written;
       NonFiniteError if a metric or a parameter is NaN or infinite.
     """
@@ -125,10 +127,13 @@ def run(
                 logging.info("%s: first step took %.1f s", options.name, seconds)
             done = step + 1
             stop = _stop_requested(flag, done)
-            scheduled = done == options.steps or store.due(done)
-            log_due = scheduled or done % options.log_every == 0  # a stop adds no line
+            is_last = done == options.steps
+            scheduled = store.due(done) or (is_last and options.checkpoint_last)
+            log_due = (
+                scheduled or is_last or done % options.log_every == 0
+            )  # a stop adds no line
             if stop or log_due or any(done in c.steps for c in callbacks):
-                params = state.params if stop or scheduled else None
+                params = state.params if stop or scheduled or is_last else None
                 values = log.check(done, metrics, params)
             if log_due:
                 log.write(done, values, _batch_size(batch))

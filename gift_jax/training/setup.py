@@ -177,10 +177,12 @@ def run_loop(
     *,
     name: str,
     callbacks: Sequence[loop.Callback] = (),
+    checkpoint_last: bool = True,
 ) -> State:
     """Places everything on the mesh and takes the run's steps.
 
-    Args: role: of `run_key`. name: word of the progress line.
+    Args: role: of `run_key`. name: word of the progress line. checkpoint_last: see
+      `loop.Options`.
     """
     state_shardings, frozen_shardings = run_shardings(run, mesh, state, frozen)
     return loop.run(
@@ -193,6 +195,7 @@ def run_loop(
             steps=run.steps,
             log_every=run.log_every,
             checkpoint_every=run.checkpoints.every,
+            checkpoint_last=checkpoint_last,
             keep=run.checkpoints.keep,
             name=name,
         ),

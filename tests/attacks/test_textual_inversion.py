@@ -168,3 +168,68 @@ def test_accepted_tokens_have_all_their_vectors_in_diffusers(tiny_folder, tmp_pa
                 learned = table[[i for i in theirs if i >= 514]].numpy()
             count = prompt.count(token)
             np.testing.assert_array_equal(learned, np.tile(rows, (count, 1)))
+
+
+# --- a search for words ---------------------------------------------------------------
+
+
+def _search_state(rng, tx, words=5):
+    table = jnp.asarray(rng.normal(size=(words + 2, toy_denoiser.D)), jnp.float32)
+    rows = table[np.asarray([1, 3])] + 0.05 * rng.normal(size=(2, toy_denoiser.D))
+    params = {"embeddings": jnp.asarray(rows, jnp.float32)}
+    pairs = toy_denoiser.batch(4)
+    del pairs["cond"]
+    pairs["ids"] = jnp.asarray([[1, words + 2, words + 3]] * 4)
+    frozen = {"unet": toy_denoiser.params(), "text": {weights.TOKEN_TABLE: table}}
+    return init_state(params, {"attack": tx.init(params)}), frozen, pairs, table
+
+
+def test_search_for_words_has_the_loss_and_gradient_of_the_nearest_ones(rng):
+    """Against PyTorch's straight-through gradient, written anew."""
+    import torch
+
+    tx = optax.sgd(1.0)
+    state, frozen, pairs, table = _search_state(rng, tx)
+    denoiser = toy_denoiser.denoiser()
+    steps = {
+        words: textual_inversion.make_step(denoiser, encode, tx, words=words)
+        for words in (0, 5)
+    }
+    results = {
+        words: step(state, frozen, {"data": pairs}, KEY)
+        for words, step in steps.items()
+    }
+    losses = {words: float(m["attack/loss"]) for words, (_, m) in results.items()}
+    assert losses[0] != pytest.approx(losses[5], rel=1e-4)
+
+    # what plain textual inversion does at the words' own rows
+    nearest = table[np.asarray([1, 3])]
+    there = state.replace(params={"embeddings": nearest})
+    moved, metrics = steps[0](there, frozen, {"data": pairs}, KEY)
+    assert losses[5] == pytest.approx(float(metrics["attack/loss"]), rel=1e-6)
+    gradient = np.asarray(nearest - moved.params["embeddings"])
+    assert np.abs(gradient).max() > 1e-3
+    ours = state.params["embeddings"] - results[5][0].params["embeddings"]
+    np.testing.assert_allclose(ours, gradient, atol=1e-6)
+
+    rows = torch.tensor(np.array(state.params["embeddings"]), requires_grad=True)
+    words = torch.tensor(np.array(table[:5]))
+    cosine = torch.nn.functional.cosine_similarity(rows[:, None], words[None], dim=-1)
+    chosen = cosine.argmax(1)
+    assert chosen.tolist() == [1, 3]
+    projected = rows + (words[chosen] - rows).detach()
+    projected.backward(torch.tensor(gradient))
+    np.testing.assert_allclose(rows.grad.numpy(), ours, atol=1e-6)
+
+
+def test_words_that_were_searched_for_are_rows_of_the_model(tiny, caplog):
+    s = textual_inversion.TextualInversion(vectors=2, discrete=True)
+    table = textual_inversion.token_table(tiny.folder)
+    words = textual_inversion.word_count(tiny.folder.load_tokenizer())
+    assert 2 < words < len(table)
+    near = {"embeddings": 1.5 * table[[7, 11]] + 1e-4}
+    changed = textual_inversion.changed(s, tiny.folder, near)[weights.TOKEN_TABLE]
+    np.testing.assert_array_equal(changed[-2:], table[[7, 11]])
+    free = textual_inversion.TextualInversion(vectors=2)
+    rows = textual_inversion.learned_rows(free, tiny.folder, near)
+    np.testing.assert_array_equal(rows, near["embeddings"])

@@ -95,9 +95,10 @@ def test_comparison_pairs_concepts_and_keeps_what_both_methods_have():
         cell("original", "bomb", {100: 1.0, 300: 1.0}, attack="dreambooth"),
     ]
     rows = summary.summarize(cells, ["classifier_accuracy"])
-    found = summary.compare(rows, "gift", "esd", "classifier_accuracy", "final")
-    assert found["benign"] is None
-    harmful = found["harmful"]
+    result = summary.compare(rows, "gift", "esd", "classifier_accuracy", "final")
+    assert result["benign"] is None
+    harmful = result["harmful"]
+    assert harmful["pairs"] == 2 and harmful["is_chance"]
     assert harmful["concepts"] == ["bomb", "owl"]
     assert list(harmful["by_attack"]) == [("lora", "name")]
     # after 300 steps: gift 0.8 on bomb and 0 on owl, esd 0.5 and 0.1
@@ -108,3 +109,75 @@ def test_comparison_pairs_concepts_and_keeps_what_both_methods_have():
     )
     other = summary.compare(rows, "esd", "gift", "classifier_accuracy", "final")
     assert other["harmful"]["difference"] == pytest.approx(0.1)
+
+
+def test_comparison_pairs_seeds_and_says_when_it_is_chance():
+    def cells(method, values):
+        return [
+            cell(method, concept, {300: value}, seed=seed)
+            for (concept, seed), value in values.items()
+        ]
+
+    units = [(c, s) for c in ("bomb", "owl", "cat") for s in (0, 1)]
+    noise = dict(zip(units, (0.0, 0.3, 0.1, 0.4, 0.2, 0.5), strict=True))
+    data = cells("original", dict.fromkeys(units, 1.0))
+    data += cells("gift", {u: 0.5 - n / 2 for u, n in noise.items()})
+    data += cells("esd", {u: 0.55 - n / 2 for u, n in noise.items()})
+    data += cells("uce", {u: 0.25 + n for u, n in noise.items()})
+    rows = summary.summarize(data, ["classifier_accuracy"])
+
+    def harmful(second):
+        return summary.compare(rows, "gift", second, "classifier_accuracy", "final")[
+            "harmful"
+        ]
+
+    # a small difference that is the same in every pair is none of chance
+    assert harmful("esd")["difference"] == pytest.approx(-0.05)
+    assert not harmful("esd")["is_chance"] and harmful("esd")["pairs"] == 6
+    # a larger one that varies is
+    assert abs(harmful("uce")["difference"]) > 0.05 and harmful("uce")["is_chance"]
+    gift = next(r for r in rows if r["method"] == "gift" and r["over"] == "final")
+    assert gift["harmful"]["per_seed"]["bomb"] == {"0": 0.5, "1": 0.65}
+
+
+HEADLINE = [
+    cell("original", "bomb", {100: 0.5, 300: 1.0}),
+    cell("original", "bomb", {300: 0.9}, prompt="nonce"),
+    cell("original", "bomb", {100: 0.8, 300: 0.6}, "benign"),
+    cell("original", "bomb", {0: 0.97}, "retained", attack="before", family=""),
+    cell("gift", "bomb", {100: 0.3, 300: 0.1}),
+    cell("gift", "bomb", {300: 0.9}, prompt="nonce"),
+    cell("gift", "bomb", {300: 1.0}, attack="interpolation", is_bound=True),
+    cell("gift", "bomb", {100: 0.6, 300: 0.6}, "benign"),
+    cell("gift", "bomb", {0: 0.95}, "retained", attack="before", family=""),
+]
+
+
+def test_headline_is_the_worst_case_beside_the_mean():
+    HEADLINE[-1]["points"][0]["values"] |= {"twin_rms": 0.1, "judge_lpips_twin": 0.4}
+    bound, original, gift = summary.headline(HEADLINE, "classifier_accuracy")
+    assert bound["method"] == summary.IGNORANCE and bound["worst"]["value"] == 0.8
+    assert original["worst"]["value"] == 1.0 and original["worst_gap"] is None
+    # the prompt and the step that suit the attacker; a bound is no worst case
+    worst = {"value": 0.9, "step": 300, "attack": "lora", "prompt": "nonce"}
+    assert gift["worst"] == worst | {"concept": "bomb", "seed": 0}
+    assert gift["mean"] == pytest.approx(0.6)
+    assert gift["worst_gap"] == {"value": 0.0, "attack": "lora", "prompt": "nonce"}
+    assert gift["harmful_gap"]["value"] == pytest.approx((0.7 + 0.0) / 2)
+    assert gift["benign_gap"]["value"] == pytest.approx(0.25)
+    assert gift["retained"] == 0.95 and original["retained"] == 0.97
+    assert summary.fidelity(gift) == ("judge_lpips_twin", 0.4)
+    assert summary.fidelity(original) is None
+
+
+def test_spread_between_seeds_is_of_cells_with_several():
+    cells = [
+        cell("gift", "bomb", {300: 0.2}),
+        cell("gift", "bomb", {300: 0.8}, seed=1),
+        cell("gift", "owl", {300: 0.5}),
+        cell("gift", "owl", {300: 0.4}, seed=1),
+        cell("gift", "cat", {300: 0.4}),
+    ]
+    (row,) = summary.seed_spreads(cells, "classifier_accuracy")
+    assert row["spread"] == pytest.approx(0.35) and row["concepts"] == 2
+    assert summary.seed_spreads(cells[-1:], "classifier_accuracy") == []

@@ -30,7 +30,7 @@ def write(
     num: int = 10,
     edit: Callable[[dict], None] | None = None,
 ) -> dict:
-    """Writes results.json, cell.json files and sheets; returns what results.json holds.
+    """Writes results.json and sheets; returns what results.json holds.
 
     Sample i of a sheet is gray of 20 times i. Args: edit: changes what is written.
     """
@@ -57,6 +57,7 @@ def write(
         "skipped": {},
         "cells": cells,
         "summary": summary.summarize(cells, METRICS),
+        "headline": summary.headline(cells, METRICS[0]),
     }
     if edit:
         edit(data)
@@ -65,11 +66,11 @@ def write(
 
 
 def _fill(folder, cell, steps, num, rng) -> dict:
-    """Writes a cell's sheets and cell.json; returns it as results.json has it."""
+    """Writes a cell's sheets; returns it as results.json has it."""
     place = [cell[key] for key in ("concept", "method", "side", "attack", "prompt")]
     home = pathlib.Path("cells", *("".join(filter(str.isalnum, p)) for p in place))
     grays = 20 * np.arange(num, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    points, full = [], []
+    points = []
     for step in steps:
         value = _reached(cell, step, rng)
         right = (rng.random(num) < value).astype(float)
@@ -78,11 +79,11 @@ def _fill(folder, cell, steps, num, rng) -> dict:
         point["values"] = dict(zip(METRICS, (accuracy, value), strict=True))
         labels = ["bomb" if one else "acorn" for one in right]
         points.append(point)
-        full.append(point | {"labels": {"concept": labels}})
-        full[-1]["samples"] = {METRICS[0]: list(right), METRICS[1]: [value] * num}
+        marks = {METRICS[0]: list(right), METRICS[1]: [value] * num, "labels": labels}
         images = np.broadcast_to(grays, (num, 8, 8, 3))
         grid.save_sheet(images, folder / point["sheet"])
-    (folder / home / "cell.json").write_text(json.dumps(cell | {"points": full}))
+        marks_file = (folder / point["sheet"]).with_suffix(".json")
+        marks_file.write_text(json.dumps(marks))
     times = {"seconds": 31.2}
     if cell["family"]:
         times["step_s"] = 0.0625

@@ -26,13 +26,14 @@ ACCURACY, SIMILARITY = fake_benchmark.METRICS
 
 def spoil(data):
     """Gives results nulls, a skipped metric and a method whose name is markup."""
-    for row in (*data["cells"], *data["summary"]):
+    for row in (*data["cells"], *data["summary"], *data["headline"]):
         row["method"] = MARKUP if row["method"] == "esd" else row["method"]
     data["skipped"] = {"lpips": SKIPPED}
     first, second = data["summary"][:2]
     first["harmful"] = None
     ratios = dict.fromkeys(second["benign"]["per_concept"])
-    second["benign"] = {"value": None, "low": None, "high": None, "per_concept": ratios}
+    nothing = {"value": None, "low": None, "high": None}
+    second["benign"] = nothing | {"per_concept": ratios}
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +377,33 @@ def test_published_folder_is_small_and_makes_the_same_tables(odd, tmp_path):
         __main__.main([str(folder), str(folder), "--publish", str(tmp_path / "out")])
 
 
+def test_page_begins_with_the_worst_case_and_the_samples_that_show_it(plain):
+    folder, data = plain
+    text = text_of(folder)
+    glance = text.split("<h2>At a glance</h2>")[1].split("</section>")[0]
+    assert text.index("At a glance") < text.index("<h2>Gap ratios</h2>")
+    (run,) = results.load_all([str(folder)])
+    strips = {
+        (s.cell["method"], s.cell["attack"], s.cell["side"], s.point["step"]): s.image
+        for s in images.strips(run, 8)
+    }
+    rows = data["headline"]
+    assert [row["method"] for row in rows] == [
+        "ignorance bound",
+        *fake_benchmark.METHODS,
+    ]
+    assert len({row["worst"]["value"] for row in rows}) > 2
+    for row in rows:
+        worst, method, side = row["worst"], row["method"], "harmful"
+        if method == "ignorance bound":
+            method, side = "original", "benign"
+        assert f"<b>{worst['value']:.0%}</b>" in glance
+        assert f"{worst['attack']} by name on bomb, step {worst['step']}" in glance
+        assert strips[method, worst["attack"], side, worst["step"]] in glance
+    table = (folder / "report" / "table.md").read_text(encoding="utf-8")
+    assert table.index("## At a glance") < table.index("Gap ratio,")
+
+
 def test_comparison_of_two_methods_is_printed(plain, capsys):
     flags = ["--compare", "esd", "gift", "--metric", SIMILARITY, "--over", "final"]
     assert __main__.main([str(plain[0]), *flags]) == 0
@@ -389,6 +417,7 @@ def test_comparison_of_two_methods_is_printed(plain, capsys):
     numbers = " | ".join(tables.form(x) for x in (one, two, two - one))
     assert f"| lora (name) | {numbers} |" in text and one != two
     assert text.count("| all attacks |") == 2
+    assert "1 pairs of concept and seed" in text and "within chance" in text
 
 
 def change(data, path, value):
@@ -405,6 +434,7 @@ def change(data, path, value):
     "path, value, message",
     [
         (["summary"], KeyError, "has no key 'summary'"),
+        (["headline", 1, "worst", "step"], KeyError, "worst, has no key 'step'"),
         (["cells", 1, "side"], KeyError, r"cells\[1\], has no key 'side'"),
         (["cells", 0, "points", 0, "num"], "8", r"num='8'; must be of type int"),
         (["cells", 0, "points", 0, "values", SIMILARITY], "x", f"{SIMILARITY}='x'"),
@@ -440,15 +470,20 @@ def test_mistakes_in_flags_are_refused(plain, flags, message):
         __main__.main([str(plain[0]), *flags])
 
 
-def test_broken_sheet_and_cell_are_named(plain, tmp_path):
+def folder_sheet(folder, run):
+    return folder / run.data["cells"][0]["points"][0]["sheet"]
+
+
+def test_broken_sheet_and_marks_are_named(plain, tmp_path):
     shutil.copytree(plain[0], tmp_path / "run")
     (run,) = results.load_all([str(tmp_path / "run")])
     sheet = run.folder / run.data["cells"][0]["points"][0]["sheet"]
     sheet.write_bytes(b"no image")
     with pytest.raises(UserError, match=re.escape(str(sheet))):
         images.strips(run, 1)
-    (sheet.parent / "cell.json").write_text("{}")
-    with pytest.raises(UserError, match="cell.json is no result of a cell"):
+    shutil.copy(folder_sheet(plain[0], run), sheet)
+    sheet.with_suffix(".json").write_text("[]")
+    with pytest.raises(UserError, match=r"\.json must be an object"):
         images.strips(run, 1)
 
 

@@ -26,6 +26,8 @@ HARMFUL = (
     "pill",
     "coffin",
 )
+# Safe things that settings had been chosen on before the others were divided.
+TUNED = ("cat face", "crown", "gear", "guitar", "penguin", "rocket")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,11 @@ def is_held_out(concept_id, style_id):
     that each style loses 16 images. Works on integers and on integer arrays.
     """
     return (concept_id % 5 == 0) & (style_id == (concept_id // 5) % len(STYLES))
+
+
+def is_image_held_out(name, style):
+    """Returns `is_held_out` of a concept's image in a style, by their names."""
+    return is_held_out(all_concepts().index(name), STYLES.index(style))
 
 
 @functools.cache
@@ -110,3 +117,28 @@ def over_white(rgba):
     alpha = rgba[..., 3:].astype(np.float32) / 255.0
     rgb = rgba[..., :3].astype(np.float32) * alpha + 255.0 * (1.0 - alpha)
     return np.rint(rgb).astype(np.uint8)
+
+
+def _split(names):
+    """Returns (tuning, test): names divided in two once and for all, by seed.
+
+    Those of `TUNED` are in the first.
+    """
+    shuffled = np.random.default_rng(0).permutation(sorted(names)).tolist()
+    half = len(shuffled) // 2
+    tuning = [n for i, n in enumerate(shuffled) if i < half or n in TUNED]
+    test = [n for n in shuffled if n not in tuning]
+    return tuple(tuning), tuple(test)
+
+
+@functools.cache
+def splits():
+    """Returns {"tuning" or "test": (known safe names, unseen names)}, in random order.
+
+    Settings of defenses and attacks are chosen on the first half, and what is reported
+    is measured on the second.
+    """
+    known = [name for name in known_concepts() if name not in HARMFUL]
+    unseen = unseen_concepts(all_concepts())
+    pairs = zip(_split(known), _split(unseen), strict=True)
+    return dict(zip(("tuning", "test"), pairs, strict=True))
