@@ -104,12 +104,11 @@ class View:
             method, side = summary.ORIGINAL, summary.BENIGN
         names = ("attack", "prompt", "concept", "seed")
         for strip in self._strips:
-            cell = strip.cell
-            if (cell["method"], cell["side"]) == (method, side) and all(
-                cell[name] == worst[name] for name in names
-            ):
-                if strip.point["step"] == worst["step"]:
-                    return strip
+            cell, step = strip.cell, strip.point["step"]
+            if (
+                (cell["method"], cell["side"], step) == (method, side, worst["step"])
+            ) and all(cell[name] == worst[name] for name in names):
+                return strip
         return None
 
     @property

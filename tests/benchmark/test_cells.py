@@ -306,8 +306,8 @@ def test_worker_that_ends_early_is_reported_with_its_reason(tmp_path, monkeypatc
         (2, UserError, "the disk is full"),
         (-9, workers.WorkerError, "10 of 10 cells are left; worker 1 ended with code"),
     ):
-        children = iter([Child(0), Child(code)])
-        monkeypatch.setattr(workers, "_start", lambda *a: next(children))
+        start = iter([Child(0), Child(code)]).__next__
+        monkeypatch.setattr(workers, "_start", lambda *a, start=start: start())
         with pytest.raises(error, match=message):
             workers.run(jobs, tmp_path, [], 2)
 
