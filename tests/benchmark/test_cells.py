@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark on the embedded model: its cells, its resuming, its mistakes."""
+"""The benchmark on a tiny model: its cells, its resuming, its mistakes."""
 
 import json
 import os
@@ -40,8 +40,16 @@ def from_the_root(monkeypatch, pytestconfig):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(pytestconfig.cache.mkdir("emoji")))
 
 
-def argv_of(workdir, *flags, variant=":smoke"):
-    return [f"--config={CONFIG}{variant}", f"--workdir={workdir}", *flags]
+MODEL: list[str] = []  # the flag that names the tiny one
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_model(tiny_folder):
+    MODEL[:] = [f"--config.model={tiny_folder}"]
+
+
+def argv_of(workdir, *flags):
+    return [f"--config={CONFIG}:smoke", f"--workdir={workdir}", *MODEL, *flags]
 
 
 def main(workdir, *flags):
@@ -108,7 +116,8 @@ def _interrupt(folder, monkeypatch):
 
 def test_each_cell_runs_once_and_is_evaluated_along_the_way(smoke, folder):
     data, ran, compiled = smoke
-    expected = matrix.Matrix(load_config(f"{CONFIG}:smoke")).cells
+    cfg = load_config(f"{CONFIG}:smoke")
+    expected = matrix.Matrix(cfg).cells
     assert len(expected) == len(data["cells"]) == 10
     assert ran == expected[3:]
     assert len(compiled) > 1 and len(set(map(id, compiled))) == 1  # one program
@@ -123,7 +132,7 @@ def test_each_cell_runs_once_and_is_evaluated_along_the_way(smoke, folder):
             assert len(marks["labels"]) == 2
             assert len(marks["judge_image_similarity"]) == 2
             assert point["values"]["classifier_accuracy"] in (0.0, 0.5, 1.0)
-            assert grid.read_sheet(sheet, 2).shape == (2, 64, 64, 3)
+            assert grid.read_sheet(sheet, 2).shape == (2, 16, 16, 3)
             is_twin = cell.side == summary.RETAINED and cell.is_defended
             assert ("twin_rms" in point["values"]) == is_twin
     sheets = [
