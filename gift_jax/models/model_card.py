@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from gift_jax.models.folder import ModelFolder
 from gift_jax.runtime.versions import versions
 
@@ -30,8 +28,7 @@ class RunSummary:
     added: tuple[str, ...] = ()
 
 
-_CARD = jinja2.Template(
-    """---
+_CARD = """---
 {% if license %}
 license: {{ license }}
 {% endif %}
@@ -111,10 +108,7 @@ Made with {{ versions }}.
 ```json
 {{ config }}
 ```
-""",
-    trim_blocks=True,
-    keep_trailing_newline=True,
-)
+"""
 
 
 def of_run(
@@ -146,11 +140,14 @@ def card(
       its README.md says the license. summary: in words. metrics: a line of the run's
       metrics.jsonl.
     """
+    import jinja2  # takes a tenth of what --help would wait for
+
     attack = summary.attack
     recorded = _public(recorded)
     name = pathlib.PurePath(recorded["model"]).name
     metrics = metrics or {}
-    return _CARD.render(
+    template = jinja2.Template(_CARD, trim_blocks=True, keep_trailing_newline=True)
+    return template.render(
         title=f"{name}, {'attacked' if attack else 'immunized'}",
         attack=attack,
         method=summary.method,

@@ -11,7 +11,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from absl import logging
 
 from gift_jax.runtime import processes, progress, signals
 from gift_jax.state import State, Step
-from gift_jax.training import checkpoint, metrics_log, sharding
+from gift_jax.training import metrics_log, sharding
+
+if TYPE_CHECKING:
+    from gift_jax.training.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,8 @@ def run(
     Raises: StoppedBySignal after SIGINT or SIGTERM, once a checkpoint is written;
       NonFiniteError if a metric or a parameter is NaN or infinite.
     """
+    from gift_jax.training import checkpoint  # Orbax, which --help need not wait for
+
     with contextlib.ExitStack() as stack:
         flag = stack.enter_context(signals.flag.in_loop(jax.process_count() > 1))
         folder, every = workdir / "checkpoints", options.checkpoint_every
@@ -172,7 +177,7 @@ def _stop_requested(flag: signals.SignalFlag, done: int) -> bool:
 
 
 def _save(
-    store: checkpoint.Checkpoints,
+    store: "Checkpoints",
     done: int,
     state: State,
     batches: Batches,
@@ -183,7 +188,7 @@ def _save(
 
 
 def _restore(
-    store: checkpoint.Checkpoints, state: State, batches: Batches, key: jax.Array
+    store: "Checkpoints", state: State, batches: Batches, key: jax.Array
 ) -> tuple[State, jax.Array]:
     """Returns (state, key) of the newest intact checkpoint; the batches follow it."""
     target = jax.tree.map(

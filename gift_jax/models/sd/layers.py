@@ -19,6 +19,7 @@ from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.ops.layers import Conv, GroupNorm, LayerNorm
 
 GROUPS = 32
+_PART = 1024  # tokens, see `by_parts`
 
 
 def timestep_features(t_B, dim: int, flip_sin_to_cos: bool, freq_shift: float):
@@ -134,8 +135,25 @@ class FeedForward(nn.Module):
         return nn.Dense(x_BNC.shape[-1], dtype=self.dtype, name="net_2")(h)
 
 
+def by_parts(module: nn.Module, x_BNC, *context):
+    """Returns module(x, *context), "B N C", of one part of the tokens after the other.
+
+    For layers that treat tokens alike. In memory is one part, also on the way back,
+    where it is computed again.
+    """
+    N = x_BNC.shape[1]
+    if N <= _PART or N % _PART:
+        return module(x_BNC, *context)
+    compute = nn.remat(lambda module, *args: module(*args))
+    parts = jnp.split(x_BNC, N // _PART, axis=1)
+    return jnp.concatenate([compute(module, part, *context) for part in parts], axis=1)
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, attention to text, feed-forward.
+
+    With rematerialization the last two, whose hidden values are the largest of all,
+    take the tokens `by_parts`.
 
     Attributes: only_cross_attention: the first attends to text too.
     """
@@ -155,10 +173,15 @@ class TransformerBlock(nn.Module):
         def attention(name):
             return Attention(self.heads, **common, name=name)
 
+        def apply(module, *args):
+            in_parts = self.kernels.remat != "none" and not self.is_initializing()
+            return by_parts(module, *args) if in_parts else module(*args)
+
         context = c_BLD if self.only_cross_attention else None
         x_BNC = x_BNC + attention("attn1")(norm("norm1")(x_BNC), context)
-        x_BNC = x_BNC + attention("attn2")(norm("norm2")(x_BNC), c_BLD)
-        return x_BNC + FeedForward(self.dtype, name="ff")(norm("norm3")(x_BNC))
+        x_BNC = x_BNC + apply(attention("attn2"), norm("norm2")(x_BNC), c_BLD)
+        feed_forward = FeedForward(self.dtype, name="ff")
+        return x_BNC + apply(feed_forward, norm("norm3")(x_BNC))
 
 
 class Transformer2D(nn.Module):

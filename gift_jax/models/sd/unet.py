@@ -253,9 +253,13 @@ def apply_unet(unet: UNet, params, z_BCHW, t_B, c_BLD, capture=(), text=None):
         mutable=["intermediates"],
     )
     intermediates = flatten_dict(state.get("intermediates", {}))
-    return out, {
-        "/".join(path[:-1]): values[0] for path, values in intermediates.items()
-    }
+    return (
+        out,
+        {  # of a layer that took tokens by parts, several
+            "/".join(path[:-1]): jnp.concatenate(parts, axis=1)
+            for path, parts in intermediates.items()
+        },
+    )
 
 
 def _capture_class(kind):

@@ -14,7 +14,7 @@ from gift_jax.models import exports, sd, weights
 from gift_jax.models.ops import attention
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
-from gift_jax.models.sd import architectures, stable_diffusion
+from gift_jax.models.sd import architectures, layers, stable_diffusion
 
 TOLERANCE = 1e-5
 
@@ -211,6 +211,38 @@ def test_what_is_computed_again_is_the_same(tiny, rng, remat):
         value[name], grads[name] = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value[remat], value["none"], rtol=1e-6)
     assert_close(grads[remat], grads["none"])
+
+
+def test_tokens_by_parts_are_computed_again_and_the_same(tiny, rng, monkeypatch):
+    """Of large images the widest layers take some tokens at a time, if remat is on."""
+    inputs, params = unet_inputs(rng), tiny.params["unet"]
+    kinds = ("transformer", "resnet", "attention")
+
+    def run(remat):
+        unet = tiny.unet.clone(kernels=Kernels(remat=remat))
+
+        def loss(params):
+            out, hiddens = sd.apply_unet(unet, params, *inputs, kinds)
+            noised = sum(jnp.mean(h**2) for h in hiddens.values())
+            return jnp.mean(out**2) + 0.1 * noised, hiddens
+
+        program = str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params))
+        return program, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    whole, ((value, hiddens), grads) = run("block")
+    monkeypatch.setattr(layers, "_PART", 16)  # of 64 positions
+    parted, ((other_value, others), other_grads) = run("block")
+    assert parted.count("remat") > whole.count("remat") > 0
+    assert run("none")[0].count("remat") == 0
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    assert_close(other_grads, grads)
+    assert hiddens.keys() == others.keys() and len(hiddens) > 12
+    for name, hidden in hiddens.items():
+        assert relative_error(others[name], hidden) < 1e-5
+    text = sd.project_text(tiny.unet, params, inputs[-1])
+    unet = tiny.unet.clone(kernels=Kernels(remat="block"))
+    out, _ = sd.apply_unet(unet, params, *inputs, text=text)
+    assert relative_error(out, sd.apply_unet(tiny.unet, params, *inputs)[0]) < 1e-5
 
 
 def test_the_references_give_the_same_gradients(tiny, rng, monkeypatch):
