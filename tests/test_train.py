@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train command line on the tiny model: a run's folder, resuming, mistakes."""
 
+import json
 import pathlib
 import shutil
 
@@ -134,6 +135,11 @@ def test_sd15_config_trains_on_what_the_model_draws(
     assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 2
 
 
+def _without_dtype(path):
+    config = json.loads(path.read_text())
+    return {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+
+
 @pytest.mark.slow
 def test_a_model_as_sd2_is_published_trains_and_exports(run_train, tmp_path):
     configs = full_models.configs("small-sd21")
@@ -146,6 +152,9 @@ def test_a_model_as_sd2_is_published_trains_and_exports(run_train, tmp_path):
     for source in (p for p in base.rglob("*") if p.is_file()):
         exported = run / "export" / source.relative_to(base)
         same = exported.read_bytes() == source.read_bytes()
+        if source.relative_to(base) == pathlib.Path("text_encoder/config.json"):
+            assert _without_dtype(exported) == _without_dtype(source)
+            continue  # labeled float32, which today's libraries load as it is
         assert same or source.parent.name == "unet", source
         if source.suffix == ".safetensors" and not same:
             old, new = map(safetensors.numpy.load_file, (source, exported))

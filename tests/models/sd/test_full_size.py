@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SD 1.5 and SD 2.1 against PyTorch: small always, the published size if slow.
 
-    python -m pytest -m slow -s tests/models/test_full_size.py
+    python -m pytest -m slow -s tests/models/sd/test_full_size.py
 
 Prints the errors reached. The slow ones take two minutes of CPU time each at most,
 3.5 GB of disk and 8 GB of memory.
