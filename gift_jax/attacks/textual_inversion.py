@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import ArrayLike
 from tokenizers.pre_tokenizers import ByteLevel
 
 from gift_jax.attacks import base
@@ -129,8 +130,9 @@ def start(table_VD: np.ndarray, ids: Sequence[int]) -> jax.Array:
     return jnp.asarray(table_VD[np.asarray(ids)], jnp.float32)
 
 
-def nearest_ids(rows_ND: jax.Array, words_WD: jax.Array) -> jax.Array:
+def nearest_ids(rows_ND: ArrayLike, words_WD: ArrayLike) -> jax.Array:
     """Returns the nearest word of each row, int "N", by their cosine."""
+    rows_ND, words_WD = jnp.asarray(rows_ND), jnp.asarray(words_WD)
     units = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (rows_ND, words_WD)]
     return jnp.argmax(units[0] @ units[1].T, axis=1)
 
