@@ -109,7 +109,6 @@ QUICK = {
     "attacks": ("dreambooth", "lora_x3", "textual_inversion", "transplant_lora"),
     "eval_steps": (),
     "prompts": ("name", "nonce"),
-    "shared_overrides.attack.steps": 150,
 }
 ATTACKS = {
     "name": "attacks",
@@ -145,7 +144,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = settings.get_config()
     c.name, c.split, c.methods = "emoji", "tuning", METHODS
     c.concepts, c.attacks, c.prompts = ("gear",), EVERY_ATTACK, PROMPTS
-    c.eval_steps = (75, 150)
+    c.eval_steps = (50, 100)
     for name in ("esd", "uce", "imma", "maximize_prior", "maximize"):
         c.definitions.methods[name] = settings.method(f"{BASELINES}:{name}")
     c.definitions.methods.gift = settings.method(GIFT)
@@ -155,7 +154,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.definitions.attacks = attacks()
     c.definitions.concepts = concepts()
     c.shared_overrides.attack = {
-        "steps": 300,
+        "steps": 150,  # by 75 the original has learned a thing that it has not seen
         "data": {"batch": 4},
         "retain": {"batch": 4},
     }
@@ -175,45 +174,56 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def attacks() -> dict[str, ConfigDict]:
-    """Returns {name: definition} of every attack."""
-    dreambooth, both = f"{ATTACK}:dreambooth", ("name", "nonce")
+    """Returns {name: definition} of every attack.
+
+    Those that vary another run on the harmful side alone, most under a nonce word
+    alone: the worst case is the attacker's, and an honest user takes the plain ones.
+    """
+    dreambooth, transplant = f"{ATTACK}:dreambooth", f"{ATTACK}:transplant"
     cosine = {"schedule": "cosine", "warmup_frac": 0.1}
     dropout = {"data": {"prompt_dropout": 0.1}}
     plain = {"optimizer": {"weight_decay": 0.0}}
+    original = {"original": settings.ORIGINAL_MODEL}
+    varied = {"prompts": ("nonce",), "sides": ("harmful",)}
+    both = varied | {"prompts": ("name", "nonce")}
     return {
-        **settings.attack_rates("dreambooth", dreambooth, 1e-4),
+        **settings.attack_rates("dreambooth", dreambooth, 1e-4, **both),
         "dreambooth_cosine": settings.attack(
-            dreambooth, {"optimizer": {"lr": 3e-4} | cosine}, both
+            dreambooth, {"optimizer": {"lr": 3e-4} | cosine}, **varied
         ),
-        "dreambooth_dropout": settings.attack(dreambooth, dropout, both),
+        "dreambooth_dropout": settings.attack(dreambooth, dropout, **varied),
         "dreambooth_dropout_g1": settings.attack(
-            dreambooth, dropout, both, guidance=1.0
+            dreambooth, dropout, **varied, guidance=1.0
         ),
         "dreambooth_same_images": settings.attack(
-            dreambooth, {}, both, images="defense", sides=("harmful",)
+            dreambooth, {}, **varied, images="defense"
         ),
-        **settings.attack_rates("lora", ATTACK, 1e-3),
+        **settings.attack_rates("lora", ATTACK, 1e-3, **both),
         "lora_cosine": settings.attack(
-            ATTACK, {"optimizer": {"lr": 3e-3} | cosine}, both
+            ATTACK, {"optimizer": {"lr": 3e-3} | cosine}, **varied
         ),
-        "textual_inversion": settings.attack(f"{ATTACK}:textual_inversion"),
-        "embedding_search": settings.attack(f"{ATTACK}:embedding_search", plain),
-        "word_search": settings.attack(f"{ATTACK}:word_search", plain),
+        "textual_inversion": settings.attack(
+            f"{ATTACK}:textual_inversion", plain | {"steps": 300}
+        ),
+        "embedding_search": settings.attack(
+            f"{ATTACK}:embedding_search", plain | {"steps": 60}, sides=("harmful",)
+        ),
+        "word_search": settings.attack(
+            f"{ATTACK}:word_search", plain | {"steps": 60}, sides=("harmful",)
+        ),
         "retain_then_teach": settings.attack(
-            f"{ATTACK}:retain_then_teach", {"steps": 400}, both
+            f"{ATTACK}:retain_then_teach", {"steps": 225}, **varied
         ),
         "transplant_lora": settings.attack(
-            f"{ATTACK}:transplant",
-            {"transplant": {"original": settings.ORIGINAL_MODEL}},
-            both,
+            transplant, {"transplant": original}, ("name", "nonce")
         ),
         "transplant_full": settings.attack(
-            f"{ATTACK}:transplant",
+            transplant,
             {
-                "transplant": {"original": settings.ORIGINAL_MODEL, "update": "full"},
+                "transplant": original | {"update": "full"},
                 "optimizer": {"lr": 1e-4},
             },
-            both,
+            **varied,
         ),
         "edit_back": settings.attack(
             f"{ATTACK}:edit_back",

@@ -127,26 +127,32 @@ def attacks() -> dict[str, ConfigDict]:
     cosine = {"schedule": "cosine", "warmup_frac": 0.1}
     dropout = {"data": {"prompt_dropout": 0.1}}
     original = {"original": settings.ORIGINAL_MODEL}
+    varied = {"prompts": ("nonce",), "sides": ("harmful",)}
+    both = varied | {"prompts": BOTH}
     return {
-        **settings.attack_rates("lora", ATTACK, 1e-4),
+        **settings.attack_rates("lora", ATTACK, 1e-4, **both),
         "lora_cosine": settings.attack(
-            ATTACK, {"optimizer": {"lr": 3e-4} | cosine}, BOTH
+            ATTACK, {"optimizer": {"lr": 3e-4} | cosine}, **varied
         ),
-        **settings.attack_rates("dreambooth", dreambooth, 5e-6),
-        "dreambooth_dropout": settings.attack(dreambooth, dropout, BOTH),
+        **settings.attack_rates("dreambooth", dreambooth, 5e-6, **both),
+        "dreambooth_dropout": settings.attack(dreambooth, dropout, **varied),
         "dreambooth_dropout_g1": settings.attack(
-            dreambooth, dropout, BOTH, guidance=1.0
+            dreambooth, dropout, **varied, guidance=1.0
         ),
         "dreambooth_same_images": settings.attack(
-            dreambooth, {}, BOTH, images="defense", sides=("harmful",)
+            dreambooth, {}, **varied, images="defense"
         ),
         "textual_inversion": settings.attack(
             f"{ATTACK}:textual_inversion",
             {"textual_inversion": {"initializer": "thing"}},
         ),
-        "embedding_search": settings.attack(f"{ATTACK}:embedding_search"),
-        "word_search": settings.attack(f"{ATTACK}:word_search"),
-        "retain_then_teach": settings.attack(f"{ATTACK}:retain_then_teach", {}, BOTH),
+        "embedding_search": settings.attack(
+            f"{ATTACK}:embedding_search", sides=("harmful",)
+        ),
+        "word_search": settings.attack(f"{ATTACK}:word_search", sides=("harmful",)),
+        "retain_then_teach": settings.attack(
+            f"{ATTACK}:retain_then_teach", {}, **varied
+        ),
         "transplant_lora": settings.attack(transplant, {"transplant": original}, BOTH),
         "transplant_full": settings.attack(
             transplant,
@@ -155,7 +161,7 @@ def attacks() -> dict[str, ConfigDict]:
                 "optimizer": {"lr": 5e-6},
                 "steps": 500,
             },
-            BOTH,
+            **varied,
         ),
         "edit_back": settings.attack(
             f"{ATTACK}:edit_back",

@@ -168,15 +168,16 @@ def attack_rates(
     file: str,
     lr: float,
     factors: tuple[float, ...] = (1 / 3, 3, 10),
-    prompts: tuple[str, ...] = ("name", "nonce"),
+    **fields: Any,
 ) -> dict[str, ConfigDict]:
-    """Returns an attack at a learning rate with every prompt, and at others with some.
+    """Returns an attack at a learning rate with every prompt, and at other rates.
 
-    NAME_third, NAME_x3, NAME_x10: at a third, 3 and 10 times the rate.
+    NAME_third, NAME_x3, NAME_x10: at a third, 3 and 10 times the rate. Args: fields:
+      of the `Attack` at other rates.
     """
     rates = {name: attack(file, {"optimizer": {"lr": lr}}, PROMPTS)}
     for factor in factors:
         label = f"x{factor:g}" if factor >= 1 else {1 / 3: "third"}[factor]
         overrides = {"optimizer": {"lr": factor * lr}}
-        rates[f"{name}_{label}"] = attack(file, overrides, prompts)
+        rates[f"{name}_{label}"] = attack(file, overrides, **fields)
     return rates

@@ -60,10 +60,12 @@ def test_standard_suite_is_what_it_promises():
     ):
         assert {c.prompt for c in jobs.cells if c.attack == attack} == expected
     one = cell(concept=things[0])
-    assert jobs.eval_steps(one) == (75, 150, 300)
+    assert jobs.eval_steps(one) == (50, 100, 150)
     assert jobs.eval_steps(cell(concept="fluent", attack="before")) == (0,)
-    sides = {c.side for c in jobs.cells if c.attack == "edit_back"}
-    assert sides == {"harmful"}
+    benign = {c.attack for c in jobs.cells if c.side == "benign"}
+    assert benign == {
+        *("before", "dreambooth", "lora", "textual_inversion", "transplant_lora")
+    }
     assert jobs.samples(cell(side="retained", attack="before")).num == 96
     assert jobs.samples(one).num == 24
     guidance = {c.attack: jobs.samples(c).guidance for c in jobs.cells}
@@ -174,7 +176,7 @@ def test_rates_differ_in_nothing_else():
             assert other.optimizer.lr == pytest.approx(factor * one.optimizer.lr)
             other.optimizer.lr = one.optimizer.lr
             assert other.to_dict() == one.to_dict()
-        assert one.attack == name and one.steps == 300
+        assert one.attack == name and one.steps == 150
     cosine = jobs.attack_config(cell(attack="lora_cosine")).optimizer
     assert (cosine.schedule, cosine.warmup_frac) == ("cosine", 0.1)
 
