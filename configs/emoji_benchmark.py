@@ -6,14 +6,13 @@
 
 Suites (two CPU cores; their times: docs/lab/benchmark.md):
     :smoke      one cell of each kind: a minute
-    :quick      one tuning concept, the four attacks that tell defenses apart best: for
-                whoever changes a defense; add --config.methods=original,gift
+    :quick      one tuning concept, four attacks: for whoever changes a defense; add
+                --config.methods=original,gift
     :attacks    every attack on the original model, on two tuning concepts: does each
                 succeed at all?
     (none)      as quick, every attack and defense
     :standard   six test things, a style and the harmful category, two seeds, every
-                attack, with a look after a quarter and a half of the steps: a night or
-                more, in parts
+                attack, with two looks on the way: a night a defense, in parts
     :full       20 test things, three styles, three seeds, 1,000 steps: for bigger
                 machines
     :ablations  choices of gift and gift_adversarial one by one, on the quick suite
