@@ -33,8 +33,8 @@ from gift_jax.runtime import devices
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONG = (  # files that take a minute and more, longest first
-    *("test_train", "test_attack", "test_hosts", "test_gradients", "test_compile"),
-    *("test_pretrain", "test_benchmark", "test_devices"),
+    *("test_train", "test_attack", "test_cells", "test_gradients", "test_compile"),
+    *("test_pretrain", "test_processes", "test_devices", "test_quickstart"),
 )
 
 
