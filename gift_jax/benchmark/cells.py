@@ -17,7 +17,8 @@ from gift_jax.attacks import base as attacks
 from gift_jax.benchmark import store, table, workload
 from gift_jax.benchmark.evaluation import Evaluator
 from gift_jax.benchmark.matrix import Cell, Matrix
-from gift_jax.models.load import load_model, model_folder
+from gift_jax.benchmark.summary import ORIGINAL
+from gift_jax.models.load import load_named, model_folder
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.devices import init_jax
@@ -125,7 +126,7 @@ class Bench:
     def run_cell(self, cell: Cell, model: str, times: dict) -> dict[str, Any]:
         """Attacks, draws, measures; returns the cell's line.
 
-        Args: model: the folder of the defended model, or the original's name. times: of
+        Args: model: the folder of the defended model; `ORIGINAL` has none. times: of
           its defense.
         """
         start = time.perf_counter()
@@ -139,7 +140,7 @@ class Bench:
                 )
 
         if cell.is_attacked:
-            cfg = self.matrix.attack_config(cell, model)
+            cfg = self.matrix.attack_config(cell, model if cell.is_defended else "")
             share = self._shared_step(cfg)
             attack.train(
                 cfg,
@@ -151,7 +152,7 @@ class Bench:
             )
             times = times | {"step_s": _step_seconds(folder)}
         elif cell.is_defended:
-            evaluate(0, load_model(model, variant=self.matrix.fields.variant))
+            evaluate(0, load_named(self.matrix.model_fields(model)))
         else:
             evaluate(0, self.evaluator.original)
         points = [json.loads(path.read_text()) for path in paths.values()]
@@ -168,10 +169,10 @@ class Bench:
     def _defended(self, cell: Cell) -> tuple[str, dict[str, Any]]:
         """Returns (the model's folder, seconds it took), training it if need be.
 
-        The folder is "" while another process trains it.
+        The folder is "" while another process trains it, `ORIGINAL` of no defense.
         """
         if not cell.is_defended:
-            return self.matrix.fields.model, {}
+            return ORIGINAL, {}
         folder = self._workdir / cell.defense_folder
         path = folder / "defense.json"
         if path.exists():

@@ -4,7 +4,7 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -101,10 +101,6 @@ class Concept:
         """Returns every group of images, by the name of its field."""
         sides = {f"{side}.images": getattr(self, side).images for side in summary.SIDES}
         return {"defense_data": self.defense_data, "safe": self.safe} | sides
-
-
-# (source, name of its field) -> its pairs
-Read = Callable[[ImageSource, str], Pairs]
 
 
 def called(images: ImageSource, prompt: str) -> ImageSource:
@@ -221,12 +217,3 @@ def eval_set(
         training_images=None if training is None else training.images,
         twin_images=twins,
     )
-
-
-def as_fields(images: ImageSource) -> dict[str, Any]:
-    """Returns the fields of images, to be set in a data group of a config."""
-    return {
-        name: value
-        for name, value in dataclasses.asdict(images).items()
-        if name != "generation"
-    } | {"generation": dataclasses.asdict(images.generation)}

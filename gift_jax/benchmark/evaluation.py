@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One point of a cell: what a model draws at some step of an attack, measured."""
 
-import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -10,14 +9,14 @@ import numpy as np
 
 from gift_jax.benchmark import concepts, summary
 from gift_jax.benchmark.matrix import Cell, Matrix
-from gift_jax.data.cache import ImageSource
-from gift_jax.data.pairs import Pairs, load_pairs, pairs_spec
+from gift_jax.data.cache import DataGroup, ImageSource
+from gift_jax.data.pairs import Pairs
 from gift_jax.metrics import judge
 from gift_jax.metrics.suite import MetricSuite
-from gift_jax.models.load import load_model
+from gift_jax.models.load import load_named
 from gift_jax.runtime import files
 from gift_jax.sampling import grid
-from gift_jax.sampling.generated import generate_images
+from gift_jax.sampling.generated import load_group
 from gift_jax.sampling.images import draw_images
 
 _BATCH = 8  # images of `num_generated` drawn at once
@@ -38,23 +37,20 @@ class Evaluator:
     @functools.cached_property
     def original(self) -> Any:
         """The original model, which draws the twins and the images of num_generated."""
-        fields = self._matrix.fields
-        return load_model(fields.model, resolution=fields.resolution)
+        return load_named(self._matrix.model_fields())
 
     def read(self, images: ImageSource, field: str, held_out: bool = False) -> Pairs:
         """Returns the pairs of a source; each is read once."""
         key = images, held_out
         if key not in self._read:
-            group = _Drawn(**vars(images))
-            spec = pairs_spec(images, field, size=self._size, held_out=held_out)
-            self._read[key] = load_pairs(
-                spec, draw=lambda n: generate_images(self.original, group, field, n)
+            group, size = (
+                DataGroup(**vars(images), batch=_BATCH),
+                self.original.image_size,
+            )
+            self._read[key] = load_group(
+                self.original, group, field, size, held_out=held_out
             )
         return self._read[key]
-
-    @functools.cached_property
-    def _size(self) -> int:
-        return self.original.image_size
 
     def check_images(self) -> None:
         """Raises UserError if a concept's attacker has images of the defense."""
@@ -118,13 +114,6 @@ class Evaluator:
             unet = self.original.params["unet"]
             self._twins = {key: draw_images(self.original, unet, texts, samples)}
         return self._twins[key]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Drawn(ImageSource):
-    """Images that the model draws. batch: at once."""
-
-    batch: int = _BATCH
 
 
 def _labels(samples) -> list[str]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Similarity gap ratios, how much a defense reduces an attack, and their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,43 +55,38 @@ def ratio_interval(
     Args: concepts: of each the pairs, (undefended, defended); num: resamples.
     Source: the two-stage bootstrap of clusters, Davison & Hinkley 1997, section 3.8.
     """
-    rng = np.random.default_rng(seed)
-    arrays = [np.asarray(pairs, np.float64) for pairs in concepts]
-    rows = rng.integers(len(arrays), size=(num, len(arrays)))
-    ratios = np.full(rows.shape, np.nan)
-    for i, pairs_S2 in enumerate(arrays):
-        here = rows == i
-        seeds = rng.integers(len(pairs_S2), size=(here.sum(), len(pairs_S2)))
-        sums = pairs_S2[seeds].sum(axis=1)  # "draws 2"
-        known = sums[:, 0] > 0
-        values = np.full(len(sums), np.nan)
-        values[known] = 1 - sums[known, 1] / sums[known, 0]
-        ratios[here] = values
-    means = np.nanmean(ratios[~np.isnan(ratios).all(axis=1)], axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+
+    def ratio(pairs):  # "draws seeds 2"
+        undefended, defended = np.moveaxis(pairs.sum(axis=1), 1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(undefended > 0, 1 - defended / undefended, np.nan)
+
+    return nested_interval(concepts, ratio, level=level, num=num, seed=seed)
 
 
 def nested_interval(
-    groups: Sequence[Sequence[float]],
+    groups: Sequence[Sequence[Any]],
+    statistic: Callable[[np.ndarray], np.ndarray] = lambda x: x.mean(axis=1),
     *,
     level: float = 0.95,
     num: int = 4000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the bootstrap interval of the mean of the groups' means.
+    """Returns the bootstrap interval of the mean of the groups' statistics.
 
     Groups, the concepts, are drawn with replacement, and of each its members, the
-    seeds. Source: as `ratio_interval`.
+    seeds. Args: statistic: members "draws members ..." -> "draws"; NaN is left out.
+    Source: as `ratio_interval`.
     """
     rng = np.random.default_rng(seed)
     rows = rng.integers(len(groups), size=(num, len(groups)))
-    means = np.empty(rows.shape)
+    values = np.full(rows.shape, np.nan)
     for i, group in enumerate(groups):
-        values, here = np.asarray(group, np.float64), rows == i
-        draws = rng.integers(len(values), size=(here.sum(), len(values)))
-        means[here] = values[draws].mean(axis=1)
-    low, high = np.quantile(means.mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+        members, here = np.asarray(group, np.float64), rows == i
+        draws = rng.integers(len(members), size=(here.sum(), len(members)))
+        values[here] = statistic(members[draws])
+    means = np.nanmean(values[~np.isnan(values).all(axis=1)], axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -85,6 +85,7 @@ class Matrix:
         self.cfg, self.fields = cfg, settings.resolve(cfg)
         self._loaded: dict[str, ConfigDict] = {}
         self._parts: dict[tuple, Any] = {}
+        self._digests: dict[Cell, dict[str, str]] = {}
         self.attacks = {
             name: self._definition("attacks", name, settings.Attack)
             for name in self.fields.attacks
@@ -167,12 +168,12 @@ class Matrix:
     def defense_config(self, cell: Cell) -> ConfigDict:
         """Returns the config of `gift_jax.train` that makes the cell's model."""
         c = self._job("methods", cell.method)
-        self._name_model(c)
+        c.update(dataclasses.asdict(self.model_fields()))
         c.samples.num = 0
         concept = self.concepts[cell.concept]
         for name, images in (("harmful", concept.defense_data), ("safe", concept.safe)):
             if name in c:
-                c[name].update(concepts.as_fields(images))
+                c[name].update(dataclasses.asdict(images))
         c.seed += cell.seed
         return c.lock()
 
@@ -182,7 +183,7 @@ class Matrix:
         Args: model: the folder of the attacked one; "" for the original.
         """
         c, concept = self._job("attacks", cell.attack), self.concepts[cell.concept]
-        self._name_model(c, model)
+        c.update(dataclasses.asdict(self.model_fields(model)))
         c.samples.num = 0
         side = getattr(concept, cell.side)
         name = side.prompts.name or side.images.prompt
@@ -193,7 +194,7 @@ class Matrix:
         others = attacks.load(c.attack).groups[1:]  # safe images that anyone has
         for group, images in (("data", taught), *((g, concept.safe) for g in others)):
             if group in c:
-                c[group].update(concepts.as_fields(images))
+                c[group].update(dataclasses.asdict(images))
         if not attacks.load(c.attack).plan:
             c.steps = 0
         c.checkpoints.every = 0
@@ -239,12 +240,17 @@ class Matrix:
 
     def digests(self, cell: Cell) -> dict[str, str]:
         """Returns what a cell depends on: {part: the first digits of its hash}."""
+        if cell not in self._digests:  # asked for each time that results are read
+            self._digests[cell] = self._digest_parts(cell)
+        return self._digests[cell]
+
+    def _digest_parts(self, cell: Cell) -> dict[str, str]:
         concept = self.concepts[cell.concept]
         parts = {
             "eval_steps": _digest(self.eval_steps(cell)),
             "samples": _digest(dataclasses.asdict(self.samples(cell))),
             "metrics": _digest(dataclasses.asdict(self.fields.metrics)),
-            "model": _digest(dataclasses.asdict(self._model_fields)),
+            "model": _digest(dataclasses.asdict(self.model_fields())),
             "images": _digest(dataclasses.asdict(getattr(concept, cell.side))),
         }
         if cell.is_defended:
@@ -267,18 +273,17 @@ class Matrix:
             self._parts[key] = config.steps, _job_digest(config)
         return self._parts[key]
 
-    @property
-    def _model_fields(self) -> ModelFields:
-        names = [field.name for field in dataclasses.fields(ModelFields)]
-        return ModelFields(**{name: getattr(self.fields, name) for name in names})
+    def model_fields(self, folder: str = "") -> ModelFields:
+        """Returns the original's fields, or those of a defended model's export.
 
-    def _name_model(self, c: ConfigDict, folder: str = "") -> None:
-        """Sets the fields that name a job's model. Args: folder: in its place."""
-        fields = dataclasses.asdict(self._model_fields)
-        if folder:  # an export, with everything merged
-            fields |= {"model": folder, "revision": ""}
-            del fields["adapters"]
-        c.update(fields)
+        Args: folder: the export's, in which everything is merged.
+        """
+        names = [field.name for field in dataclasses.fields(ModelFields)]
+        fields = ModelFields(**{name: getattr(self.fields, name) for name in names})
+        if not folder:
+            return fields
+        own = {"model": folder, "revision": "", "adapters": ModelFields().adapters}
+        return dataclasses.replace(fields, **own)
 
     def _job(self, kind: str, name: str) -> ConfigDict:
         """Returns a definition's config with the overrides, shared ones first."""

@@ -56,7 +56,6 @@ def run(matrix: Matrix, workdir: pathlib.Path, argv: Sequence[str], count: int) 
         with progress.bar("cells", total, total - len(left)) as bar:
             while any(child.poll() is None for child in children):
                 _wait(children)
-                results.read()
                 bar.update(total - len(cells.unfinished(matrix, results)))
     except (StoppedBySignal, KeyboardInterrupt):
         _stop(children)

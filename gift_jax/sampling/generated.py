@@ -24,16 +24,18 @@ from gift_jax.sampling.images import Samples, check_scheduler
 _MAX_BATCH = 8  # images drawn at once
 
 
-def load_group(model, group: Any, field: str, size: int, seed: int = 0) -> Pairs:
+def load_group(
+    model, group: Any, field: str, size: int, seed: int = 0, held_out: bool = False
+) -> Pairs:
     """Returns the pairs of one data group of a config.
 
     Args: model: draws the images of `num_generated`; None for the other sources.
       group: see `pairs.PairsSpec` and `generate_images`. field: its name. size: side
-      of the images in pixels. seed: of random crops.
+      of the images in pixels. seed: of random crops. held_out: see `pairs.PairsSpec`.
     Raises: UserError naming the field or file.
     """
     return load_pairs(
-        pairs_spec(group, field, size=size, seed=seed),
+        pairs_spec(group, field, size=size, seed=seed, held_out=held_out),
         draw=lambda count: generate_images(model, group, field, count),
     )
 
