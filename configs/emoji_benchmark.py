@@ -33,7 +33,6 @@ from gift_jax.runtime.config import with_variant
 
 BASELINES = "configs/emoji_baselines.py"
 GIFT, ADVERSARIAL = "configs/emoji_gift.py", "configs/emoji_gift_adversarial.py"
-ATTACK = "configs/emoji_attack.py"
 DEFENSE_STYLES = ("twemoji", "fluent", "black and white")
 ATTACKER_STYLES = ("noto", "openmoji", "emojione")
 DESCRIPTIONS = {
@@ -50,17 +49,8 @@ DESCRIPTIONS = {
 }
 EXISTING_WORD = "an anchor"  # a safe thing, in whose name a concept is taught
 THING, STYLE = "{{a_style}} emoji of {}", "a {} emoji of {{a_concept}}"
-RATES = ("third", "x3", "x10")
 METHODS = ("original", "esd", "uce", "imma", "maximize_prior", "gift")
 METHODS += ("gift_adversarial",)
-EVERY_ATTACK = (
-    *("dreambooth", *(f"dreambooth_{rate}" for rate in RATES), "dreambooth_cosine"),
-    *("dreambooth_dropout", "dreambooth_dropout_g1", "dreambooth_same_images"),
-    *("lora", *(f"lora_{rate}" for rate in RATES), "lora_cosine"),
-    *("textual_inversion", "embedding_search", "word_search"),
-    *("retain_then_teach", "transplant_lora", "transplant_full"),
-    *("edit_back", "interpolation"),
-)
 ABLATIONS = {  # method: (config, overrides)
     "gift_joint": (GIFT, {"gift": {"gradient": "joint"}}),
     "gift_unrolled": (GIFT, {"gift": {"gradient": "unrolled"}}),
@@ -85,6 +75,12 @@ ABLATIONS = {  # method: (config, overrides)
         "lower_third": {"lower": {"lr": 1.2e-3 / 3}},
         "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
     }.items()
+}
+STEPS = {  # of attacks that need others than all
+    "textual_inversion": {"steps": 300},
+    "embedding_search": {"steps": 60},
+    "word_search": {"steps": 60},
+    "retain_then_teach": {"steps": 225},
 }
 SMOKE = {
     "name": "smoke",
@@ -142,7 +138,7 @@ FULL = STANDARD | {
 def get_config(variant: str = "") -> ConfigDict:
     c = settings.get_config()
     c.name, c.split, c.methods = "emoji", "tuning", METHODS
-    c.concepts, c.attacks, c.prompts = ("gear",), EVERY_ATTACK, PROMPTS
+    c.concepts, c.prompts = ("gear",), PROMPTS
     c.eval_steps = (50, 100)
     for name in ("esd", "uce", "imma", "maximize_prior", "maximize"):
         c.definitions.methods[name] = settings.method(f"{BASELINES}:{name}")
@@ -150,7 +146,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.definitions.methods.gift_adversarial = settings.method(ADVERSARIAL)
     for name, (file, overrides) in ABLATIONS.items():
         c.definitions.methods[name] = settings.method(file, overrides)
-    c.definitions.attacks = attacks()
+    c.definitions.attacks = settings.every_attack(
+        "configs/emoji_attack.py", {"dreambooth": 1e-4, "lora": 1e-3}, STEPS
+    )
+    c.attacks = tuple(c.definitions.attacks)
     c.definitions.concepts = concepts()
     c.shared_overrides.attack = {
         "steps": 150,  # by 75 the original has learned a thing that it has not seen
@@ -172,73 +171,6 @@ def get_config(variant: str = "") -> ConfigDict:
     )
 
 
-def attacks() -> dict[str, ConfigDict]:
-    """Returns {name: definition} of every attack.
-
-    Those that vary another run on the harmful side alone, most under a nonce word
-    alone: the worst case is the attacker's, and an honest user takes the plain ones.
-    """
-    dreambooth, transplant = f"{ATTACK}:dreambooth", f"{ATTACK}:transplant"
-    cosine = {"schedule": "cosine", "warmup_frac": 0.1}
-    dropout = {"data": {"prompt_dropout": 0.1}}
-    plain = {"optimizer": {"weight_decay": 0.0}}
-    original = {"original": settings.ORIGINAL_MODEL}
-    varied = {"prompts": ("nonce",), "sides": ("harmful",)}
-    both = varied | {"prompts": ("name", "nonce")}
-    return {
-        **settings.attack_rates("dreambooth", dreambooth, 1e-4, **both),
-        "dreambooth_cosine": settings.attack(
-            dreambooth, {"optimizer": {"lr": 3e-4} | cosine}, **varied
-        ),
-        "dreambooth_dropout": settings.attack(dreambooth, dropout, **varied),
-        "dreambooth_dropout_g1": settings.attack(
-            dreambooth, dropout, **varied, guidance=1.0
-        ),
-        "dreambooth_same_images": settings.attack(
-            dreambooth, {}, **varied, images="defense"
-        ),
-        **settings.attack_rates("lora", ATTACK, 1e-3, **both),
-        "lora_cosine": settings.attack(
-            ATTACK, {"optimizer": {"lr": 3e-3} | cosine}, **varied
-        ),
-        "textual_inversion": settings.attack(
-            f"{ATTACK}:textual_inversion", plain | {"steps": 300}
-        ),
-        "embedding_search": settings.attack(
-            f"{ATTACK}:embedding_search", plain | {"steps": 60}, sides=("harmful",)
-        ),
-        "word_search": settings.attack(
-            f"{ATTACK}:word_search", plain | {"steps": 60}, sides=("harmful",)
-        ),
-        "retain_then_teach": settings.attack(
-            f"{ATTACK}:retain_then_teach", {"steps": 225}, **varied
-        ),
-        "transplant_lora": settings.attack(
-            transplant, {"transplant": original}, ("name", "nonce")
-        ),
-        "transplant_full": settings.attack(
-            transplant,
-            {
-                "transplant": original | {"update": "full"},
-                "optimizer": {"lr": 1e-4},
-            },
-            **varied,
-        ),
-        "edit_back": settings.attack(
-            f"{ATTACK}:edit_back",
-            {"edit_back": {"source": settings.CONCEPT_NAME}},
-            ("nonce", "existing_word"),
-            sides=("harmful",),
-        ),
-        "interpolation": settings.attack(
-            f"{ATTACK}:interpolation",
-            {"interpolation": {"sibling": settings.ORIGINAL_MODEL}},
-            sides=("harmful",),
-            is_bound=True,
-        ),
-    }
-
-
 def concepts() -> dict[str, ConfigDict]:
     """Returns {name: definition} of things, styles and the harmful category."""
     definitions = {}
@@ -248,8 +180,8 @@ def concepts() -> dict[str, ConfigDict]:
         for thing, benign in zip(things, unseen, strict=False):
             definitions[thing] = define(split, (thing,), benign)
     definitions["bomb"] = define("tuning", ("bomb",), "guitar")
-    others = tuple(name for name in emoji.HARMFUL if name != "bomb")
-    definitions["harmful"] = define("test", others, "mountain")
+    categories = tuple(name for name in emoji.HARMFUL if name != "bomb")
+    definitions["harmful"] = define("test", categories, "mountain")
     test = emoji.splits()["test"]
     for style in emoji.STYLES:
         split = "tuning" if style in ("noto", "twemoji", "black and white") else "test"
@@ -286,19 +218,19 @@ def define_style(split: str, style: str, benign: str) -> ConfigDict:
     """
     c = config.to_config(Concept(split=split, label_kind="style"))
     known = [name for name in emoji.known_concepts() if name not in emoji.HARMFUL]
-    drawn = [name for name in known if not emoji.is_image_held_out(name, style)]
-    others = tuple(other for other in emoji.STYLES if other != style)
-    c.defense_data.update(names=tuple(drawn[::2]), styles=(style,))
+    names = [name for name in known if not emoji.is_image_held_out(name, style)]
+    styles = tuple(other for other in emoji.STYLES if other != style)
+    c.defense_data.update(names=tuple(names[::2]), styles=(style,))
     for images in (c.safe, c.retained.images):
-        images.update(names=tuple(known), styles=others)
-    c.harmful.images.update(names=tuple(drawn[1::2]), styles=(style,))
+        images.update(names=tuple(known), styles=styles)
+    c.harmful.images.update(names=tuple(names[1::2]), styles=(style,))
     c.harmful.prompts.update(
         name=THING.format("{a_concept}"),
         nonce=STYLE.format("{nonce}"),
         existing_word=STYLE.format("anchor"),
         learned=STYLE.format("<thing>"),
     )
-    c.benign.images.update(names=(benign,), styles=others)
+    c.benign.images.update(names=(benign,), styles=styles)
     c.benign.prompts.update(
         name=THING.format("{a_concept}"),
         nonce=THING.format("{nonce}"),

@@ -170,10 +170,10 @@ def drawings(
     if len(distinct) > num:
         distinct = [distinct[i * len(distinct) // num] for i in range(num)]
     turns = [distinct[i % len(distinct)] for i in range(num)]
-    every = frozenset(named.concepts)
+    all_things = frozenset(named.concepts)
     labels = _labels(concept, side)
     return [
-        Drawing(text, name, labels(thing, style, every))
+        Drawing(text, name, labels(thing, style, all_things))
         for text, name, thing, style in turns
     ]
 
@@ -186,17 +186,17 @@ def _labels(concept: Concept, side: str) -> Callable[..., frozenset[str] | None]
     if not (group.images.names or group.images.label_key):
         return lambda *_: None  # captions are no labels
     if side == summary.HARMFUL and concept.label_kind == "style":
-        return lambda thing, style, every: frozenset((style,))
+        return lambda thing, style, all_things: frozenset((style,))
     if side == summary.RETAINED:
-        return lambda thing, style, every: frozenset((thing,))
-    return lambda thing, style, every: every
+        return lambda thing, style, all_things: frozenset((thing,))
+    return lambda thing, style, all_things: all_things
 
 
 def eval_set(
     concept: Concept,
     side: str,
     samples: np.ndarray,
-    chosen: Sequence[Drawing],
+    drawings: Sequence[Drawing],
     references: Pairs,
     training: Pairs | None,
     twins: np.ndarray | None = None,
@@ -206,11 +206,11 @@ def eval_set(
     Args: references: images of what the samples should show. training: those that the
       model was taught. twins: what the original model draws from the same noise.
     """
-    labels = [drawing.labels for drawing in chosen]
+    labels = [drawing.labels for drawing in drawings]
     is_style = side == summary.HARMFUL and concept.label_kind == "style"
     return EvalSet(
         samples,
-        prompts=[drawing.name for drawing in chosen],
+        prompts=[drawing.name for drawing in drawings],
         accepted_labels=None if None in labels else labels,
         label_kind="style" if is_style else "concept",
         reference_images=references.images,

@@ -69,14 +69,14 @@ class Evaluator:
         """
         concept = self._matrix.concepts[cell.concept]
         samples = self._matrix.samples(cell)
-        chosen, references, training = self._drawings(cell, concept, samples.num)
-        texts = [drawing.text for drawing in chosen]
+        drawings, references, training = self._drawings(cell, concept, samples.num)
+        texts = [drawing.text for drawing in drawings]
         images = draw_images(model, model.params["unet"], texts, samples)
         twins = None
         if cell.side == summary.RETAINED and cell.is_defended:
             twins = self._drawn_by_original(texts, samples)
         eval_set = concepts.eval_set(
-            concept, cell.side, images, chosen, references, training, twins
+            concept, cell.side, images, drawings, references, training, twins
         )
         results = [result.as_json() for result in self.metrics.measure(eval_set)]
         sheet = self._workdir / cell.folder / f"{step:06d}.png"
@@ -105,8 +105,8 @@ class Evaluator:
         prompted = self.read(concepts.called(images, prompt), field)
         named = self.read(concepts.called(images, name), field)
         references = self.read(side.images, field, held_out=True)
-        chosen = concepts.drawings(concept, cell.side, num, prompted, named)
-        return chosen, references, training
+        drawings = concepts.drawings(concept, cell.side, num, prompted, named)
+        return drawings, references, training
 
     def _drawn_by_original(self, texts: list[str], samples) -> np.ndarray:
         key = tuple(texts), samples

@@ -190,11 +190,11 @@ class Matrix:
         _fill(
             c, {settings.ORIGINAL_MODEL: self.fields.model, settings.CONCEPT_NAME: name}
         )
-        taught = concepts.called(self.taught(cell), self.prompt(cell))
-        others = attacks.load(c.attack).groups[1:]  # safe images that anyone has
-        for group, images in (("data", taught), *((g, concept.safe) for g in others)):
+        images = dict.fromkeys(attacks.load(c.attack).groups, concept.safe)
+        images["data"] = concepts.called(self.taught(cell), self.prompt(cell))
+        for group, source in images.items():
             if group in c:
-                c[group].update(dataclasses.asdict(images))
+                c[group].update(dataclasses.asdict(source))
         if not attacks.load(c.attack).plan:
             c.steps = 0
         c.checkpoints.every = 0

@@ -163,21 +163,68 @@ def attack(
     return definition
 
 
-def attack_rates(
-    name: str,
-    file: str,
-    lr: float,
-    factors: tuple[float, ...] = (1 / 3, 3, 10),
-    **fields: Any,
+def every_attack(
+    file: str, lrs: Mapping[str, float], changes: Mapping[str, Mapping] | None = None
 ) -> dict[str, ConfigDict]:
-    """Returns an attack at a learning rate with every prompt, and at other rates.
+    """Returns {name: definition} of every attack.
 
-    NAME_third, NAME_x3, NAME_x10: at a third, 3 and 10 times the rate. Args: fields:
-      of the `Attack` at other rates.
+    Those that vary another are run on the harmful side alone, most under a nonce word
+    alone: the worst case is the attacker's, and an honest user takes the plain ones.
+
+    Args: file: a config of gift_jax.attack with a variant for each attack; without one
+      it is LoRA. lrs: learning rates of "dreambooth" and "lora". changes: {name:
+      further overrides}.
     """
-    rates = {name: attack(file, {"optimizer": {"lr": lr}}, PROMPTS)}
-    for factor in factors:
-        label = f"x{factor:g}" if factor >= 1 else {1 / 3: "third"}[factor]
-        overrides = {"optimizer": {"lr": factor * lr}}
-        rates[f"{name}_{label}"] = attack(file, overrides, **fields)
-    return rates
+    dreambooth, transplant = f"{file}:dreambooth", f"{file}:transplant"
+    schedule = {"schedule": "cosine", "warmup_frac": 0.1}
+    dropout = {"data": {"prompt_dropout": 0.1}}
+    original = {"original": ORIGINAL_MODEL}
+    both = ("name", "nonce")
+    variation: dict[str, Any] = {"prompts": ("nonce",), "sides": ("harmful",)}
+    harmful: dict[str, Any] = {"sides": ("harmful",)}
+    attacks = {}
+    for name, kind_file in (("dreambooth", dreambooth), ("lora", file)):
+        lr = lrs[name]
+        attacks[name] = attack(kind_file, {"optimizer": {"lr": lr}}, PROMPTS)
+        for label, factor in (("third", 1 / 3), ("x3", 3), ("x10", 10)):
+            attacks[f"{name}_{label}"] = attack(
+                kind_file,
+                {"optimizer": {"lr": factor * lr}},
+                **variation | {"prompts": both},
+            )
+        attacks[f"{name}_cosine"] = attack(
+            kind_file, {"optimizer": {"lr": 3 * lr} | schedule}, **variation
+        )
+    attacks |= {
+        "dreambooth_dropout": attack(dreambooth, dropout, **variation),
+        "dreambooth_dropout_g1": attack(dreambooth, dropout, **variation, guidance=1.0),
+        "dreambooth_same_images": attack(dreambooth, {}, **variation, images="defense"),
+        "textual_inversion": attack(f"{file}:textual_inversion"),
+        "embedding_search": attack(f"{file}:embedding_search", **harmful),
+        "word_search": attack(f"{file}:word_search", **harmful),
+        "retain_then_teach": attack(f"{file}:retain_then_teach", {}, **variation),
+        "transplant_lora": attack(transplant, {"transplant": original}, both),
+        "transplant_full": attack(
+            transplant,
+            {
+                "transplant": original | {"update": "full"},
+                "optimizer": {"lr": lrs["dreambooth"]},
+            },
+            **variation,
+        ),
+        "edit_back": attack(
+            f"{file}:edit_back",
+            {"edit_back": {"source": CONCEPT_NAME}},
+            ("nonce", "existing_word"),
+            **harmful,
+        ),
+        "interpolation": attack(
+            f"{file}:interpolation",
+            {"interpolation": {"sibling": ORIGINAL_MODEL}},
+            **harmful,
+            is_bound=True,
+        ),
+    }
+    for name, overrides in (changes or {}).items():
+        attacks[name].overrides.update(ConfigDict(overrides))
+    return attacks

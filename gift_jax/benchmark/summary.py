@@ -147,13 +147,13 @@ def _by_attack(rows: Rows, method: str, metric: str, over: str, side: str) -> di
     table: dict = {}
     for row in rows:
         if (row["method"], row["metric"], row["over"]) == (method, metric, over):
-            known = {
+            by_unit = {
                 (concept, seed): ratio
                 for concept, ratios in _per_seed(row[side]).items()
                 for seed, ratio in ratios.items()
                 if ratio is not None
             }
-            table.setdefault((row["attack"], row["prompt"]), {}).update(known)
+            table.setdefault((row["attack"], row["prompt"]), {}).update(by_unit)
     return table
 
 
@@ -236,13 +236,13 @@ def _describe(pairs, over) -> dict[str, Any] | None:
         concept: gap_ratios.concept_ratio(list(by_seed.values()))
         for concept, by_seed in by_concept.items()
     }
-    known = [concept for concept, ratio in ratios.items() if ratio is not None]
-    if not known:
+    names = [concept for concept, ratio in ratios.items() if ratio is not None]
+    if not names:
         return None
     low, high = gap_ratios.ratio_interval(
-        [list(by_concept[concept].values()) for concept in known]
+        [list(by_concept[concept].values()) for concept in names]
     )
-    value = float(np.mean([ratios[concept] for concept in known]))
+    value = float(np.mean([ratios[concept] for concept in names]))
     numbers = {"value": value, "low": low, "high": high}
     row = {name: round(x, 4) for name, x in numbers.items()}
     row["per_concept"] = {c: _rounded(r) for c, r in ratios.items()}
@@ -309,17 +309,17 @@ def _mean_gap(rows: Rows, side: str) -> dict[str, float] | None:
 
 
 def _worst_gap(rows: Rows) -> dict[str, Any] | None:
-    known = [row for row in rows if row[HARMFUL]]
-    if not known:
+    rows = [row for row in rows if row[HARMFUL]]
+    if not rows:
         return None
-    worst = min(known, key=lambda row: row[HARMFUL]["value"])
+    worst = min(rows, key=lambda row: row[HARMFUL]["value"])
     names = ("attack", "prompt")
     return {"value": worst[HARMFUL]["value"]} | {n: worst[n] for n in names}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return round(float(np.mean(known)), 4) if known else None
+    numbers = [value for value in values if value is not None]
+    return round(float(np.mean(numbers)), 4) if numbers else None
 
 
 def _rounded(value: float | None) -> float | None:
