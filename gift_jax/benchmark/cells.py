@@ -55,8 +55,8 @@ def run(matrix: Matrix, workdir: pathlib.Path) -> None:
     logging.info("%s", workload.describe(matrix, left))
     clock = progress.Clock(len(left))
     while left:
-        taken = [cell for cell in left if bench.try_cell(cell, clock)]
-        if not taken:
+        ordered = workload.longest_defense_first(matrix, left)
+        if not [cell for cell in ordered if bench.try_cell(cell, clock)]:
             time.sleep(_WAIT_S)  # for other processes
         left = unfinished(matrix, results)
 

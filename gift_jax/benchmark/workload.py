@@ -17,9 +17,7 @@ def count(matrix: Matrix, cells: Sequence[Cell]) -> dict[str, int]:
     return {
         "cells": len(cells),
         "defended models": len(configs),
-        "defense steps": sum(
-            cfg.steps for cfg in configs if defenses.load(cfg.method).plan
-        ),
+        "defense steps": sum(map(_steps, configs)),
         "attack steps": sum(matrix.attack_steps(cell) for cell in attacked),
         "images": sum(number * num for number, num in points),
     }
@@ -51,6 +49,23 @@ def cpu_devices(matrix: Matrix, cells: Sequence[Cell]) -> int:
     runs += [train.resolve(matrix.defense_config(c)) for c in _defended(cells)]
     batches = [group.batch for run in runs for group in run.data.values()]
     return cpu_devices_for(batches, {"data": 0, "fsdp": 1, "tensor": 1})
+
+
+def longest_defense_first(matrix: Matrix, cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells in an order in which no worker waits for another in the end.
+
+    A defended model is trained by one worker, however long that takes.
+    """
+    steps = {
+        cell.defense_folder: _steps(matrix.defense_config(cell))
+        for cell in _defended(cells)
+    }
+    return sorted(cells, key=lambda cell: -steps.get(cell.defense_folder, 0))
+
+
+def _steps(cfg) -> int:
+    """Returns the steps that a defense takes."""
+    return cfg.steps if defenses.load(cfg.method).plan else 0
 
 
 def _defended(cells: Sequence[Cell]) -> list[Cell]:

@@ -19,7 +19,7 @@ TPU_FLAGS = (  # of libtpu: do not cut images into pieces that make a batch of e
     "--xla_tpu_run_space_to_batch_on_new_platforms=false",
 )
 _CACHE_BYTES = 4 * 2**30  # of compiled programs, some MB each
-CACHE_MIN_COMPILE_S = 0.0  # keep quick programs too: there are hundreds of them
+CACHE_MIN_COMPILE_S = 0.1  # to add a program, JAX looks at all that are there
 
 
 def init_jax(cpu_devices: int = 1) -> None:

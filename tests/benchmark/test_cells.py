@@ -369,6 +369,15 @@ def test_folder_that_is_no_model_is_refused_before_anything_is_trained(tmp_path)
     assert not list((tmp_path / "x").rglob("metrics.jsonl"))
 
 
+def test_cells_of_the_longest_defense_come_first():
+    jobs = matrix.Matrix(load_config(f"{CONFIG}:quick"))
+    ordered = workload.longest_defense_first(jobs, jobs.cells)
+    methods = list(dict.fromkeys(cell.method for cell in ordered))
+    assert set(methods[:2]) == {"gift", "gift_adversarial"}  # 500 steps
+    assert set(methods[-2:]) == {"original", "uce"}  # none
+    assert methods != list(dict.fromkeys(cell.method for cell in jobs.cells))
+
+
 def test_hours_are_those_of_steps_and_images():
     counts = {"attack steps": 100, "defense steps": 10, "images": 50}
     assert workload.device_hours(counts, 36, 72) == pytest.approx(1 + 0.3 + 1)

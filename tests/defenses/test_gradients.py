@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method's gradients on emoji-sd against PyTorch, from the papers' equations.
+"""Every method's gradients against PyTorch, from the papers' equations.
 
 Both sides get the same weights, pairs, noise and timesteps. A recording SGD stands for
 the optimizers, so that one step of a method yields the gradient of each of its levels,
@@ -25,7 +25,6 @@ from gift_jax.attacks import lora
 from gift_jax.defenses import esd, gift, imma
 from gift_jax.defenses import gift_adversarial as adversarial
 from gift_jax.models import safetensors_io
-from gift_jax.models.load import load_model
 from gift_jax.models.sd.stable_diffusion import LORA_TARGETS
 from gift_jax.models.trainable import select_trainable
 from gift_jax.state import init_state, make_update
@@ -37,31 +36,26 @@ ADAM_RATE = 1e-3  # of the attacker: it moves every weight by about this
 
 
 @pytest.fixture(scope="module")
-def emoji():
-    return load_model("emoji-sd")
-
-
-@pytest.fixture(scope="module")
-def ours(emoji):
+def ours(tiny):
     """(denoiser, every parameter of the UNet, batch of two pairs a level)."""
     rng = np.random.default_rng(3)
-    width = emoji.text_encoder.config.hidden_size
+    width = tiny.text_encoder.config.hidden_size
 
     def pairs():
-        shape, states = (2, *emoji.latent_shape), (2, emoji.max_length, width)
+        shape, states = (2, *tiny.latent_shape), (2, tiny.max_length, width)
         return {
             "mean": rng.normal(size=shape).astype(np.float32),
             "std": rng.uniform(0.01, 0.1, size=shape).astype(np.float32),
             "cond": {"states": rng.normal(size=states).astype(np.float32)},
         }
 
-    unet = flatten_dict(emoji.params["unet"], sep="/")
-    return emoji.denoiser, unet, {"safe": pairs(), "harmful": pairs()}
+    unet = flatten_dict(tiny.params["unet"], sep="/")
+    return tiny.denoiser, unet, {"safe": pairs(), "harmful": pairs()}
 
 
 @pytest.fixture(scope="module")
-def theirs(emoji, ours):
-    return Theirs(emoji.path, emoji.noise.abar_T)
+def theirs(tiny, ours):
+    return Theirs(tiny.path, tiny.noise.abar_T)
 
 
 # An attacker's Adam divides gradients near zero by their size, and so magnifies what
