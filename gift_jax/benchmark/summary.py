@@ -95,25 +95,34 @@ def fidelity(row: dict[str, Any]) -> tuple[str, float] | None:
     return None
 
 
-def seed_spreads(cells: Cells, metric: str) -> Rows:
-    """Returns how far apart the seeds of one cell are: a row for each attack.
+def attack_spreads(cells: Cells, metric: str) -> Rows:
+    """Returns how far an attack sets defenses apart, and how far seeds do.
 
-    Returns: method, attack, prompt, side, "spread": the mean over concepts of the
-      largest minus the smallest final value, "concepts": how many have several seeds.
+    Returns: a row for each attack, prompt and side, the widest first: "defenses": the
+      standard deviation, over methods besides the original, of the final value (mean
+      over concepts and seeds; None with one method); "seeds": the largest minus the
+      smallest of one method and concept, mean over those that have several (None
+      without any).
     """
-    ends: dict[tuple, dict[str, list[float]]] = {}
+    finals: dict[tuple, dict[tuple, list[float]]] = {}
     for cell in cells:
         value = cell["points"][-1]["values"].get(metric)
         if value is not None and cell["attack"] != BEFORE:
-            key = cell["method"], cell["attack"], cell["prompt"], cell["side"]
-            ends.setdefault(key, {}).setdefault(cell["concept"], []).append(value)
+            arm = cell["side"], cell["attack"], cell["prompt"]
+            unit = cell["method"], cell["concept"]
+            finals.setdefault(arm, {}).setdefault(unit, []).append(value)
     rows = []
-    for (method, attack, prompt, side), by_concept in ends.items():
-        spans = [max(v) - min(v) for v in by_concept.values() if len(v) > 1]
-        if spans:
-            row = {"method": method, "attack": attack, "prompt": prompt, "side": side}
-            rows.append(row | {"spread": _mean(spans), "concepts": len(spans)})
-    return rows
+    for arm, by_unit in finals.items():
+        by_method: dict[str, list[float]] = {}
+        for (method, _), values in by_unit.items():
+            if method != ORIGINAL:
+                by_method.setdefault(method, []).append(float(np.mean(values)))
+        means = [np.mean(values) for values in by_method.values()]
+        spans = [max(v) - min(v) for v in by_unit.values() if len(v) > 1]
+        row = dict(zip(("side", "attack", "prompt"), arm, strict=True))
+        row["defenses"] = _rounded(float(np.std(means))) if len(means) > 1 else None
+        rows.append(row | {"seeds": _mean(spans)})
+    return sorted(rows, key=lambda row: -(row["defenses"] or 0.0))
 
 
 def compare(

@@ -51,6 +51,10 @@ gap: of one attack, mean over concepts. Retained: known safe things. Fidelity: d
 to the original's samples of these from the same noise (0: the same). Ignorance bound:
 what the same attacks reach on the original model with a concept that it never saw;
 perfect forgetting gives that, no more."""
+SPREADS_NOTE = """\
+How far apart the final values are: of defenses, as a standard deviation (an attack that
+sets them apart says most); of seeds of one defense and concept, largest minus smallest,
+mean over them."""
 
 
 def headline_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -120,24 +124,24 @@ def markdown(results: dict[str, Any]) -> str:
             (label, *(row.get(m, "") for m in methods)) for label, row in rows.items()
         ]
         parts.append(md.table(("side, attack", *methods), lines))
-    spreads = summary.seed_spreads(cells, RECOGNIZED)
-    if spreads:
-        parts.append("Spread between seeds: largest minus smallest, mean over concepts")
-        lines = [
-            (
-                f"{s['side']}, {s['attack']} by {s['prompt']}",
-                s["method"],
-                form(s["spread"]),
-            )
-            for s in spreads
-        ]
-        parts.append(md.table(("attack", "method", "spread"), lines))
+    spreads = summary.attack_spreads(cells, RECOGNIZED)
+    lines = [
+        (f"{row['side']}, {row['attack']} by {row['prompt']}", *numbers)
+        for row in spreads
+        if any(numbers := [_optional(row[name]) for name in ("defenses", "seeds")])
+    ]
+    if lines:
+        parts += [SPREADS_NOTE, md.table(("attack", "defenses", "seeds"), lines)]
     times = [(name, f"{s:.3f}") for _, name, s in seconds(results)]
     parts += ["Seconds per step", md.table(("", "s"), times)]
     per_cell = [cell["seconds"] for cell in cells]
     total = f"{sum(per_cell) / 3600:.1f} h in all"
     parts.append(f"Seconds per cell: {statistics.mean(per_cell):.1f} (mean), {total}")
     return "\n\n".join(parts) + "\n"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else form(value)
 
 
 def _row_label(cell: dict[str, Any]) -> str:

@@ -26,8 +26,8 @@ def init_jax(cpu_devices: int = 1) -> None:
     """Sets up JAX, before its first use.
 
     Turns on the persistent compilation cache, in the `cache_folder`: a second run
-    compiles nothing. Processes may share it; the least recently used programs are
-    dropped at `_CACHE_BYTES`. Sets `TPU_FLAGS` unless the environment has
+    compiles only what is quick. Processes may share it; the least recently used
+    programs are dropped at `_CACHE_BYTES`. Sets `TPU_FLAGS` unless the environment has
     LIBTPU_INIT_ARGS; docs/lab/speed.md says why.
 
     Args: cpu_devices: into how many devices to divide a machine without accelerator;

@@ -170,14 +170,18 @@ def test_headline_is_the_worst_case_beside_the_mean():
     assert summary.fidelity(original) is None
 
 
-def test_spread_between_seeds_is_of_cells_with_several():
+def test_spreads_of_an_attack_are_between_defenses_and_between_seeds():
     cells = [
+        cell("original", "bomb", {300: 1.0}),
         cell("gift", "bomb", {300: 0.2}),
         cell("gift", "bomb", {300: 0.8}, seed=1),
         cell("gift", "owl", {300: 0.5}),
         cell("gift", "owl", {300: 0.4}, seed=1),
-        cell("gift", "cat", {300: 0.4}),
+        cell("esd", "bomb", {300: 0.9}),
+        cell("esd", "bomb", {100: 0.1, 300: 0.7}, attack="dreambooth"),
     ]
-    (row,) = summary.seed_spreads(cells, "classifier_accuracy")
-    assert row["spread"] == pytest.approx(0.35) and row["concepts"] == 2
-    assert summary.seed_spreads(cells[-1:], "classifier_accuracy") == []
+    lora, dreambooth = summary.attack_spreads(cells, "classifier_accuracy")
+    assert (lora["attack"], dreambooth["attack"]) == ("lora", "dreambooth")
+    assert lora["defenses"] == pytest.approx((0.9 - 0.475) / 2, abs=1e-4)
+    assert lora["seeds"] == pytest.approx((0.6 + 0.1) / 2)
+    assert dreambooth["defenses"] is None and dreambooth["seeds"] is None
