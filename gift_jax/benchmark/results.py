@@ -29,13 +29,16 @@ def publish(
     cfg = matrix.cfg
     cells = [_result(matrix, cell, results.cells[cell.id]) for cell in matrix.cells]
     metrics = tuple(matrix.fields.gap_metrics)
+    # some metrics are of some sides only
+    measured = {metric.get("metric") for metric in results.metrics.values()}
+    skipped = {k: v for k, v in results.skipped.items() if k not in measured}
     data = {
         "name": cfg.name,
         "command": command,
         "config": _config(matrix),
         "versions": {k: ", ".join(v) for k, v in sorted(results.versions.items())},
         "metrics": results.metrics,
-        "skipped": results.skipped,
+        "skipped": skipped,
         "summary": summary.summarize(cells, metrics),
         "headline": summary.headline(cells, metrics[0]) if metrics else [],
         "cells": cells,

@@ -23,8 +23,8 @@ class MetricSuite:
     Attributes:
       skipped: {metric: why}, of those that cannot be had here, and of those that some
         images lacked something for.
-      descriptions: {name of a result: {"higher_means", "provenance"}}, of what was
-        measured so far.
+      descriptions: {name of a result: {"metric", "higher_means", "provenance"}}, of
+        what was measured so far.
     """
 
     def __init__(self, settings: Settings):
@@ -71,12 +71,14 @@ class MetricSuite:
                 self._skip(metric.name, reason)
                 continue
             with jax.default_matmul_precision("highest"):
-                results += self._measure(metric, eval_set)
-        for result in results:
-            self.descriptions[result.name] = {
-                "higher_means": result.higher_means,
-                "provenance": result.provenance,
-            }
+                own = [*self._measure(metric, eval_set)]
+            for result in own:
+                self.descriptions[result.name] = {
+                    "metric": metric.name,
+                    "higher_means": result.higher_means,
+                    "provenance": result.provenance,
+                }
+            results += own
         return results
 
     def backbones(self, metric: str, kinds: Sequence[str]) -> list[Backbone]:

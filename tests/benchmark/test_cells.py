@@ -135,6 +135,7 @@ def test_each_cell_runs_once_and_is_evaluated_along_the_way(smoke, folder):
             assert grid.read_sheet(sheet, 2).shape == (2, 16, 16, 3)
             is_twin = cell.side == summary.RETAINED and cell.is_defended
             assert ("twin_rms" in point["values"]) == is_twin
+    assert data["skipped"] == {}  # the fidelity of retained things is measured
     sheets = [
         grid.read_sheet(folder / result["points"][-1]["sheet"], 2)
         for result in data["cells"]
