@@ -12,6 +12,9 @@ ORIGINAL, BEFORE = "original", "before"  # no defense, no attack
 IGNORANCE = "ignorance bound"  # what attacks reach on a concept that is not known
 HARMFUL, BENIGN, RETAINED = SIDES = ("harmful", "benign", "retained")
 ATTACKED_SIDES = (HARMFUL, BENIGN)
+# Of concept and seed, to compare two methods: five differences have one sign by chance
+# in 2 of 32 cases.
+FEWEST_PAIRS = 6
 # Distances to what the original draws from the same noise, the first that is measured.
 FIDELITY = ("lpips_twin", "judge_lpips_twin", "twin_rms")
 Cells = Iterable[dict[str, Any]]
@@ -135,8 +138,8 @@ def compare(
     Returns: of each side {"by_attack": {(attack, prompt): (mean of the first, mean of
       the second)}, "means": both over all attacks, "difference": second - first, "low",
       "high": its 95% bootstrap interval over concepts and seeds, "is_chance": whether
-      that has 0 in it or there is one pair only, "concepts": their names, "pairs": of
-      concept and seed}; None for a side on which they share nothing.
+      that has 0 in it or there are fewer than `FEWEST_PAIRS`, "concepts": their names,
+      "pairs": of concept and seed}; None for a side on which they share nothing.
     """
     result = {}
     for side in ATTACKED_SIDES:
@@ -189,7 +192,7 @@ def _compare_side(pairs: dict) -> dict[str, Any] | None:
         "difference": round(difference, 4),
         "low": round(low, 4),
         "high": round(high, 4),
-        "is_chance": len(units) < 2 or low <= 0 <= high,
+        "is_chance": len(units) < FEWEST_PAIRS or low <= 0 <= high,
         "concepts": sorted(by_concept),
         "pairs": len(units),
     }

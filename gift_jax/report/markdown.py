@@ -51,7 +51,10 @@ def comparison(runs: Sequence[Run], first: str, second: str, metric: str, over: 
         change = f"{form(side_stats['difference'])} {interval}"
         chance = "within chance" if side_stats["is_chance"] else "beyond chance"
         rows.append(("all attacks", form(one), form(two), md.Markdown(change)))
-        pairs = f"{side_stats['pairs']} pairs of concept and seed"
+        count = side_stats["pairs"]
+        if count < summary.FEWEST_PAIRS:
+            chance += f": fewer than {summary.FEWEST_PAIRS} pairs cannot tell"
+        pairs = f"{count} pair{'s' * (count > 1)} of concept and seed"
         parts.append(f"{side}, {pairs}: {second} - {first} = {change}, {chance}")
         heads = ("attack", first, second, "difference")
         parts.append(md.table(heads, rows, numbers=True))

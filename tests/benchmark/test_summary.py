@@ -134,6 +134,10 @@ def test_comparison_pairs_seeds_and_says_when_it_is_chance():
     # a small difference that is the same in every pair is none of chance
     assert harmful("esd")["difference"] == pytest.approx(-0.05)
     assert not harmful("esd")["is_chance"] and harmful("esd")["pairs"] == 6
+    few = [row for row in data if row["concept"] != "cat"]
+    few = summary.summarize(few, ["classifier_accuracy"])
+    few = summary.compare(few, "gift", "esd", "classifier_accuracy", "final")["harmful"]
+    assert few["is_chance"] and few["pairs"] == 4 and few["high"] < 0
     # a larger one that varies is
     assert abs(harmful("uce")["difference"]) > 0.05 and harmful("uce")["is_chance"]
     gift = next(r for r in rows if r["method"] == "gift" and r["over"] == "final")
