@@ -178,6 +178,8 @@ def _draw_captions(data: Pairs, copies: int, key: jax.Array) -> list[str]:
 
 
 def _random_subset(key: jax.Array, share: float, count: int) -> np.ndarray:
+    """Returns about share * count indices below count, one at least if share is set."""
     if not share:
         return np.zeros(0, int)
-    return np.flatnonzero(jax.random.bernoulli(key, share, (count,)))
+    rows = np.flatnonzero(jax.random.bernoulli(key, share, (count,)))
+    return rows if rows.size else np.asarray([jax.random.randint(key, (), 0, count)])

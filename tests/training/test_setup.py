@@ -233,6 +233,17 @@ def test_a_share_of_cached_prompts_is_empty(tiny, tmp_path, rng):
     assert sum(is_empty) + sum(is_dog) == 40
 
 
+def test_of_few_pairs_one_prompt_at_least_is_empty(tiny, tmp_path, rng):
+    spec = folder_spec(tmp_path, rng, augmented_copies=12, prompt_dropout=0.1)
+    data = load_group(tiny, spec, "safe", tiny.image_size)
+    counts = [
+        cache.augment_prompts(data, spec, jax.random.key(seed)).count("")
+        for seed in range(30)
+    ]
+    assert min(counts) == 1 and max(counts) > 1
+    assert 0.05 < np.mean(counts) / 12 < 0.2
+
+
 def test_a_share_of_pairs_goes_by_nonce_words(tiny, tmp_path, rng):
     spec = folder_spec(tmp_path, rng, augmented_copies=40, nonce_prompts=0.5)
     data = load_group(tiny, spec, "harmful", tiny.image_size)
