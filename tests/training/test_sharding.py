@@ -108,6 +108,7 @@ def test_batch_that_does_not_divide_is_refused():
 
 
 COMPILED = """
+import sys
 import jax, jax.numpy as jnp
 from gift_jax.runtime import devices
 counts = [0, 0]
@@ -116,17 +117,18 @@ def count(event, *_, **__):
     counts[1] += event == "/jax/compilation_cache/cache_hits"
 jax.monitoring.register_event_duration_secs_listener(count)
 jax.monitoring.register_event_listener(count)
+devices.CACHE_MIN_COMPILE_S = float(sys.argv[1])
 devices.init_jax()
 jax.jit(lambda x: x + 1)(jnp.arange(3))
 print(*counts)
 """
 
 
-def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
-    def run():
+def test_second_process_compiles_nothing_that_is_kept(tmp_path):
+    def run(min_seconds=0.0):
         """Returns (programs asked for, found in the cache, warnings)."""
         done = subprocess.run(
-            [sys.executable, "-c", COMPILED],
+            [sys.executable, "-c", COMPILED, str(min_seconds)],
             capture_output=True,
             check=True,
             text=True,
@@ -134,8 +136,9 @@ def test_second_process_compiles_nothing_not_even_what_is_quick(tmp_path):
         )
         return *map(int, done.stdout.split()), done.stderr
 
-    programs, hits, _ = run()
+    programs, hits, _ = run(min_seconds=60)
     assert programs and not hits
+    assert run()[:2] == (programs, 0)  # what took less is not kept
     assert run() == (programs, programs, "")
     program = max(tmp_path.glob("xla/*-cache"), key=lambda file: file.stat().st_size)
     whole = program.read_bytes()
