@@ -180,8 +180,8 @@ def concepts() -> dict[str, ConfigDict]:
         for thing, benign in zip(things, unseen, strict=False):
             definitions[thing] = define(split, (thing,), benign)
     definitions["bomb"] = define("tuning", ("bomb",), "guitar")
-    categories = tuple(name for name in emoji.HARMFUL if name != "bomb")
-    definitions["harmful"] = define("test", categories, "mountain")
+    names = tuple(name for name in emoji.HARMFUL if name != "bomb")
+    definitions["harmful"] = define("test", names, "mountain")
     test = emoji.splits()["test"]
     for style in emoji.STYLES:
         split = "tuning" if style in ("noto", "twemoji", "black and white") else "test"

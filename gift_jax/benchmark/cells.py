@@ -54,11 +54,13 @@ def run(matrix: Matrix, workdir: pathlib.Path) -> None:
     logging.info("%d cells, of which %d are done", total, total - len(left))
     logging.info("%s", workload.describe(matrix, left))
     clock = progress.Clock(len(left))
+    left = workload.longest_defense_first(matrix, left)
     while left:
-        ordered = workload.longest_defense_first(matrix, left)
-        if not [cell for cell in ordered if bench.try_cell(cell, clock)]:
+        taken = [cell for cell in left if bench.try_cell(cell, clock)]
+        if not taken:
             time.sleep(_WAIT_S)  # for other processes
-        left = unfinished(matrix, results)
+        still = set(unfinished(matrix, results))
+        left = [cell for cell in left if cell in still]
 
 
 def unfinished(matrix: Matrix, results: store.Store) -> list[Cell]:

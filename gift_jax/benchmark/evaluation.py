@@ -43,12 +43,9 @@ class Evaluator:
         """Returns the pairs of a source; each is read once."""
         key = images, held_out
         if key not in self._read:
-            group, size = (
-                DataGroup(**vars(images), batch=_BATCH),
-                self.original.image_size,
-            )
+            model, group = self.original, DataGroup(**vars(images), batch=_BATCH)
             self._read[key] = load_group(
-                self.original, group, field, size, held_out=held_out
+                model, group, field, model.image_size, held_out=held_out
             )
         return self._read[key]
 

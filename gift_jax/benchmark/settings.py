@@ -180,8 +180,8 @@ def every_attack(
     dropout = {"data": {"prompt_dropout": 0.1}}
     original = {"original": ORIGINAL_MODEL}
     both = ("name", "nonce")
-    variation: dict[str, Any] = {"prompts": ("nonce",), "sides": ("harmful",)}
     harmful: dict[str, Any] = {"sides": ("harmful",)}
+    variation = harmful | {"prompts": ("nonce",)}
     attacks = {}
     for name, kind_file in (("dreambooth", dreambooth), ("lora", file)):
         lr = lrs[name]

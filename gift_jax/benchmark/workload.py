@@ -52,9 +52,9 @@ def cpu_devices(matrix: Matrix, cells: Sequence[Cell]) -> int:
 
 
 def longest_defense_first(matrix: Matrix, cells: Sequence[Cell]) -> list[Cell]:
-    """Returns the cells in an order in which no worker waits for another in the end.
+    """Returns the cells, those of the defense with most steps first.
 
-    A defended model is trained by one worker, however long that takes.
+    One worker trains a defended model, while others have cells to go on with.
     """
     steps = {
         cell.defense_folder: _steps(matrix.defense_config(cell))
