@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 import quick_compile
 from tiny_model import write_pictures
 
@@ -18,14 +19,16 @@ ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 STEPS, BATCH = 20, 8
 
 
-def test_one_and_eight_devices_agree(tiny_folder, tmp_path_factory, pytestconfig):
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory, pytestconfig):
+    """{run: trained parameters}: on one device, on eight, and on eight again."""
     pictures = write_pictures(tmp_path_factory.mktemp("pictures"), 8, 3)
     cache = pytestconfig.cache.mkdir("devices")
     env = os.environ | {"GIFT_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     env |= {"XLA_FLAGS": quick_compile.flags()}
-    params = []
-    for devices in (1, 8):
-        workdir = tmp_path_factory.mktemp("run")
+    params = {}
+    for name, devices in (("one", 1), ("eight", 8), ("again", 8)):
+        workdir = tmp_path_factory.mktemp(name)
         argv = [sys.executable, "-m", "gift_jax.train", f"--workdir={workdir}"]
         argv += ["--config=configs/emoji_gift.py:smoke", f"--config.steps={STEPS}"]
         argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
@@ -35,10 +38,20 @@ def test_one_and_eight_devices_agree(tiny_folder, tmp_path_factory, pytestconfig
             argv += [f"--config.{group}.folder={pictures}"]
             argv += [f"--config.{group}.batch={BATCH}"]
         subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
-        params.append(checkpoint.read_params(workdir / "checkpoints")[1])
+        _, params[name] = checkpoint.read_params(workdir / "checkpoints")
+    return params
+
+
+def test_one_and_eight_devices_agree(trained):
     differences = [
         np.linalg.norm(a - b) / np.linalg.norm(a)
-        for a, b in zip(*map(jax.tree.leaves, params), strict=True)
+        for a, b in zip(
+            *(jax.tree.leaves(trained[name]) for name in ("one", "eight")), strict=True
+        )
     ]
     assert len(differences) > 10
     assert 0 < max(differences) < 1e-5  # sums in another order
+
+
+def test_the_same_devices_give_the_same_bits(trained):
+    jax.tree.map(np.testing.assert_array_equal, trained["eight"], trained["again"])

@@ -17,7 +17,6 @@ from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures, layers, stable_diffusion
 
 TOLERANCE = 1e-5
-PARTS_SHAPES = (2, 64, 32), (2, 16, 32)  # positions and text of a block
 
 
 def unet_inputs(rng, batch=2):
@@ -200,7 +199,7 @@ def residuals(loss, params):
     return sum(a.size for a in kept)
 
 
-def test_what_is_computed_again_is_the_same(tiny, rng):
+def test_what_is_computed_again_is_the_same(tiny, rng, monkeypatch):
     inputs, params = unet_inputs(rng), tiny.params["unet"]
     names = ("none", "block", "full")
     losses = {name: loss_of(tiny, inputs, Kernels(remat=name)) for name in names}
@@ -213,10 +212,22 @@ def test_what_is_computed_again_is_the_same(tiny, rng):
         np.testing.assert_allclose(value[name], value["none"], rtol=1e-6)
         assert_close(grads[name], grads["none"])
 
+    def remats(loss):
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("remat")
+
+    none, block = remats(losses["none"]), remats(losses["block"])
+    monkeypatch.setattr(layers, "_PART", 16)  # of 64 positions
+    in_parts = loss_of(tiny, inputs, Kernels(remat="block"))
+    assert remats(in_parts) > block > none == 0
+    assert remats(loss_of(tiny, inputs, Kernels(remat="none"))) == 0
+    other_value, other_grads = jax.jit(jax.value_and_grad(in_parts))(params)
+    np.testing.assert_allclose(other_value, value["none"], rtol=1e-6)
+    assert_close(other_grads, grads["none"])
+
 
 def test_tokens_by_parts_are_computed_again_and_the_same(rng, monkeypatch):
     """Of large images the widest layers take some tokens at a time, if remat is on."""
-    x, c = (rng.normal(size=shape).astype(np.float32) for shape in PARTS_SHAPES)
+    x, c = (rng.normal(size=(2, n, 32)).astype(np.float32) for n in (64, 16))
     params = layers.TransformerBlock(2).init(jax.random.key(0), x, c)["params"]
 
     def run(remat):
