@@ -12,7 +12,7 @@ from gift_jax.data import captions, latents, pipeline
 from gift_jax.data.images import CROPS
 from gift_jax.data.pairs import SOURCES, Pairs, check_pairs, pairs_spec
 from gift_jax.runtime import config
-from gift_jax.runtime.errors import UserError
+from gift_jax.runtime.errors import UserError, not_empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,9 @@ class ImageSource:
         (), "of the embedded set: things, or all, harmful, known, known-safe, unseen"
     )
     styles: tuple[str, ...] = config.value((), "of the embedded set; none: all six")
+    drawn_styles: tuple[str, ...] = config.value(
+        (), "of what the model draws itself, see num_drawn; none: as styles"
+    )
     template: str = config.value(
         captions.TEMPLATES[0], "caption of names and labels: {concept}, {a_concept}"
     )
@@ -75,6 +78,12 @@ class DataGroup(ImageSource):
     """The fields of a group of (image, prompt) pairs that a run trains on."""
 
     batch: int = config.number(1, low=1, doc="pairs an update")
+    num_drawn: int = config.number(
+        0, low=0, doc="images that the model draws of the same, besides; cached"
+    )
+    drawn_prompts: tuple[str, ...] = config.value(
+        ("{concept}",), "of those: {concept}, {a_concept}, {style} and {a_style}"
+    )
     prompt_dropout: float = config.number(
         0.0, low=0, high=1, doc="share of pairs whose prompt is left empty"
     )
@@ -90,11 +99,19 @@ class DataGroup(ImageSource):
     flip: float = config.number(
         0.0, low=0, high=1, doc="probability of mirroring one that may be"
     )
+    rotate: float = config.number(0.0, low=0, high=180, doc="degrees, at most")
+    color: float = config.number(
+        0.0, low=0, high=1, doc="share of other colors mixed in, at most"
+    )
     shift: int = config.number(0, low=0, doc="pixels, at most, each way")
     scale: float = config.number(0.0, low=0, high=0.99, doc="fraction, at most")
 
     def check(self, field: str) -> None:
         source = check_source(self, field)
+        for template in self.drawn_prompts:
+            captions.check_template(f"{field}.drawn_prompts", template)
+        if self.num_drawn:
+            not_empty(f"{field}.drawn_prompts", self.drawn_prompts)
         if not self.nonce_prompts:
             return
         name = f"{field}.nonce_template"
@@ -128,6 +145,8 @@ def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
         flip=spec.flip,
         shift=spec.shift,
         scale=spec.scale,
+        rotate=spec.rotate,
+        color=spec.color,
         # copies take 1, 2 ... of the key
         prompts=augment_prompts(data, spec, jax.random.fold_in(key, 0)),
     )

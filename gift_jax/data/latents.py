@@ -26,6 +26,8 @@ def cache_latents(
     flip=0.5,
     shift=4,
     scale=0.1,
+    rotate=0.0,
+    color=0.0,
     batch_size=32,
     prompts=None,
 ):
@@ -35,7 +37,8 @@ def cache_latents(
       encode_prompts: list of B strings -> cond, a pytree "B ..."; or ids, "B L". Both
         see only batches of `batch_size` (the last one padded), so each compiles once.
       copies: how often a picture appears; the first time as it is, then augmented by
-        `flip`, `shift` and `scale` (see `augment`), drawn from `key`.
+        `flip`, `shift`, `scale`, `rotate` and `color` (see `augment`), drawn from
+        `key`.
       prompts: one a row, in place of the pairs' own.
     Returns: dict of arrays, copies * N rows, copy by copy: `mean` and `std`, float32
       "N ..."; `cond`, a `pipeline.DeduplicatedArray` (a prompt of SD takes 0.24 MB);
@@ -50,7 +53,9 @@ def cache_latents(
         raise UserError("there are no pictures to encode")
     if copies > 1 and key is None:
         raise ValueError("augmented copies need a key")
-    draw = functools.partial(augment.augment, flip=flip, shift=shift, scale=scale)
+    strengths = {"flip": flip, "shift": shift, "scale": scale}
+    strengths |= {"rotate": rotate, "color": color}
+    draw = functools.partial(augment.augment, **strengths)
     draw = jax.jit(draw)
     encoded = [encode_in_batches(encode_images, data.images, batch_size)]
     for copy in range(1, copies):

@@ -109,6 +109,23 @@ class Pairs:
         return np.asarray([ids[name] for name in self.concepts], np.int32)
 
 
+def join(first: Pairs, second: Pairs) -> Pairs:
+    """Returns the pairs of both, in this order."""
+
+    def every_caption(pairs):
+        return pairs.captions or [(prompt,) for prompt in pairs.prompts]
+
+    several = first.captions or second.captions
+    return Pairs(
+        images=np.concatenate([first.images, second.images]),
+        prompts=[*first.prompts, *second.prompts],
+        concepts=[*first.concepts, *second.concepts],
+        styles=[*first.styles, *second.styles],
+        may_flip=np.concatenate([first.may_flip, second.may_flip]),
+        captions=every_caption(first) + every_caption(second) if several else None,
+    )
+
+
 def pairs_spec(group: Any, field: str, **others) -> PairsSpec:
     """Returns the `PairsSpec` of a config's data group, which is called `field`."""
     names = [f.name for f in dataclasses.fields(PairsSpec) if f.name not in _OF_CALLER]

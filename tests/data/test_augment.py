@@ -60,6 +60,29 @@ def test_augment_scale_keeps_the_center_and_changes_the_size(images):
     assert (ink > 0).all()
 
 
+def test_augment_rotation_keeps_ink_and_center(images):
+    flat = jnp.where(images < 1.0, -1.0, images)
+    out = augment.augment(KEY, flat, YES, flip=0, shift=0, scale=0, rotate=30)
+    np.testing.assert_allclose(_center(out), _center(flat), atol=0.05)
+    ink = (1.0 - flat).sum((1, 2, 3))
+    np.testing.assert_allclose((1.0 - out).sum((1, 2, 3)), ink, rtol=0.05)
+    assert not np.allclose(out, flat, atol=0.5)
+    none = augment.augment(KEY, flat, YES, flip=0, shift=0, scale=0, rotate=1e-6)
+    np.testing.assert_allclose(none, flat, atol=1e-4)
+
+
+def test_augment_color_keeps_white_and_shapes(images):
+    out = augment.augment(KEY, images, YES, flip=0, shift=0, scale=0, color=1.0)
+    white = (images == 1.0).all(-1)
+    assert white.any() and not white.all()
+    np.testing.assert_allclose(out[white], 1.0, atol=1e-6)
+    change = jnp.abs(out - images).max((1, 2, 3))
+    assert len(np.unique(change)) == len(images) and change.max() > 0.3
+    assert out.min() >= -1.0001 and out.max() <= 1.0001
+    slight = augment.augment(KEY, images, YES, flip=0, shift=0, scale=0, color=0.1)
+    assert jnp.abs(slight - images).max() < 0.3 * change.max()
+
+
 def test_augment_draws_by_index_and_not_by_place(images):
     whole = augment.augment(KEY, images, YES)
     half = augment.augment(KEY, images[8:], YES[8:], index_B=jnp.arange(8, 16))

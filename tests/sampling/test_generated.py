@@ -146,3 +146,46 @@ def test_generation_names_its_mistakes(tiny, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written.*set GIFT_JAX_CACHE"):
         load_group(tiny, drawing(num_generated=1), "safe", 16)
+
+
+def test_pairs_that_the_model_draws_besides(tiny, cache, drawn):
+    """In every style that is asked for, whatever those of the images that are read."""
+    spec = drawing(
+        num_generated=0,
+        prompt="",
+        names=("anchor", "crown"),
+        styles=("noto",),
+        drawn_styles=("noto", "fluent"),
+        num_drawn=5,
+        drawn_prompts=("{a_style} emoji of {a_concept}",),
+    )
+    plain = dataclasses.replace(spec, num_drawn=0)
+    read = load_group(tiny, plain, "harmful", tiny.image_size)
+    assert not drawn and not cache.exists()
+    data = load_group(tiny, spec, "harmful", tiny.image_size)
+    np.testing.assert_array_equal(data.images[: len(read)], read.images)
+    assert data.prompts[len(read) :] == [
+        "a noto emoji of an anchor",
+        "a noto emoji of a crown",
+        "a fluent emoji of an anchor",
+        "a fluent emoji of a crown",
+        "a noto emoji of an anchor",
+    ]
+    assert data.concepts[len(read) :] == ["anchor", "crown"] * 2 + ["anchor"]
+    assert data.styles[len(read) :] == ["noto"] * 2 + ["fluent"] * 2 + ["noto"]
+    assert data.may_flip[len(read) :].all()
+    samples = Samples(seed=0, steps=2, batch=2)
+    prompts = data.prompts[len(read) :]
+    expected = draw_images(tiny, tiny.params["unet"], prompts, samples)
+    np.testing.assert_array_equal(data.images[len(read) :], expected)
+    assert data.concept_names == ("anchor", "crown")
+
+
+def test_drawn_prompts_name_their_mistakes():
+    for prompts, match in (
+        (("{cat}",), r"drawn_prompts='\{cat\}' may use only"),
+        ((), "drawn_prompts is empty"),
+    ):
+        spec = drawing(num_drawn=1, drawn_prompts=prompts)
+        with pytest.raises(UserError, match=match):
+            spec.check("config.safe")
