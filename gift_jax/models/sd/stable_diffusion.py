@@ -20,6 +20,7 @@ from gift_jax.models.kinds import KINDS
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import scheduler_config
+from gift_jax.models.sd.gate import Gate
 from gift_jax.models.sd.scheduler_config import alphas_cumprod
 from gift_jax.models.tokenizer import every_vector, load_tokenizer
 from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
@@ -156,6 +157,10 @@ class StableDiffusion:
         total = count + sum(a.size for a in frozen.values())
         logging.info("training %.3f M of %.3f M parameters", count / 1e6, total / 1e6)
         return Split(trainable, frozen)
+
+    def gate(self, share):
+        """Returns the UNet's `Gate`; UserError for a UNet that can have none."""
+        return Gate(self.unet, share)
 
     def float32_params(self, component, paths):
         """Returns some of a component's parameters in float32, as they are on disk."""
