@@ -33,6 +33,7 @@ from gift_jax.runtime.config import with_variant
 
 BASELINES = "configs/emoji_baselines.py"
 GIFT, ADVERSARIAL = "configs/emoji_gift.py", "configs/emoji_gift_adversarial.py"
+GATE = "configs/emoji_gift_gate.py"
 DEFENSE_STYLES = ("twemoji", "fluent", "black and white")
 ATTACKER_STYLES = ("noto", "openmoji", "emojione")
 DESCRIPTIONS = {
@@ -50,7 +51,7 @@ DESCRIPTIONS = {
 EXISTING_WORD = "an anchor"  # a safe thing, in whose name a concept is taught
 THING, STYLE = "{{a_style}} emoji of {}", "a {} emoji of {{a_concept}}"
 METHODS = ("original", "esd", "uce", "imma", "maximize_prior", "gift")
-METHODS += ("gift_adversarial",)
+METHODS += ("gift_adversarial", "gift_gate")
 ABLATIONS = {  # method: (config, overrides)
     "gift_joint": (GIFT, {"gift": {"gradient": "joint"}}),
     "gift_unrolled": (GIFT, {"gift": {"gradient": "unrolled"}}),
@@ -144,6 +145,7 @@ def get_config(variant: str = "") -> ConfigDict:
         c.definitions.methods[name] = settings.method(f"{BASELINES}:{name}")
     c.definitions.methods.gift = settings.method(GIFT)
     c.definitions.methods.gift_adversarial = settings.method(ADVERSARIAL)
+    c.definitions.methods.gift_gate = settings.method(GATE)
     for name, (file, overrides) in ABLATIONS.items():
         c.definitions.methods[name] = settings.method(file, overrides)
     c.definitions.attacks = settings.every_attack(
@@ -194,7 +196,7 @@ def define(split: str, names: tuple[str, ...], benign: str) -> ConfigDict:
     c = config.to_config(Concept(split=split))
     known = [name for name in emoji.known_concepts() if name not in emoji.HARMFUL]
     safe = tuple(name for name in known if name not in names)
-    c.defense_data.update(names=names, styles=DEFENSE_STYLES)
+    c.defense_data.update(names=names, styles=DEFENSE_STYLES, drawn_styles=emoji.STYLES)
     c.safe.names = c.retained.images.names = safe
     for side, side_names in ((c.harmful, names), (c.benign, (benign,))):
         side.images.update(names=side_names, styles=ATTACKER_STYLES)

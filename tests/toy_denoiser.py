@@ -172,9 +172,30 @@ class Model:
     def split(self, trainable_set):
         return Split(*select_trainable(self.params["unet"], trainable_set))
 
+    def gate(self, share):
+        return Gate()
+
     def float32_params(self, component, paths):
         flat, paths = flatten_dict(self.params[component], sep="/"), set(paths)
         return {path: flat[path] for path in flat if path in paths}
+
+
+class Gate:
+    """Weighs the latents' channels, and lies in a row of one kernel."""
+
+    PATH = "block/attn1/to_q/kernel"
+
+    def init(self, key):
+        return {"detector": jax.random.normal(key, (C,))}
+
+    def logits(self, params, z_t_BCHW):
+        return 30.0 * jnp.mean(z_t_BCHW, (2, 3)) @ params["detector"]
+
+    def install(self, params, network, threshold):
+        owned = np.zeros((C, C), bool)
+        owned[0] = True
+        kernel = network[self.PATH].at[0].set(params["detector"])
+        return {**network, self.PATH: kernel}, {self.PATH: owned}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ from gift_jax.runtime.registry import load_object
 from gift_jax.state import Step, run_key
 from gift_jax.training.optimizer import make_optimizer
 
-NAMES = ("gift", "gift_adversarial", "maximize", "maximize_prior", "imma", "esd", "uce")
+NAMES = ("gift", "gift_gate", "gift_adversarial", "maximize", "maximize_prior")
+NAMES += ("imma", "esd", "uce")
 MAX_LISTED = 16  # concepts with a line of their own in the metrics
 
 Flat = dict[str, jax.Array]

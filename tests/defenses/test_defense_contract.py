@@ -63,9 +63,12 @@ FIELDS |= {"steps": 3, "esd.steps": 5, "esd.trajectories": 4, "checkpoints.every
 FIELDS |= {"samples.num": 0, "gift_adversarial.attacker.restart_every": 10**6}
 POST_FINETUNE = "gift_adversarial.post_finetune"
 FIELDS |= {f"{POST_FINETUNE}.steps": 2, f"{POST_FINETUNE}.lr": 1e-2}
+FIELDS |= {"gift_gate.preserve_steps": 2}
+PHASES = {"gift_adversarial": "post_finetune", "gift_gate": "preserve"}  # that follow
 # What the steps of a defense promise to drive, see `progress`: up or down.
 PROMISES = dict.fromkeys(base.NAMES, ("harmful_loss", 1)) | {
     "esd": ("esd/loss", -1),
+    "gift_gate": ("upper/loss", -1),
     STRANGER: ("upper/loss", -1),
 }
 
@@ -118,6 +121,8 @@ def make_case(name):
     for group in ("harmful", "safe"):
         if group in cfg:
             cfg[group].names = ("bomb",)
+    if name == "gift_gate":
+        cfg.trainable, cfg.upper.lr = "all", 0.1  # of a detector of four weights
     run, defense, model = train.resolve(cfg), base.load(name), toy_denoiser.model()
     words = {"harmful": "bomb", "safe": "cat"}
     data = {group: pairs(words[group], seed=len(group)) for group in run.data}
@@ -234,9 +239,11 @@ def test_export_is_the_trainable_set(case):
         paths = model.split("cross_attention_kv").trainable
         assert set(changed) == set(paths) and differ(changed, paths)
         return
-    paths = tuple(model.split(run.trainable).trainable)
-    assert set(case.plan.exported) == set(paths)
-    assert set(case.defense.exported(case.plan.params, paths)) == set(paths)
+    paths, plan = tuple(model.split(run.trainable).trainable), case.plan
+    while plan.then:
+        plan = plan.then({path: plan.params[path] for path in plan.exported})
+    assert set(plan.exported) == set(paths)
+    assert set(case.defense.exported(plan.params, paths)) == set(paths)
 
 
 def progress(case, params, metric):
@@ -296,14 +303,14 @@ def test_resumed_run_is_a_straight_one(stepping, tmp_path):
     assert_identical(straight, resumed)
 
 
-def test_phase_that_follows_trains_the_same_parameters(stepping):
+def test_phase_that_follows_trains_what_is_exported(stepping):
     plan, task = stepping.plan, stepping.task
-    assert (plan.then is not None) == (stepping.name == "gift_adversarial")
+    assert (plan.then is not None) == (stepping.name in PHASES)
     if plan.then is None:
         return
     moved = {path: 1.1 * plan.params[path] for path in plan.exported}
     then = plan.then(moved)
-    assert (then.name, then.steps) == ("post_finetune", 2)
+    assert (then.name, then.steps) == (PHASES[stepping.name], 2)
     sources = {group: task.sources[group] for group in then.sizes}
     batches = setup.make_batches(sources, then.sizes, seed=0, role=then.name)
     step, state = jax.jit(then.step), init_state(then.params, then.opt)
@@ -313,5 +320,5 @@ def test_phase_that_follows_trains_the_same_parameters(stepping):
         new, metrics = step(state, *args)
         state = new.replace(step=state.step)
         losses.append(float(metrics["lower/loss"]))
-    assert set(state.params) == set(plan.exported) == set(then.exported)
+    assert set(state.params) == set(then.exported)
     assert losses[-1] < 0.9 * losses[0]

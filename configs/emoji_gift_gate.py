@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GIFT with a gate, on the embedded model against one concept: the default.
+
+    python -m gift_jax.train --config configs/emoji_gift_gate.py --workdir runs/gate
+
+Hardware: two CPU cores. Every constant is ours. What it holds against, and what not:
+docs/lab/gate.md.
+"""
+
+from ml_collections import ConfigDict
+
+from gift_jax import train
+from gift_jax.runtime import presets
+from gift_jax.runtime.config import with_variant
+
+
+def get_config(name: str = "") -> ConfigDict:
+    c = presets.apply(train.get_config("gift_gate"), presets.EMOJI)
+    c.steps, c.trainable = 3000, "all"
+    c.log_every = 100
+    c.checkpoints.every = 500
+    c.harmful.update(batch=64, num_drawn=360)
+    c.safe.update(batch=64, num_drawn=720)
+    for group in (c.harmful, c.safe):
+        group.drawn_prompts = ("{a_style} emoji of {a_concept}",)
+        group.update(augmented_copies=4, flip=0.5, shift=4, scale=0.1)
+        group.update(rotate=10.0, color=0.4)
+    c.upper.update(lr=3e-3, schedule="cosine", weight_decay=0.0, clip_norm=0.0)
+    c.lower.update(lr=1e-3, schedule="cosine", weight_decay=0.0)
+    smoke = presets.EMOJI_SMOKE | {
+        "gift_gate.preserve_steps": 1,
+        "harmful.num_drawn": 2,
+        "safe.num_drawn": 2,
+        "harmful.generation.steps": 2,
+        "safe.generation.steps": 2,
+    }
+    return with_variant(c, name, smoke=smoke)
