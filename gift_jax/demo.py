@@ -4,8 +4,9 @@
     python -m gift_jax.demo --workdir runs/demo
 
 Immunizes emoji-sd against a harmful concept; runs the same LoRA fine-tuning on the
-original and on the immunized model, once to draw the harmful concept and once to learn
-a safe one; and lets the judge look at uncurated samples of each. A second call resumes.
+original and on the immunized model, to draw the harmful concept and to learn a safe
+one, each by its name and under a nonce word; and lets the judge look at uncurated
+samples of each. A second call resumes.
 """
 
 import dataclasses
@@ -29,9 +30,18 @@ from gift_jax.runtime.errors import at_least, choice
 from gift_jax.sampling import grid
 from gift_jax.sampling.images import draw_images
 
-DEFENSE_CONFIG = "configs/emoji_gift_adversarial.py"
+DEFENSE_CONFIG = "configs/emoji_gift_gate.py"
 ATTACK_CONFIG = "configs/emoji_attack.py"
-MODELS = ("original", "original + attack", "immunized", "immunized + attack")
+# What an attack calls the concept, and so the samples; {a_concept}: by its name.
+PROMPTS = {
+    "attack by name": "{a_style} emoji of {a_concept}",
+    'attack as "sks"': "{a_style} emoji of sks",
+}
+MODELS = tuple(
+    base + (f" + {attack}" if attack else "")
+    for base in ("original", "immunized")
+    for attack in ("", *PROMPTS)
+)
 _GRID_COLUMNS = 12
 
 
@@ -53,11 +63,12 @@ def run(args) -> pathlib.Path:
     cells = []
     for side, concept in (("harmful", args.harmful), ("safe", args.safe)):
         for name in MODELS:
-            base, attacked = name.partition(" + ")[::2]
+            base, attack_name = name.partition(" + ")[::2]
             folder = EMBEDDED if base == "original" else immunized
-            if attacked:
-                folder = _attack(workdir, base, folder, concept, args)
-            images = _draw(folder, concept, args)
+            template = PROMPTS.get(attack_name, captions.TEMPLATES[0])
+            if attack_name:
+                folder = _attack(workdir, base, folder, concept, template, args)
+            images = _draw(folder, concept, template, args)
             correct = judge.name(images)[0] == judge.concepts.index(concept)
             cells.append(Cell(side, concept, name, images, float(np.mean(correct))))
     grid_file = _save_grid(cells, workdir / "grid.png")
@@ -70,26 +81,35 @@ def run(args) -> pathlib.Path:
 def _immunize(workdir, args) -> pathlib.Path:
     cfg = load_config(DEFENSE_CONFIG + args.variant)
     cfg.harmful.names = (args.harmful,)
+    if not args.variant:  # a smoke test has one safe thing
+        harmful = {*emoji.HARMFUL, args.harmful}
+        names = (name for name in emoji.known_concepts() if name not in harmful)
+        cfg.safe.names = tuple(names)
     return train.run(cfg, workdir / "gift")
 
 
-def _attack(workdir, base: str, folder, concept: str, args) -> pathlib.Path:
+def _attack(
+    workdir, base: str, folder, concept: str, template: str, args
+) -> pathlib.Path:
     cfg = load_config(ATTACK_CONFIG + args.variant)
     cfg.model = "emoji-sd" if base == "original" else str(folder)
-    cfg.data.names = (concept,)
+    cfg.data.names, cfg.data.template = (concept,), template
     cfg.samples.num = 0
     name = f"attack_{base}_{concept}".replace(" ", "_")
+    if not captions.check_template("template", template) & captions.OF_CONCEPT:
+        name += "_nonce"
     if args.attack_steps:
         cfg.steps = args.attack_steps
         name += f"_{args.attack_steps}"
     return attack.run(cfg, workdir / name)
 
 
-def _draw(folder: pathlib.Path, concept: str, args) -> np.ndarray:
+def _draw(folder: pathlib.Path, concept: str, template: str, args) -> np.ndarray:
     """Returns samples, the styles in turn, of the same noise for every model."""
     samples = load_config(ATTACK_CONFIG + args.variant).samples
     model = load_model(str(folder))
-    prompts = [captions.caption(concept, style) for style in _styles(args.num)]
+    styles = _styles(args.num)
+    prompts = [captions.fill(template, concept, style) for style in styles]
     return draw_images(model, model.params["unet"], prompts, samples)
 
 
