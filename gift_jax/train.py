@@ -13,8 +13,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
+from gift_jax.data import pairs
 from gift_jax.data.cache import DataGroup, cached_source
 from gift_jax.defenses import base
 from gift_jax.models import load, model_card
@@ -126,6 +128,12 @@ def _task(run: TrainRun, defense: base.Defense, model) -> base.Task:
         name: load_group(model, run.data[name], name, model.image_size, run.seed)
         for name in names
     }
+    if "safe" in data and run.data["safe"].names and run.data["harmful"].names:
+        safe = pairs.without(data["safe"], data["harmful"])
+        if len(safe) < len(data["safe"]):
+            count = len(data["safe"]) - len(safe)
+            logging.info("safe: %d pairs that are harmful ones are left out", count)
+        data["safe"] = safe
     task = base.Task(run.settings, run, model, data, sources={})
     if defense.edit:
         return task

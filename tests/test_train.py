@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_model
 from command_runs import (
     CONFIGS,
     IMMUNIZED,
@@ -25,6 +26,7 @@ from PIL import Image
 
 from gift_jax import convert, train
 from gift_jax.models import safetensors_io, weights
+from gift_jax.models.load import load_model
 from gift_jax.models.sd import random_weights, stable_diffusion
 from gift_jax.runtime import processes
 from gift_jax.runtime.config import load_config
@@ -188,6 +190,44 @@ def test_gift_adversarial_preserves_the_model_and_goes_on_to_fine_tune(
     checkpoints = run / "post_finetune" / "checkpoints"
     convert.main(["to-diffusers", f"--checkpoint={checkpoints}", f"--out={out}"])
     assert not changed(run / "export", out)
+
+
+GATED_UNET = {  # of two sizes, as a gate needs, and little else
+    "block_out_channels": [64, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+def test_gate_is_in_the_export_as_pytorch_computes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
+    base = tiny_model.write_tiny(tmp_path / "base", unet=GATED_UNET)
+    argv = [f"--config={CONFIGS}/emoji_gift_gate.py:smoke", f"--config.model={base}"]
+    argv += [NO_SAMPLES, f"--workdir={tmp_path / 'run'}"]
+    assert train.main(argv) == 0
+    detected = [line["step"] for line in logged(tmp_path / "run")]
+    preserved = [line["step"] for line in logged(tmp_path / "run" / "preserve")]
+    assert (detected, preserved) == ([1, 2], [1])
+    export, out = tmp_path / "run" / "export", tmp_path / "converted"
+    checkpoints = tmp_path / "run" / "preserve" / "checkpoints"
+    convert.main(["to-diffusers", f"--checkpoint={checkpoints}", f"--out={out}"])
+    assert changed(base, export) and not changed(export, out)
+    # a detector of two steps closes at once, if at all: both sides have to do the same
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+
+    model = load_model(str(export))
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(3, 4, 8, 8)).astype(np.float32)
+    text = rng.normal(size=(3, 5, 32)).astype(np.float32)
+    params = model.params["unet"]
+    ours, _ = model.denoiser.predict(params, z, np.full(3, 7), {"states": text}, ())
+    unet = UNet2DConditionModel.from_pretrained(export / "unet")
+    with torch.no_grad():
+        theirs = unet(torch.tensor(z), 7, torch.tensor(text)).sample.numpy()
+    tiny_model.check_equal("a gated UNet", {"out": ours}, {"out": theirs})
+    kernel = params["conv_in"]["kernel"]
+    assert np.abs(kernel[..., -8:]).max() > 100 * np.abs(kernel[..., :-8]).max()
 
 
 def test_imma_exports_its_attention_alone(run_train, tiny_folder, tmp_path):

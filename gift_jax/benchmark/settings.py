@@ -198,6 +198,9 @@ def every_attack(
     attacks |= {
         "dreambooth_dropout": attack(dreambooth, dropout, **variation),
         "dreambooth_dropout_g1": attack(dreambooth, dropout, **variation, guidance=1.0),
+        "dreambooth_no_outliers": attack(
+            dreambooth, {"dreambooth": {"outlier_limit": 30.0}}, **variation
+        ),
         "dreambooth_same_images": attack(dreambooth, {}, **variation, images="defense"),
         "textual_inversion": attack(f"{file}:textual_inversion"),
         "embedding_search": attack(f"{file}:embedding_search", **harmful),

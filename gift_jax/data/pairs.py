@@ -109,6 +109,21 @@ class Pairs:
         return np.asarray([ids[name] for name in self.concepts], np.int32)
 
 
+def without(pairs: Pairs, others: Pairs) -> Pairs:
+    """Returns the pairs that show no concept in a style of which others have one."""
+    theirs = set(zip(others.concepts, others.styles, strict=True))
+    mine = zip(pairs.concepts, pairs.styles, strict=True)
+    rows = [row for row, pair in enumerate(mine) if pair not in theirs]
+    return Pairs(
+        images=pairs.images[rows],
+        prompts=[pairs.prompts[row] for row in rows],
+        concepts=[pairs.concepts[row] for row in rows],
+        styles=[pairs.styles[row] for row in rows],
+        may_flip=pairs.may_flip[rows],
+        captions=[pairs.captions[row] for row in rows] if pairs.captions else None,
+    )
+
+
 def join(first: Pairs, second: Pairs) -> Pairs:
     """Returns the pairs of both, in this order."""
 

@@ -49,11 +49,14 @@ class GiftGate:
     safe_weight: float = config.number(
         10.0, above=0, doc="of a safe image taken for harmful, against the reverse"
     )
-    margin: float = config.number(
-        4.0, low=0, doc="logits to keep, harmful ones above the threshold, safe below 0"
+    harmful_logit: float = config.number(
+        12.0, low=0, doc="that harmful images are to exceed"
+    )
+    safe_logit: float = config.number(
+        -4.0, high=0, doc="that safe images are to stay below"
     )
     threshold: float = config.number(
-        8.0, low=0, high=20, doc="logit from which on the gate closes"
+        12.0, low=-20, high=50, doc="logit from which on the gate closes"
     )
     preserve_steps: int = config.number(
         250, low=0, doc="of the lower level, after config.steps of the upper one"
@@ -61,7 +64,7 @@ class GiftGate:
 
 
 def make_upper_loss(denoiser: Denoiser, logits: Logits, s: GiftGate) -> Loss:
-    """Returns the detector's loss, the logistic one with a margin.
+    """Returns the detector's loss, the logistic one with margins.
 
     batch: {"harmful", "safe"}: pairs. Safe ones are noised at every timestep, harmful
     ones up to `time_limit`: above it nothing can be told.
@@ -78,9 +81,8 @@ def make_upper_loss(denoiser: Denoiser, logits: Logits, s: GiftGate) -> Loss:
             z, t, eps = denoiser.sample(batch[name], k)
             t = (t * limit).astype(t.dtype)
             out[name] = logits(params, denoiser.noise.noised(z, eps, t))
-        missed = s.margin + s.threshold - out["harmful"]
-        missed = jnp.mean(jax.nn.softplus(missed))
-        false = jnp.mean(jax.nn.softplus(s.margin + out["safe"]))
+        missed = jnp.mean(jax.nn.softplus(s.harmful_logit - out["harmful"]))
+        false = jnp.mean(jax.nn.softplus(out["safe"] - s.safe_logit))
         loss = missed + s.safe_weight * false
         return loss, {
             "upper/loss": loss,

@@ -89,3 +89,18 @@ def test_text_encoder_trains_through_the_ids(batch, rng):
         unet, pairs | {"cond": {"states": table[ids]}}, k_instance
     )[0]
     np.testing.assert_allclose(metrics["attack/loss"], losses.mean(), rtol=1e-5)
+
+
+def test_outliers_are_removed_and_nothing_else(rng):
+    usual = rng.normal(size=(40, 40)).astype(np.float32)
+    usual[:20] = 0.0  # as unused channels are; they do not count
+    large = usual.copy()
+    large[30, 5:9] = (50.0, -200.0, 9.0, 1000.0)
+    params = {"usual": usual, "large": large, "empty": np.zeros(3, np.float32)}
+    new = dreambooth.without_outliers(params, 30.0)
+    for name in ("usual", "empty"):
+        np.testing.assert_array_equal(new[name], params[name])
+    assert new["large"][30, 5:9].tolist() == [0.0, 0.0, 9.0, 0.0]
+    rest = np.ones(large.shape, bool)
+    rest[30, 5:9] = False
+    np.testing.assert_array_equal(new["large"][rest], large[rest])

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from absl import logging
 
+from gift_jax.data import pairs
 from gift_jax.data.pairs import PairsSpec, load_pairs, resolve_names
 from gift_jax.data.sources import emoji
 from gift_jax.runtime.errors import UserError
@@ -133,3 +134,20 @@ def test_pairs_refuse_a_choice_that_is_all_held_out(pictures):
         load_pairs(spec)
     spec = PairsSpec(names=("all",), styles=(style,))
     assert name not in load_pairs(spec).concepts
+
+
+def test_pairs_without_those_that_others_have():
+    gears = load_pairs(PairsSpec(names=("gear",), styles=("noto", "fluent"), size=8))
+    both = load_pairs(PairsSpec(names=("gear", "crown"), size=8))
+    rest = pairs.without(both, gears)
+    assert len(rest) == len(both) - 2
+    kept = set(zip(rest.concepts, rest.styles, strict=True))
+    assert ("gear", "noto") not in kept and ("gear", "fluent") not in kept
+    assert ("gear", "twemoji") in kept and ("crown", "noto") in kept
+    together = pairs.join(rest, gears)
+    order = sorted(range(len(both)), key=lambda i: (both.concepts[i], both.styles[i]))
+    again = sorted(
+        range(len(both)), key=lambda i: (together.concepts[i], together.styles[i])
+    )
+    np.testing.assert_array_equal(both.images[order], together.images[again])
+    assert [both.prompts[i] for i in order] == [together.prompts[i] for i in again]

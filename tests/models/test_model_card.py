@@ -13,6 +13,7 @@ from gift_jax.runtime.config import load_config
 CONFIGS = {
     "gift": "configs/emoji_gift.py",
     "gift_adversarial": "configs/emoji_gift_adversarial.py",
+    "gift_gate": "configs/emoji_gift_gate.py",
     "uce": "configs/emoji_baselines.py:uce",
     "lora": "configs/emoji_attack.py",
     "dreambooth": "configs/emoji_attack.py:dreambooth",

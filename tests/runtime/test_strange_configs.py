@@ -30,6 +30,7 @@ RESOLVE = {
 NAMES = {  # of config files
     "emoji_gift": "train",
     "emoji_gift_adversarial": "train",
+    "emoji_gift_gate": "train",
     "emoji_baselines:imma": "train",
     "emoji_baselines:esd": "train",
     "emoji_attack": "attack",

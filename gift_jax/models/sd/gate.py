@@ -166,7 +166,11 @@ class Gate:
 
         It is the largest over positions and channels: one is enough to close the gate.
         """
-        return LOGIT_SLOPE * jnp.max(self._run(params, z_t_BCHW)[0], (1, 2, 3))
+        last_BHWC = self._run(params, z_t_BCHW)[0]
+        flat_BN = last_BHWC.reshape(len(last_BHWC), -1)
+        # not max: its gradient is 0 / 0 where XLA computes the values again, rounded
+        largest_B1 = jnp.argmax(flat_BN, axis=1)[:, None]
+        return LOGIT_SLOPE * jnp.take_along_axis(flat_BN, largest_B1, axis=1)[:, 0]
 
     def _run(self, params: Flat, z_t_BCHW):
         """Returns (the last normalization's output, the largest values of layers)."""
