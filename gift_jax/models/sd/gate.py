@@ -3,10 +3,10 @@
 
 The detector takes over some channels of the layers at the latents' own size: the input
 convolution, every residual block on the way down and up. It reads the noised latents
-alone, no text, no timestep, and no channel that it does not own. What it detects goes
-to the last residual block as large values of opposite sign in the channels of every
-group; the normalization in front of the output then divides what the network knows of
-the image by them. Where nothing is detected they are zero.
+alone, no text, no timestep, and no channel that it does not own. What it detects makes
+the last residual block push the channels of every group far apart; the normalization in
+front of the output then divides what the network knows of the image by that, and the
+output jumps. Where nothing is detected what is added is zero.
 
 Why fine-tuning does not undo it: an update of Adam moves a weight by at most its rate,
 whatever the gradient. A convolution before a normalization may have weights of any size
@@ -90,6 +90,11 @@ class Gate:
         """The detector's, of the layers' outputs: the last K."""
         pairs = max(1, round(self.share * self.width / (2 * self.group)))
         return np.arange(self.width - 2 * self.group * pairs, self.width)
+
+    @property
+    def final(self) -> np.ndarray:
+        """Of these, the last group: the detector's in front of the output, too."""
+        return self.channels[-self.group :]
 
     @property
     def down(self) -> list[Block]:
@@ -217,39 +222,50 @@ class Gate:
           detector's weights and for the zeros that keep others out of it; only paths
           that have some.
         """
-        new = {path: np.array(a, np.float32) for path, a in network.items()}
-        owned: dict[str, np.ndarray] = {}
+        changes = _Changes(network)
+        self._separate(changes)
+        self._place_detector(changes, params, threshold)
+        self._place_output(changes)
+        new = {path: jnp.asarray(a) for path, a in changes.params.items()}
+        return new, changes.owned
 
-        def put(path, where, values):
-            new[path][where] = values
-            owned.setdefault(path, np.zeros(new[path].shape, bool))[where] = True
+    def _separate(self, changes: "_Changes") -> None:
+        """Sets to 0 what leads from the detector's channels to others, or back."""
+        own, put = self.channels, changes.put
+        for block in [*self.down, *self.up]:
+            path, passed = block.path, block.out if block.out.size else self.final
+            put(f"{path}/conv1/kernel", np.s_[:, :, block.owned, :], 0.0)
+            put(f"{path}/conv1/kernel", np.s_[..., block.hidden], 0.0)
+            put(f"{path}/time_emb_proj/kernel", np.s_[:, block.hidden], 0.0)
+            put(f"{path}/time_emb_proj/bias", block.hidden, 0.0)
+            put(f"{path}/conv2/kernel", np.s_[:, :, block.hidden, :], 0.0)
+            put(f"{path}/conv_shortcut/kernel", np.s_[:, :, block.owned, :], 0.0)
+            for layer in ("conv2", "conv_shortcut"):
+                put(f"{path}/{layer}/kernel", np.s_[..., passed], 0.0)
+                put(f"{path}/{layer}/bias", passed, 0.0)
+            attention = path.replace("resnets", "attentions")
+            put(f"{attention}/proj_in/kernel", np.s_[..., passed, :], 0.0)
+            put(f"{attention}/proj_out/kernel", np.s_[..., passed], 0.0)
+            put(f"{attention}/proj_out/bias", passed, 0.0)
+        put("down_blocks_0/downsamplers_0/conv/kernel", np.s_[:, :, own, :], 0.0)
+
+    def _place_detector(self, changes: "_Changes", params: Flat, threshold: float):
+        """Writes the detector's weights, as large as they may be."""
+        own, put = self.channels, changes.put
+        stream, inside = self._sizes(params)
 
         def put_conv(path, rows, columns, scale):
-            put(
-                f"{path}/kernel",
-                np.ix_(range(3), range(3), rows, columns),
-                scale * np.asarray(params[f"{path}/kernel"]),
-            )
+            where = np.ix_(range(3), range(3), rows, columns)
+            put(f"{path}/kernel", where, scale * np.asarray(params[f"{path}/kernel"]))
             put(f"{path}/bias", columns, scale * np.asarray(params[f"{path}/bias"]))
 
-        own, every = self.channels, np.arange(self.width)
-        stream, inside = self._sizes(params)
         put_conv("conv_in", np.arange(self.unet.in_channels), own, stream)
         for block in [*self.down, *self.up]:
-            path, shortcut = block.path, f"{block.path}/conv_shortcut"
-            hidden, is_last = block.hidden, not block.out.size
-            put(f"{path}/conv1/kernel", np.s_[:, :, block.owned, :], 0.0)
-            if not is_last:
-                put(f"{path}/conv2/kernel", np.s_[:, :, :, own], 0.0)
-                put(f"{path}/conv2/bias", own, 0.0)
-            if f"{shortcut}/kernel" in new:
-                put(f"{shortcut}/kernel", np.s_[:, :, block.owned, :], 0.0)
-                if not is_last:
-                    stream *= _CARRY
-                    put(f"{shortcut}/kernel", np.s_[:, :, :, own], 0.0)
-                    put(f"{shortcut}/bias", own, 0.0)
-                    same = np.s_[0, 0, block.owned[: len(own)], own]
-                    put(f"{shortcut}/kernel", same, _CARRY)
+            path, is_last = block.path, not block.out.size
+            if path.startswith("up") and not is_last:
+                stream *= _CARRY
+                same = np.s_[0, 0, block.owned[: len(own)], own]
+                put(f"{path}/conv_shortcut/kernel", same, _CARRY)
             if not block.read.size:
                 continue
             for kind in ("scale", "bias"):
@@ -257,44 +273,34 @@ class Gate:
                 value = np.asarray(params[f"{path}/norm2/{kind}"])
                 if is_last and kind == "bias":
                     value = value - threshold / LOGIT_SLOPE
-                put(f"{path}/norm2/{kind}", hidden, value * (_SLOPE if is_last else 1))
-            put(f"{path}/conv1/kernel", np.s_[:, :, :, hidden], 0.0)
-            put_conv(f"{path}/conv1", block.read, hidden, inside[path])
-            put(f"{path}/time_emb_proj/kernel", np.s_[:, hidden], 0.0)
-            put(f"{path}/time_emb_proj/bias", hidden, 0.0)
-            put(f"{path}/conv2/kernel", np.s_[:, :, hidden, :], 0.0)
+                value = value * (_SLOPE if is_last else 1.0)
+                put(f"{path}/norm2/{kind}", block.hidden, value)
+            put_conv(f"{path}/conv1", block.read, block.hidden, inside[path])
             if not is_last:
-                put_conv(f"{path}/conv2", hidden, own, stream)
-        last, final = self.up[-1], own[-self.group :]
-        for layer in ("conv2", "conv_shortcut"):
-            put(f"{last.path}/{layer}/kernel", np.s_[..., final], 0.0)
-            put(f"{last.path}/{layer}/bias", final, 0.0)
-        push = _PUSH * np.where(
-            np.isin(every, final), every == final[0], self._signs(new)
-        )
+                put_conv(f"{path}/conv2", block.hidden, own, stream)
+
+    def _place_output(self, changes: "_Changes") -> None:
+        """Writes what closes the output.
+
+        The last block pushes each group's channels apart. The last group has a constant
+        besides: normalized, it is `level`, and about 0 where something is pushed. From
+        this the output's jump is computed, the same at every position.
+        """
+        last, final, put = self.up[-1], self.final, changes.put
+        every = np.arange(self.width)
+        push = np.where(every % 2, -_PUSH, _PUSH)
+        push[final[1:]] = 0.0
         for channel in last.hidden:
             put(f"{last.path}/conv2/kernel", np.s_[1, 1, channel, every], push)
         put(f"{last.path}/conv2/bias", final[-1:], _REFERENCE)
-        # normalized, the constant is `level`, or about 0 beside something pushed
         level, constant = np.sqrt(self.group - 1.0), final[-1:]
         put("conv_norm_out/scale", final, 1.0)
         put("conv_norm_out/bias", final, 0.0)
         put("conv_norm_out/scale", constant, -2.25 * _SHUT / level)
         put("conv_norm_out/bias", constant, 1.25 * _SHUT)
         put("conv_out/kernel", np.s_[:, :, final, :], 0.0)
-        signs = np.where(np.arange(new["conv_out/kernel"].shape[-1]) % 2, -1.0, 1.0)
+        signs = np.where(np.arange(self.unet.out_channels) % 2, -1.0, 1.0)
         put("conv_out/kernel", np.s_[1, 1, constant, :], _JUMP / _SHUT * signs)
-        for block in [*self.down, *self.up]:
-            path = block.path.replace("resnets", "attentions")
-            passed = block.out if block.out.size else final
-            if f"{path}/proj_in/kernel" in new:
-                put(f"{path}/proj_in/kernel", np.s_[..., passed, :], 0.0)
-                put(f"{path}/proj_out/kernel", np.s_[..., passed], 0.0)
-                put(f"{path}/proj_out/bias", passed, 0.0)
-        path = "down_blocks_0/downsamplers_0/conv/kernel"
-        if path in new:
-            put(path, np.s_[:, :, own, :], 0.0)
-        return {path: jnp.asarray(a) for path, a in new.items()}, owned
 
     def _sizes(self, params: Flat) -> tuple[float, dict[str, float]]:
         """Returns what to multiply the convolutions by, so that no value is too large.
@@ -311,30 +317,23 @@ class Gate:
         }
         return _STREAM / stream, inside
 
-    def _signs(self, network: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns 1 or -1 of each channel, as many of both in a group.
 
-        Of these the one found by swaps for which a closed network's output is largest:
-        whatever it was to predict, this is far from it.
-        """
-        kernel_CO = network["conv_out/kernel"].sum((0, 1))
-        scale, bias = network["conv_norm_out/scale"], network["conv_norm_out/bias"]
-        gain_2CO = [
-            np.asarray(jax.nn.silu(sign * scale + bias))[:, None] * kernel_CO
-            for sign in (1, -1)
-        ]
-        gain_CO = gain_2CO[0] - gain_2CO[1]
-        positive = np.arange(self.width) % 2 == 0
-        out_O = np.where(positive[:, None], *gain_2CO).sum(0) + network["conv_out/bias"]
-        for _ in range(4):
-            for a in range(self.width):
-                first = a - a % self.group
-                for b in range(first, first + self.group):
-                    if positive[a] and not positive[b]:
-                        other_O = out_O - gain_CO[a] + gain_CO[b]
-                        if np.square(other_O).sum() > np.square(out_O).sum():
-                            positive[a], positive[b], out_O = False, True, other_O
-        return np.where(positive, 1.0, -1.0)
+class _Changes:
+    """Parameters that are written to, and where.
+
+    Attributes: params: flat, copies. owned: path -> bool array, True where written.
+    """
+
+    def __init__(self, network: Flat):
+        self.params = {path: np.array(a, np.float32) for path, a in network.items()}
+        self.owned: dict[str, np.ndarray] = {}
+
+    def put(self, path: str, where, values) -> None:
+        """Writes values to a parameter, if the network has it."""
+        if path in self.params:
+            shape = self.params[path].shape
+            self.params[path][where] = values
+            self.owned.setdefault(path, np.zeros(shape, bool))[where] = True
 
 
 def _at(value, i: int):
