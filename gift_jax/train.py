@@ -176,8 +176,11 @@ def summary(run: TrainRun) -> model_card.RunSummary:
     defense = base.load(run.method)
     return model_card.RunSummary(
         method=defense.title,
-        trained=f"the UNet's {run.trainable.replace('_', '-')}",
+        trained="the whole UNet"
+        if run.trainable == "all"
+        else f"the UNet's {run.trainable.replace('_', '-')}",
         steps=defense.steps(run),
+        worst_case=defense.worst_case,
     )
 
 

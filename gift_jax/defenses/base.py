@@ -40,6 +40,8 @@ class Defense:
       exported: (trained parameters, paths of the trainable set) -> what is released of
         them.
       steps: the run -> in words, how many steps it takes.
+      worst_case: in words, what the best attack reached in docs/lab, for the model
+        card; "": not measured.
     """
 
     config: type
@@ -51,6 +53,7 @@ class Defense:
     draws_first: bool = False
     exported: Callable[[Flat, tuple[str, ...]], Flat] = lambda params, paths: params
     steps: Callable[[Any], str] = lambda run: str(run.steps)
+    worst_case: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

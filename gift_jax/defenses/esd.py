@@ -358,4 +358,5 @@ DEFENSE = base.Defense(
     groups=("harmful",),
     optimizers=("upper",),
     draws_first=True,
+    worst_case="100% after DreamBooth by the concept's name, as without a defense",
 )

@@ -300,4 +300,6 @@ DEFENSE = base.Defense(
     config=Gift,
     title="GIFT (Gradient-aware Immunization, arXiv:2507.13598)",
     plan=plan,
+    worst_case="62% after DreamBooth by the concept's name; 17% of the safe things "
+    "were left",
 )

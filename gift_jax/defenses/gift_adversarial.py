@@ -307,4 +307,5 @@ DEFENSE = base.Defense(
     title="GIFT with an attacker in the loop (after arXiv:2507.13598)",
     plan=plan,
     steps=_steps,
+    worst_case="100% after DreamBooth by the concept's name, as without a defense",
 )

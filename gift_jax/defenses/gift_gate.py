@@ -188,4 +188,6 @@ DEFENSE = base.Defense(
     title="GIFT with a gate on the concept's images (after arXiv:2507.13598)",
     plan=plan,
     steps=_steps,
+    worst_case="100% after an attack that first removes unusually large weights; 33% "
+    "without that, after LoRA at a third of the usual rate under a made-up word",
 )

@@ -192,4 +192,5 @@ DEFENSE = base.Defense(
     plan=plan,
     groups=("harmful",),
     exported=lambda params, paths: {path: params[path] for path in paths},
+    worst_case="100% after DreamBooth by the concept's name, as without a defense",
 )

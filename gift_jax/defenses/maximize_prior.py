@@ -35,4 +35,5 @@ DEFENSE = base.Defense(
     config=MaximizePrior,
     title="ascent on the harmful pairs' loss, with a loss on safe pairs",
     plan=plan,
+    worst_case="71% after DreamBooth under a made-up word",
 )

@@ -91,4 +91,5 @@ DEFENSE = base.Defense(
     edit=edit_model,
     optimizers=(),
     steps=lambda run: "none, but one solution in closed form",
+    worst_case="100% after DreamBooth by the concept's name, as without a defense",
 )

@@ -76,6 +76,15 @@ def test_card_has_the_steps_that_follow(run, tmp_path):
     assert "Steps: 500, then 100 of fine-tuning on safe data" in text
 
 
+@pytest.mark.parametrize("run", ["gift_gate"], indirect=True)
+def test_card_states_the_worst_case_that_was_measured(run, tmp_path):
+    text = run.card(tmp_path)
+    assert "Trained: the whole UNet." in text
+    worst = text.split("the worst case over attacks\nof 150 steps: ")[1]
+    assert worst.startswith("100% after an attack that first removes")
+    assert "\n\n\n" not in text
+
+
 @pytest.mark.parametrize("run", ["uce"], indirect=True)
 def test_card_of_an_edited_model_has_no_steps(run, tmp_path):
     text = run.card(tmp_path)
