@@ -98,6 +98,7 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in METHODS:
         c.definitions.methods[name] = settings.method(f"{BASELINES}:{name}")
     c.definitions.methods.gift = settings.method("configs/sd15_object.py")
+    c.definitions.methods.gift_gate = settings.method("configs/sd15_gift_gate.py")
     c.definitions.attacks = settings.every_attack(
         "configs/sd15_attack.py",
         {"dreambooth": 5e-6, "lora": 1e-4},
