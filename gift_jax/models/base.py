@@ -33,6 +33,24 @@ class Split:
     frozen: Flat
 
 
+class Gate(Protocol):
+    """A detector of noised latents that lies inside the denoiser and closes it."""
+
+    def init(self, key: jax.Array) -> Flat:
+        """Returns the detector's parameters at their start, flat, float32."""
+        ...
+
+    def logits(self, params: Flat, z_t_BCHW: jax.Array) -> jax.Array:
+        """Returns float32 "B": how sure it is; no text and no timestep is read."""
+        ...
+
+    def install(
+        self, params: Flat, network: Flat, threshold: float
+    ) -> tuple[Flat, dict[str, np.ndarray]]:
+        """Returns (the denoiser's parameters with it, bool arrays of what it owns)."""
+        ...
+
+
 class Model(Protocol):
     """A loaded model.
 
@@ -77,6 +95,13 @@ class Model(Protocol):
 
     def split(self, trainable_set: str) -> Split:
         """Returns the denoiser's parameters divided by a trainable set."""
+
+    def gate(self, share: float) -> Gate:
+        """Returns a gate that owns this share of some layers' channels.
+
+        Raises: UserError for a model that can have none.
+        """
+        ...
 
     def float32_params(self, component: str, paths: Iterable[str]) -> Flat:
         """Returns some of a component's parameters in float32, as they are on disk."""
