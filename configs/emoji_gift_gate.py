@@ -16,7 +16,7 @@ from gift_jax.runtime.config import with_variant
 
 def get_config(name: str = "") -> ConfigDict:
     c = presets.apply(train.get_config("gift_gate"), presets.EMOJI)
-    c.steps, c.trainable = 3000, "all"
+    c.steps = 3000
     c.log_every = 100
     c.checkpoints.every = 500
     c.harmful.update(batch=64, num_drawn=360)

@@ -32,7 +32,7 @@ WAYS += ("{concept} in a dark room", "{concept} outdoors, in daylight")
 
 def get_config(name: str = "") -> ConfigDict:
     c = presets.apply(train.get_config("gift_gate"), presets.SD15)
-    c.steps, c.trainable = 3000, "all"
+    c.steps = 3000
     c.gift_gate.preserve_steps = 1000
     c.checkpoints.every = 500
     c.harmful.update(folder="data/concept", prompt="a gun", batch=16, num_drawn=400)

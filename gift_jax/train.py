@@ -22,6 +22,7 @@ from gift_jax.defenses import base
 from gift_jax.models import load, model_card
 from gift_jax.models.trainable import TRAINABLE_SETS
 from gift_jax.runtime import cli, config, processes, workdir
+from gift_jax.runtime.errors import UserError
 from gift_jax.sampling.generated import load_group
 from gift_jax.sampling.images import Samples, check_samples, save_image_grid
 from gift_jax.state import init_state
@@ -58,6 +59,8 @@ def get_config(method: str = "gift") -> ConfigDict:
     """
     defense = base.load(method)
     cfg = config.to_config(TrainFields(method=method))
+    if defense.trainable:
+        cfg.trainable = defense.trainable[0]
     for name, fields in field_groups(defense, method).items():
         cfg[name] = config.to_config(fields)
     return cfg.lock()
@@ -85,6 +88,12 @@ def resolve(cfg: Any, *, with_data: bool = True) -> TrainRun:
         if with_data or fields is not DataGroup
     }
     data = {name: values[name] for name in defense.groups if with_data}
+    if defense.trainable and run.trainable not in defense.trainable:
+        sets = " or ".join(defense.trainable)
+        raise UserError(
+            f"config.trainable={run.trainable} is not for method={run.method}, which "
+            f"changes other parameters too; set --config.trainable={sets}"
+        )
     setup.check_batches(run, data)
     return TrainRun(
         **{f.name: getattr(run, f.name) for f in dataclasses.fields(run)},

@@ -230,6 +230,15 @@ def test_gate_is_in_the_export_as_pytorch_computes_it(tmp_path, monkeypatch):
     assert np.abs(kernel[..., -8:]).max() > 100 * np.abs(kernel[..., :-8]).max()
 
 
+def test_gate_is_refused_where_other_parameters_are_to_stay(tmp_path):
+    argv = [f"--config={CONFIGS}/emoji_gift_gate.py:smoke"]
+    argv += ["--config.trainable=attention", f"--workdir={tmp_path / 'run'}"]
+    match = "config.trainable=attention is not for method=gift_gate.*trainable=all"
+    with pytest.raises(UserError, match=match):
+        train.main(argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_imma_exports_its_attention_alone(run_train, tiny_folder, tmp_path):
     config = "emoji_baselines.py:imma_lora_smoke"
     run = run_train(tmp_path / "run", NO_SAMPLES, config=config, embedded=True)

@@ -40,6 +40,7 @@ class Defense:
       exported: (trained parameters, paths of the trainable set) -> what is released of
         them.
       steps: the run -> in words, how many steps it takes.
+      trainable: the sets of parameters that it can change; (): any.
       worst_case: in words, what the best attack reached in docs/lab, for the model
         card; "": not measured.
     """
@@ -53,6 +54,7 @@ class Defense:
     draws_first: bool = False
     exported: Callable[[Flat, tuple[str, ...]], Flat] = lambda params, paths: params
     steps: Callable[[Any], str] = lambda run: str(run.steps)
+    trainable: tuple[str, ...] = ()
     worst_case: str = ""
 
 

@@ -27,7 +27,6 @@ from flax.traverse_util import flatten_dict
 from gift_jax.defenses import base
 from gift_jax.diffusion import Denoiser
 from gift_jax.runtime import config
-from gift_jax.runtime.errors import UserError
 from gift_jax.state import Loss, Step, make_descent, merge_params
 from gift_jax.training.optimizer import make_optimizer
 
@@ -114,12 +113,13 @@ def make_lower_loss(denoiser: Denoiser) -> Loss:
     return lower_loss
 
 
-def make_preserve_step(lower_loss: Loss, tx) -> Step:
+def make_preserve_step(lower_loss: Loss, tx, micro_batches: int = 1) -> Step:
     """Returns the step of the lower level, which leaves the gate as it is.
 
     frozen: {"owned": path -> bool, see `install` of the gate}, and what the loss reads.
+    micro_batches: see `state.accumulate_gradients`.
     """
-    descend = make_descent("lower", lower_loss, tx)
+    descend = make_descent("lower", lower_loss, tx, micro_batches)
 
     def preserve_step(state, frozen, batch, key):
         new, metrics = descend(state, frozen, batch, key)
@@ -135,15 +135,10 @@ def make_preserve_step(lower_loss: Loss, tx) -> Step:
 def plan(task: base.Task) -> base.Plan:
     """Returns the plan: the detector, then the network around it.
 
-    Raises: UserError unless every parameter may change, or without a gate for the
-      model.
+    Raises: UserError for a model that can have no gate.
     """
     s, model = task.settings, task.model
-    if task.run.trainable != "all":
-        raise UserError(
-            f"config.trainable={task.run.trainable} is not for a gate, beside which "
-            "the whole network is trained; set --config.trainable=all"
-        )
+    parts = task.run.hardware.grad_accum_steps
     gate = model.gate(s.share)
     tx = task.optimizer("upper")
     params = gate.init(task.key("init"))
@@ -155,7 +150,7 @@ def plan(task: base.Task) -> base.Plan:
         network, owned = gate.install(trained, network, s.threshold)
         tx_lower = make_optimizer(task.run.optimizers["lower"], s.preserve_steps)
         return base.Plan(
-            step=make_preserve_step(make_lower_loss(model.denoiser), tx_lower),
+            step=make_preserve_step(make_lower_loss(model.denoiser), tx_lower, parts),
             params=network,
             frozen={"unet": {}, "original": dict(flat), "owned": owned},
             opt={"lower": tx_lower.init(network)},
@@ -166,7 +161,7 @@ def plan(task: base.Task) -> base.Plan:
         )
 
     return base.Plan(
-        step=make_descent("upper", upper_loss, tx),
+        step=make_descent("upper", upper_loss, tx, parts),
         params=params,
         frozen={"unet": flat},
         opt={"upper": tx.init(params)},
@@ -188,6 +183,7 @@ DEFENSE = base.Defense(
     title="GIFT with a gate on the concept's images (after arXiv:2507.13598)",
     plan=plan,
     steps=_steps,
+    trainable=("all",),
     worst_case="100% after an attack that first removes unusually large weights; 33% "
     "without that, after LoRA at a third of the usual rate under a made-up word",
 )

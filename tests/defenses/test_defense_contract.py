@@ -122,7 +122,7 @@ def make_case(name):
         if group in cfg:
             cfg[group].names = ("bomb",)
     if name == "gift_gate":
-        cfg.trainable, cfg.upper.lr = "all", 0.1  # of a detector of four weights
+        cfg.upper.lr = 0.1  # of a detector of four weights
     run, defense, model = train.resolve(cfg), base.load(name), toy_denoiser.model()
     words = {"harmful": "bomb", "safe": "cat"}
     data = {group: pairs(words[group], seed=len(group)) for group in run.data}
