@@ -35,9 +35,9 @@ def augment(
     """
     if index_B is None:
         index_B = jnp.arange(images_BHWC.shape[0])
-    strengths = {"flip": flip, "shift": shift, "scale": scale}
-    strengths |= {"rotate": rotate, "color": color}
-    augment_one = functools.partial(_augment_one, **strengths)
+    augment_one = functools.partial(
+        _augment_one, flip=flip, shift=shift, scale=scale, rotate=rotate, color=color
+    )
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
     return jax.vmap(augment_one)(keys_B, images_BHWC, flip_B)
 

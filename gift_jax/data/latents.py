@@ -23,23 +23,19 @@ def cache_latents(
     *,
     copies=1,
     key=None,
-    flip=0.5,
-    shift=4,
-    scale=0.1,
-    rotate=0.0,
-    color=0.0,
     batch_size=32,
     prompts=None,
+    **strengths,
 ):
     """Encodes every pair of a `Pairs`, in batches of one size.
 
     Args: encode_images: float32 "B H W 3" in [-1, 1] -> (mean, std), each "B ...".
       encode_prompts: list of B strings -> cond, a pytree "B ..."; or ids, "B L". Both
         see only batches of `batch_size` (the last one padded), so each compiles once.
-      copies: how often a picture appears; the first time as it is, then augmented by
-        `flip`, `shift`, `scale`, `rotate` and `color` (see `augment`), drawn from
-        `key`.
+      copies: how often a picture appears; the first time as it is, then augmented,
+        drawn from `key`.
       prompts: one a row, in place of the pairs' own.
+      strengths: of the augmentation, by the names that `augment.augment` gives them.
     Returns: dict of arrays, copies * N rows, copy by copy: `mean` and `std`, float32
       "N ..."; `cond`, a `pipeline.DeduplicatedArray` (a prompt of SD takes 0.24 MB);
       `concept`, int32 "N", indices into `data.concept_names`. The rows do not
@@ -53,8 +49,6 @@ def cache_latents(
         raise UserError("there are no pictures to encode")
     if copies > 1 and key is None:
         raise ValueError("augmented copies need a key")
-    strengths = {"flip": flip, "shift": shift, "scale": scale}
-    strengths |= {"rotate": rotate, "color": color}
     draw = functools.partial(augment.augment, **strengths)
     draw = jax.jit(draw)
     encoded = [encode_in_batches(encode_images, data.images, batch_size)]

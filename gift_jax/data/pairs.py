@@ -111,9 +111,9 @@ class Pairs:
 
 def without(pairs: Pairs, others: Pairs) -> Pairs:
     """Returns the pairs that show no concept in a style of which others have one."""
-    theirs = set(zip(others.concepts, others.styles, strict=True))
-    mine = zip(pairs.concepts, pairs.styles, strict=True)
-    rows = [row for row, pair in enumerate(mine) if pair not in theirs]
+    other_looks = set(zip(others.concepts, others.styles, strict=True))
+    looks = zip(pairs.concepts, pairs.styles, strict=True)
+    rows = [row for row, look in enumerate(looks) if look not in other_looks]
     return Pairs(
         images=pairs.images[rows],
         prompts=[pairs.prompts[row] for row in rows],

@@ -123,11 +123,11 @@ def make_preserve_step(lower_loss: Loss, tx, micro_batches: int = 1) -> Step:
 
     def preserve_step(state, frozen, batch, key):
         new, metrics = descend(state, frozen, batch, key)
-        kept = {
+        gate = {
             path: jnp.where(is_owned, state.params[path], new.params[path])
             for path, is_owned in frozen["owned"].items()
         }
-        return new.replace(params={**new.params, **kept}), metrics
+        return new.replace(params={**new.params, **gate}), metrics
 
     return preserve_step
 

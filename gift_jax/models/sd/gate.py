@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gift_jax.models.ops.norms import group_norm_reference
-from gift_jax.models.sd.unet import UNet
+from gift_jax.models.sd.unet import UNet, at
 from gift_jax.runtime.errors import UserError
 
 LOGIT_SLOPE = 5.0  # of the last normalization's output; 1 of it is far
@@ -55,6 +55,11 @@ class Block:
     groups: int
     hidden: np.ndarray
     out: np.ndarray
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the gate's output comes of it, and no further block."""
+        return not self.out.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Gate:
     @property
     def down(self) -> list[Block]:
         """The blocks on the way down."""
-        own, count = self.channels, _at(self.unet.layers_per_block, 0)
+        own, count = self.channels, at(self.unet.layers_per_block, 0)
         hidden = np.arange(self.width - 2 * len(own), self.width)
         groups = len(own) // self.group
         return [
@@ -117,7 +122,7 @@ class Gate:
         widths, own, blocks = self.unet.block_out_channels, self.channels, []
         path = f"up_blocks_{len(widths) - 1}/resnets_"
         for i in range(len(self.down) + 1):
-            below = (widths[1] if len(widths) > 1 else self.width) if i == 0 else 0
+            below = widths[1] if i == 0 else 0
             size = (self.width + (below or self.width)) // self.unet.norm_num_groups
             owned = below + own if below else np.r_[own, self.width + own]
             start = np.isin(owned - owned % size, owned)
@@ -155,14 +160,13 @@ class Gate:
             path, wide, hidden = block.path, len(block.read), len(block.hidden)
             if not wide:
                 continue
-            is_last = not block.out.size
             params[f"{path}/norm1/scale"] = jnp.full(wide, _SCALE)
             params[f"{path}/norm1/bias"] = jnp.zeros(wide)
             conv(f"{path}/conv1", wide, hidden)
-            scale, bias = (1.0, -1.0) if is_last else (_SCALE, 0.0)
+            scale, bias = (1.0, -1.0) if block.is_last else (_SCALE, 0.0)
             params[f"{path}/norm2/scale"] = jnp.full(hidden, scale)
             params[f"{path}/norm2/bias"] = jnp.full(hidden, bias)
-            if not is_last:
+            if not block.is_last:
                 conv(f"{path}/conv2", hidden, own, 0.3)
         return params
 
@@ -194,7 +198,7 @@ class Gate:
             h = jax.nn.silu(norm(f"{block.path}/norm1", x_BHWC, block.groups))
             h = conv(f"{block.path}/conv1", h)
             h = norm(f"{block.path}/norm2", h, len(block.hidden) // self.group)
-            return conv(f"{block.path}/conv2", jax.nn.silu(h)) if block.out.size else h
+            return h if block.is_last else conv(f"{block.path}/conv2", jax.nn.silu(h))
 
         x = conv("conv_in", jnp.transpose(z_t_BCHW, (0, 2, 3, 1)).astype(jnp.float32))
         skips = [x]
@@ -206,7 +210,7 @@ class Gate:
             joined = skip if i == 0 else jnp.concatenate([x, skip], axis=-1)
             readable = joined[..., np.isin(block.owned, block.read)]
             change = block_out(block, readable) if block.read.size else 0.0
-            x = (skip if i == 0 else x) + change if block.out.size else change
+            x = change if block.is_last else (skip if i == 0 else x) + change
         return x, sizes
 
     # --- the detector in the network --------------------------------------------------
@@ -233,7 +237,7 @@ class Gate:
         """Sets to 0 what leads from the detector's channels to others, or back."""
         own, put = self.channels, changes.put
         for block in [*self.down, *self.up]:
-            path, passed = block.path, block.out if block.out.size else self.final
+            path, passed = block.path, self.final if block.is_last else block.out
             put(f"{path}/conv1/kernel", np.s_[:, :, block.owned, :], 0.0)
             put(f"{path}/conv1/kernel", np.s_[..., block.hidden], 0.0)
             put(f"{path}/time_emb_proj/kernel", np.s_[:, block.hidden], 0.0)
@@ -261,7 +265,7 @@ class Gate:
 
         put_conv("conv_in", np.arange(self.unet.in_channels), own, stream)
         for block in [*self.down, *self.up]:
-            path, is_last = block.path, not block.out.size
+            path, is_last = block.path, block.is_last
             if path.startswith("up") and not is_last:
                 stream *= _CARRY
                 same = np.s_[0, 0, block.owned[: len(own)], own]
@@ -287,11 +291,11 @@ class Gate:
         this the output's jump is computed, the same at every position.
         """
         last, final, put = self.up[-1], self.final, changes.put
-        every = np.arange(self.width)
-        push = np.where(every % 2, -_PUSH, _PUSH)
+        channels = np.arange(self.width)
+        push = np.where(channels % 2, -_PUSH, _PUSH)
         push[final[1:]] = 0.0
         for channel in last.hidden:
-            put(f"{last.path}/conv2/kernel", np.s_[1, 1, channel, every], push)
+            put(f"{last.path}/conv2/kernel", np.s_[1, 1, channel, channels], push)
         put(f"{last.path}/conv2/bias", final[-1:], _REFERENCE)
         level, constant = np.sqrt(self.group - 1.0), final[-1:]
         put("conv_norm_out/scale", final, 1.0)
@@ -334,10 +338,6 @@ class _Changes:
             shape = self.params[path].shape
             self.params[path][where] = values
             self.owned.setdefault(path, np.zeros(shape, bool))[where] = True
-
-
-def _at(value, i: int):
-    return value[i] if isinstance(value, tuple) else value
 
 
 def _conv(x_BHWC, kernel_HWIO, bias_O):

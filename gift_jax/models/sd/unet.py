@@ -159,7 +159,7 @@ class UNet(nn.Module):
         skips = [x]
         for i, kind in enumerate(self.down_block_types):
             stage = self.stage(
-                DownStage, i, kind, _at(self.layers_per_block, i), i < last
+                DownStage, i, kind, at(self.layers_per_block, i), i < last
             )
             skips += stage(name=f"down_blocks_{i}")(x, time_BC, c_BLD)
             x = skips[-1]
@@ -168,7 +168,7 @@ class UNet(nn.Module):
             stage = self.stage(MidStage, last, "CrossAttn", count, False)
             x = stage(name="mid_block")(x, time_BC, c_BLD)
         for i, kind in enumerate(self.up_block_types):
-            count = _at(self.layers_per_block, last - i) + 1
+            count = at(self.layers_per_block, last - i) + 1
             stage = self.stage(UpStage, last - i, kind, count, i < last)
             joined = [skips.pop() for _ in range(count)]
             x = stage(name=f"up_blocks_{i}")(x, time_BC, c_BLD, joined)
@@ -197,11 +197,11 @@ class UNet(nn.Module):
         fields = {
             "channels": self.block_out_channels[i],
             "num_layers": num_layers,
-            "heads": _at(self.attention_head_dim, i) if has_attention else 0,
-            "depth": _at(self.transformer_layers_per_block, i),
+            "heads": at(self.attention_head_dim, i) if has_attention else 0,
+            "depth": at(self.transformer_layers_per_block, i),
             "linear": self.use_linear_projection,
             "only_cross_attention": cls is not MidStage
-            and _at(self.only_cross_attention, i),
+            and at(self.only_cross_attention, i),
             "resize": resize,
             # none: zeros after the last row and column, as in the VAE
             "padding": self.downsample_padding or ((0, 1), (0, 1)),
@@ -214,7 +214,7 @@ class UNet(nn.Module):
         return lambda name: cls(**fields, name=name)
 
 
-def _at(value, i: int):
+def at(value, i: int):
     """Returns what is said of stage i: one value of all, or one of each."""
     return value[i] if isinstance(value, tuple) else value
 

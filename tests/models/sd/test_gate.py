@@ -111,8 +111,8 @@ def test_what_the_gate_does_not_own_stays(setting):
     new, owned = g.install(params, network, 0.0)
     assert set(new) == set(network)
     for path, values in network.items():
-        kept = ~owned[path] if path in owned else np.ones(values.shape, bool)
-        np.testing.assert_array_equal(new[path][kept], np.asarray(values)[kept])
+        others = ~owned[path] if path in owned else np.ones(values.shape, bool)
+        np.testing.assert_array_equal(new[path][others], np.asarray(values)[others])
     share = sum(mask.sum() for mask in owned.values()) / sum(
         np.size(a) for a in network.values()
     )
