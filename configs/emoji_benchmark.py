@@ -15,6 +15,7 @@ Suites (two CPU cores; their times: docs/lab/benchmark.md):
                 attack, with two looks on the way: a night a defense, in parts
     :full       20 test things, three styles, three seeds, 1,000 steps: for bigger
                 machines
+    :trade_off  the default defense, surer or less sure of what it closes at
     :ablations  choices of gift and gift_adversarial one by one, on the quick suite
 
 Repeat the command to resume. The things that emoji-sd knows, and those that it has not
@@ -77,6 +78,15 @@ ABLATIONS = {  # method: (config, overrides)
         "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
     }.items()
 }
+TRADE_OFF = {  # how sure the gate is to be before it closes, and of safe images
+    f"gift_gate_{name}": (GATE, {"gift_gate": overrides})
+    for name, overrides in {
+        "threshold_4": {"threshold": 4.0},
+        "threshold_20": {"threshold": 20.0},
+        "safe_weight_3": {"safe_weight": 3.0},
+        "safe_weight_30": {"safe_weight": 30.0},
+    }.items()
+}
 STEPS = {  # of attacks that need others than all
     "textual_inversion": {"steps": 300},
     "embedding_search": {"steps": 60},
@@ -115,6 +125,10 @@ ABLATION_SUITE = QUICK | {
     "name": "ablations",
     "methods": ("original", "gift", "gift_adversarial", *ABLATIONS),
 }
+TRADE_OFF_SUITE = QUICK | {
+    "name": "trade_off",
+    "methods": ("original", "gift_gate", *TRADE_OFF),
+}
 STANDARD_THINGS = emoji.splits()["test"][0][:6]
 STANDARD = {
     "name": "standard",
@@ -146,7 +160,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.definitions.methods.gift = settings.method(GIFT)
     c.definitions.methods.gift_adversarial = settings.method(ADVERSARIAL)
     c.definitions.methods.gift_gate = settings.method(GATE)
-    for name, (file, overrides) in ABLATIONS.items():
+    for name, (file, overrides) in (ABLATIONS | TRADE_OFF).items():
         c.definitions.methods[name] = settings.method(file, overrides)
     c.definitions.attacks = settings.every_attack(
         "configs/emoji_attack.py", {"dreambooth": 1e-4, "lora": 1e-3}, STEPS
@@ -170,6 +184,7 @@ def get_config(variant: str = "") -> ConfigDict:
         standard=STANDARD,
         full=FULL,
         ablations=ABLATION_SUITE,
+        trade_off=TRADE_OFF_SUITE,
     )
 
 

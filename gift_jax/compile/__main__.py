@@ -40,6 +40,12 @@ def _parser():
         default="train",
         help="the defense's step, or one pass of the denoiser forward and backward",
     )
+    flags.add_argument(
+        "--phase",
+        type=int,
+        default=1,
+        help="of a defense that trains in several, one after the other (default 1)",
+    )
     flags.add_argument("--out", type=pathlib.Path, help="file for the report, JSON")
     return flags
 
@@ -47,6 +53,7 @@ def _parser():
 def main(argv: list[str] | None = None) -> int:
     cfg, args = cli.parse_config(argv, _parser(), "train")
     at_least("--batch-per-chip", args.batch_per_chip, 0)
+    at_least("--phase", args.phase, 1)
     if out := os.environ.get(compile_child.OUT):
         return compile_child.run_child(cfg, args, pathlib.Path(out))
     compile_child.check_compiler()

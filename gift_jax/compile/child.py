@@ -82,7 +82,7 @@ def run_child(cfg, args, out: pathlib.Path) -> int:
         name = f"{batch} a chip" if batch else "the config's batch"
         logging.info("compiling for %s, %s; this takes a while", args.topology, name)
         try:
-            report = tpu.report(cfg, args.topology, batch, args.step)
+            report = tpu.report(cfg, args.topology, batch, args.step, args.phase)
         except DoesNotFit as error:
             logging.info("%s %s", name, error)
             raise
@@ -117,6 +117,7 @@ def table(report: dict) -> str:
         for kind, total in report["collectives"].items()
     ]
     step = report["method"] if report["step"] == "train" else report["step"]
+    step += f", phase {report['phase']}" if report["phase"] > 1 else ""
     rows = {
         "step": f"{step} on {report['model']}, latents {report['latents']}",
         "chips": f"{report['chips']} ({report['topology']})",

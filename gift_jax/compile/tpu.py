@@ -100,12 +100,14 @@ class _Pairs:
     concept_names: tuple[str, ...] = ("harmful",)
 
 
-def train_step(run: train.TrainRun, mesh):
+def train_step(run: train.TrainRun, mesh, phase: int = 1):
     """Returns (the compiled-to-be step of a config's defense, what goes in).
 
+    Args: phase: of a defense that trains in several.
     Returns: what goes in is (state, frozen, batch, key) as `loop.run` has them, all
       ShapeDtypeStructs with their sharding.
-    Raises: UserError for a defense that takes no steps, or has to draw first.
+    Raises: UserError for a defense that takes no steps, or has to draw first, or has
+      fewer phases.
     """
     defense = base.load(run.method)
     if defense.plan is None or defense.draws_first:
@@ -117,8 +119,16 @@ def train_step(run: train.TrainRun, mesh):
 
     def build(params):
         whole = model.replace(params=params)
-        plans.append(defense.plan(base.Task(run.settings, run, whole, data, {})))
-        return init_state(plans[0].params, plans[0].opt), plans[0].frozen
+        plan = defense.plan(base.Task(run.settings, run, whole, data, {}))
+        for number in range(1, phase):
+            if plan.then is None:
+                raise UserError(
+                    f"--phase={phase}: config.method={run.method} has {number}; leave "
+                    "it out for the first"
+                )
+            plan = plan.then(plan.params)
+        plans.append(plan)
+        return init_state(plan.params, plan.opt), plan.frozen
 
     state, frozen = jax.eval_shape(build, model.params)
     (plan,) = plans
@@ -184,11 +194,13 @@ def _placed(tree, where):
     return jax.tree.map(place, tree, where)
 
 
-def report(cfg, topology: str, batch_per_chip: int = 0, step: str = "train") -> dict:
+def report(
+    cfg, topology: str, batch_per_chip: int = 0, step: str = "train", phase: int = 1
+) -> dict:
     """Compiles a config's step for a topology; returns what the compiler says of it.
 
     Args: batch_per_chip: pairs of each group a chip; 0: the config's batches, of all
-      chips together. step: of STEPS.
+      chips together. step: of STEPS. phase: see `train_step`.
     Raises: DoesNotFit; UserError for a topology, config or batch that cannot be.
     """
     chip = CHIPS[chip_of(topology)]
@@ -205,7 +217,7 @@ def report(cfg, topology: str, batch_per_chip: int = 0, step: str = "train") -> 
         sharding.check_batch(f"{name}.batch", group.batch, mesh, accumulated)
     start = time.perf_counter()
     if step == "train":
-        program, args = train_step(run, mesh)
+        program, args = train_step(run, mesh, phase)
         trained = args[0].params
         batches = {name: a["index"].shape[0] for name, a in args[2].items()}
     else:
@@ -221,6 +233,7 @@ def report(cfg, topology: str, batch_per_chip: int = 0, step: str = "train") -> 
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "step": step,
+        "phase": phase,
         "method": run.method,
         "model": run.model,
         "batch_per_chip": {name: count / parts for name, count in batches.items()},

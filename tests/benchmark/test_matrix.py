@@ -16,7 +16,8 @@ from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
 
 CONFIG = pathlib.Path(gift_jax.__file__).parents[1] / "configs" / "emoji_benchmark.py"
-SUITES = ("", ":smoke", ":quick", ":attacks", ":standard", ":full", ":ablations")
+SUITES = ("", ":smoke", ":quick", ":attacks", ":standard", ":full")
+SUITES += (":ablations", ":trade_off")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import pytest
+from flax.traverse_util import flatten_dict
 
 import gift_jax
 from gift_jax import train
@@ -24,6 +25,7 @@ from gift_jax.training import loop, sharding
 
 ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 GIFT = ROOT / "configs" / "emoji_gift.py"
+GATE = ROOT / "configs" / "emoji_gift_gate.py"
 BASELINES = ROOT / "configs" / "emoji_baselines.py"
 
 
@@ -114,6 +116,20 @@ def test_methods_without_such_a_step_are_named(tiny_folder, method, why):
     cfg.model = str(tiny_folder)
     with pytest.raises(UserError, match=f"config.method={method} {why}"):
         tpu.train_step(train.resolve(cfg), sharding.make_mesh(jax.devices()))
+
+
+def test_phases_of_a_defense():
+    cfg = load_config(f"{GATE}:smoke")
+    run, mesh = train.resolve(cfg), sharding.make_mesh(jax.devices())
+    _, (detect, *_) = tpu.train_step(run, mesh)
+    step, (preserve, frozen, batch, key) = tpu.train_step(run, mesh, 2)
+    unet = flatten_dict(tpu.abstract_model(run).params["unet"], sep="/")
+    assert preserve.params.keys() == unet.keys() > detect.params.keys()
+    assert frozen["owned"].keys() <= unet.keys() and batch.keys() == {"safe"}
+    new, _ = step.eval_shape(preserve, frozen, batch, key)
+    assert jax.tree.structure(new) == jax.tree.structure(preserve)
+    with pytest.raises(UserError, match="--phase=3: config.method=gift_gate has 2"):
+        tpu.train_step(run, mesh, 3)
 
 
 def test_a_pass_of_the_unet_has_gradients_of_the_trainable_set(tiny_folder):

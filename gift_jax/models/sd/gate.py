@@ -226,12 +226,17 @@ class Gate:
           detector's weights and for the zeros that keep others out of it; only paths
           that have some.
         """
-        changes = _Changes(network)
-        self._separate(changes)
-        self._place_detector(changes, params, threshold)
-        self._place_output(changes)
-        new = {path: jnp.asarray(a) for path, a in changes.params.items()}
-        return new, changes.owned
+        owned = {}
+
+        def write(params, network):
+            changes = _Changes(network)
+            self._separate(changes)
+            self._place_detector(changes, params, threshold)
+            self._place_output(changes)
+            owned.update(changes.owned)
+            return changes.params
+
+        return jax.jit(write)(params, network), owned
 
     def _separate(self, changes: "_Changes") -> None:
         """Sets to 0 what leads from the detector's channels to others, or back."""
@@ -260,8 +265,8 @@ class Gate:
 
         def put_conv(path, rows, columns, scale):
             where = np.ix_(range(3), range(3), rows, columns)
-            put(f"{path}/kernel", where, scale * np.asarray(params[f"{path}/kernel"]))
-            put(f"{path}/bias", columns, scale * np.asarray(params[f"{path}/bias"]))
+            put(f"{path}/kernel", where, scale * params[f"{path}/kernel"])
+            put(f"{path}/bias", columns, scale * params[f"{path}/bias"])
 
         put_conv("conv_in", np.arange(self.unet.in_channels), own, stream)
         for block in [*self.down, *self.up]:
@@ -274,7 +279,7 @@ class Gate:
                 continue
             for kind in ("scale", "bias"):
                 put(f"{path}/norm1/{kind}", block.read, params[f"{path}/norm1/{kind}"])
-                value = np.asarray(params[f"{path}/norm2/{kind}"])
+                value = params[f"{path}/norm2/{kind}"]
                 if is_last and kind == "bias":
                     value = value - threshold / LOGIT_SLOPE
                 value = value * (_SLOPE if is_last else 1.0)
@@ -306,37 +311,38 @@ class Gate:
         signs = np.where(np.arange(self.unet.out_channels) % 2, -1.0, 1.0)
         put("conv_out/kernel", np.s_[1, 1, constant, :], _JUMP / _SHUT * signs)
 
-    def _sizes(self, params: Flat) -> tuple[float, dict[str, float]]:
+    def _sizes(self, params: Flat) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns what to multiply the convolutions by, so that no value is too large.
 
         For the stream of channels from block to block, and inside each block.
         """
         shape = (32, self.unet.in_channels, 16, 16)
         _, sizes = self._run(params, jax.random.normal(jax.random.key(0), shape))
-        stream = max(float(v) for k, v in sizes.items() if not k.endswith("conv1"))
+        streams = [v for k, v in sizes.items() if not k.endswith("conv1")]
         inside = {
-            k.removesuffix("/conv1"): _LARGE / float(v)
+            k.removesuffix("/conv1"): _LARGE / v
             for k, v in sizes.items()
             if k.endswith("conv1")
         }
-        return _STREAM / stream, inside
+        return _STREAM / jnp.max(jnp.stack(streams)), inside
 
 
 class _Changes:
     """Parameters that are written to, and where.
 
-    Attributes: params: flat, copies. owned: path -> bool array, True where written.
+    Attributes: params: flat, as they are now. owned: path -> bool array, True where
+    written.
     """
 
     def __init__(self, network: Flat):
-        self.params = {path: np.array(a, np.float32) for path, a in network.items()}
+        self.params = dict(network)
         self.owned: dict[str, np.ndarray] = {}
 
     def put(self, path: str, where, values) -> None:
         """Writes values to a parameter, if the network has it."""
         if path in self.params:
             shape = self.params[path].shape
-            self.params[path][where] = values
+            self.params[path] = self.params[path].at[where].set(values)
             self.owned.setdefault(path, np.zeros(shape, bool))[where] = True
 
 
