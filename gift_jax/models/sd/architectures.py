@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published Stable Diffusions' shapes, for what needs no weights.
 
-As in the repositories stable-diffusion-v1-5 and stable-diffusion-2-1 (v-prediction, 768
-pixels), less fields that say what made the file.
+As in the repositories stable-diffusion-v1-5, stable-diffusion-2-1 (v-prediction, 768
+pixels) and stable-diffusion-xl-base-1.0, less fields that say what made the file.
 """
 
 from collections.abc import Sequence
@@ -105,6 +105,19 @@ def model_index(scheduler: str) -> dict:
     }
 
 
+def xl_model_index(scheduler: str) -> dict:
+    """Returns the model_index.json of an XL's folder; scheduler: name of its class."""
+    index = model_index(scheduler)
+    for name in ("requires_safety_checker", "safety_checker"):
+        del index[name]
+    return index | {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+
+
 _CHANNELS = {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512)}
 MODELS = {
     "sd15": {
@@ -159,3 +172,48 @@ MODELS = {
         "pad_token": "!",
     },
 }
+
+SDXL = {
+    "unet": _UNET
+    | {
+        "addition_embed_type": "text_time",
+        "addition_embed_type_num_heads": 64,
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20],  # the number of heads, its old name
+        "block_out_channels": [320, 640, 1280],
+        "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "projection_class_embeddings_input_dim": 2816,  # pooled text, six time ids
+        "sample_size": 128,
+        "transformer_layers_per_block": [1, 2, 10],
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "use_linear_projection": True,
+    },
+    "vae": vae_config(
+        _CHANNELS["vae"], force_upcast=True, sample_size=1024, scaling_factor=0.13025
+    ),
+    "text_encoder": MODELS["sd15"]["text_encoder"],
+    "text_encoder_2": _TEXT
+    | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 32,
+        "projection_dim": 1280,
+    },
+    "scheduler": SCHEDULER
+    | {
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "skip_prk_steps": True,
+        "timestep_spacing": "leading",
+        "use_karras_sigmas": False,
+    },
+    "pad_token": END,
+    "pad_token_2": "!",
+}
+MODELS["sdxl"] = SDXL

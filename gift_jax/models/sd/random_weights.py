@@ -30,6 +30,11 @@ from gift_jax.runtime import cli, files
 from gift_jax.runtime.errors import UserError, at_least, choice
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_ONE_TEXT_ENCODER = tuple(
+    name
+    for name, configs in architectures.MODELS.items()
+    if "text_encoder_2" not in configs
+)
 
 # --- random tensors -------------------------------------------------------------------
 
@@ -212,7 +217,7 @@ def _write_json(path, value):
 def main(argv: list[str] | None = None) -> int:
     flags = cli.parser(__doc__, "models.sd.random_weights")
     flags.add_argument("--out", required=True, help="a new folder")
-    flags.add_argument("--model", default="sd15", choices=tuple(architectures.MODELS))
+    flags.add_argument("--model", default="sd15", choices=_ONE_TEXT_ENCODER)
     flags.add_argument("--dtype", default="float16", choices=tuple(DTYPES))
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--shard_mib", type=int, default=0, help="0: one file each")
