@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts between diffusers folders and Orbax checkpoints.
+"""Converts between diffusers folders, Orbax checkpoints and single files.
 
     python -m gift_jax.convert to-diffusers   --checkpoint runs/gift/checkpoints --out DIR
     python -m gift_jax.convert to-unet-state  --checkpoint runs/gift/checkpoints --out changed.safetensors
     python -m gift_jax.convert from-diffusers --model DIR_OR_HUB_ID --out CKPT
     python -m gift_jax.convert to-diffusers   --checkpoint CKPT --out DIR
+    python -m gift_jax.convert from-single-file FILE --out DIR
+    python -m gift_jax.convert to-single-file --model DIR_OR_HUB_ID --out FILE
 
 A run's checkpoints hold what it trained; the rest comes from the model it started from,
 whose content must still be what it was. A checkpoint made by from-diffusers holds the
 whole model, and to-diffusers gives back every tensor byte for byte.
+
+A single file is a whole Stable Diffusion 1, 2 or XL in one .safetensors by its original
+names. It holds no tokenizer: that comes from --tokenizer.
 """  # noqa: E501 - commands to copy
 
 import pathlib
@@ -25,6 +30,8 @@ from gift_jax.models import orbax as orbax_model
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.load import model_folder
 from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
+from gift_jax.models.sd.single_file import from_file, to_file
+from gift_jax.models.sd.single_file.families import PREDICTIONS
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime import cli, config, files
 from gift_jax.runtime.errors import UserError
@@ -100,6 +107,31 @@ def to_unet_state(args) -> None:
     with files.atomic_write(args.out) as aside:
         safetensors_io.write_file(aside, table, notes)
     logging.info("wrote %d of the UNet's tensors to %s", len(table), args.out)
+
+
+def from_single_file(args) -> None:
+    """Writes a single file as a diffusers folder."""
+    _check_new(args.out)
+    options = from_file.Options(
+        tokenizer=args.tokenizer,
+        vae=args.vae,
+        prediction=args.prediction,
+        ema=args.ema,
+        dtype=DTYPES.get(args.dtype),
+    )
+    from_file.convert(args.file, args.out, options)
+    logging.info("wrote the model folder %s", args.out)
+
+
+def to_single_file(args) -> None:
+    """Writes a diffusers folder as a single file."""
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out={args.out} must end in .safetensors")
+    _check_new(args.out)
+    folder = model_folder(args.model, args.revision, args.variant)
+    dtype = DTYPES.get(args.dtype)
+    to_file.convert(folder, args.out, variant=args.variant, dtype=dtype)
+    logging.info("wrote %s", args.out)
 
 
 class Run:
@@ -206,12 +238,19 @@ def _parser():
         )
         return sub
 
-    sub = command(
-        "from-diffusers", from_diffusers, "a diffusers folder to an Orbax checkpoint"
+    for name, run, text in (
+        ("from-diffusers", from_diffusers, "a diffusers folder to an Orbax checkpoint"),
+        ("to-single-file", to_single_file, "a diffusers folder to a single file"),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument(
+            "--model", required=True, help="a diffusers folder, hub id or single file"
+        )
+        sub.add_argument("--revision", default="", help="of a hub id")
+        sub.add_argument("--variant", default="", help="of the weights, such as fp16")
+    _add_single_file(
+        command("from-single-file", from_single_file, "a single file to a folder")
     )
-    sub.add_argument("--model", required=True, help="a diffusers folder or hub id")
-    sub.add_argument("--revision", default="", help="of a hub id")
-    sub.add_argument("--variant", default="", help="of the weight files, such as fp16")
     for name, run, text in (
         ("to-diffusers", to_diffusers, "an Orbax checkpoint to a diffusers folder"),
         (
@@ -230,6 +269,29 @@ def _parser():
         sub.add_argument("--step", type=int, help="of a run (default: the newest)")
         sub.add_argument("--base", help="where the run's base model lies now")
     return flags
+
+
+def _add_single_file(sub):
+    sub.add_argument(
+        "file", type=pathlib.Path, metavar="FILE", help="a whole model's .safetensors"
+    )
+    sub.add_argument(
+        "--tokenizer",
+        default="",
+        help="the folder or hub id of a model with CLIP's (default: the base model's)",
+    )
+    sub.add_argument(
+        "--vae", default="", help="a folder or hub id of a VAE in place of the file's"
+    )
+    sub.add_argument(
+        "--prediction",
+        default="",
+        choices=PREDICTIONS,
+        help="of the UNet (default: what the file says, else epsilon; not for 2.x)",
+    )
+    sub.add_argument(
+        "--ema", action="store_true", help="take the UNet's running averages"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
