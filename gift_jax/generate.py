@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default="emoji-sd",
-        help="a diffusers folder or hub id (default %(default)s)",
+        help="a diffusers folder, hub id or single file (default %(default)s)",
     )
     add("--revision", default="", help="of a hub id: branch, tag or commit")
     add("--variant", default="", help="of the weight files, such as fp16")

@@ -248,6 +248,14 @@ def test_mistakes_are_one_line(immunized, whole, tiny_folder, tmp_path):
     refuse("no such folder", "from-diffusers", "--model", "nowhere", "--out", out)
     refuse("invalid choice", *to, run, "--dtype", "fp8")
     refuse("required", "to-diffusers")
+    refuse("required: FILE", "from-single-file", "--out", out)
+    refuse(
+        "has 32 channels; must be a multiple of 64, the channels of a head",
+        "to-single-file",
+        "--model",
+        tiny_folder,
+        *new,
+    )
     assert not out.exists()
 
 

@@ -78,9 +78,10 @@ def existing(path) -> Path:
     label = f"model={shown(str(path))}"
     if os.path.isfile(path):  # unlike pathlib's, of any name
         raise UserError(
-            f"{label} is a file; must be a diffusers folder with model_index.json. To "
-            "make one of a single-file checkpoint, use diffusers: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            f"{label} is a file; must be a diffusers folder with model_index.json, or "
+            "a whole model's .safetensors. To make a folder of a pickle (.ckpt), use "
+            "diffusers: StableDiffusionPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER)"
         )
     if not os.path.isdir(path):
         raise UserError(

@@ -16,6 +16,7 @@ from gift_jax.models.folder import existing, pipeline
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
+from gift_jax.models.sd.single_file import cache
 from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores
 from gift_jax.runtime.errors import UserError, choice, shown
@@ -31,7 +32,9 @@ _SMALL_BYTES = 2**30  # of a model's files
 class ModelFields:
     """The fields that name a model, of every config that has one."""
 
-    model: str = config.value("emoji-sd", "or a diffusers folder, or a hub id")
+    model: str = config.value(
+        "emoji-sd", "or a diffusers folder, a hub id, a whole model's .safetensors"
+    )
     revision: str = config.value("", "of a hub id: branch, tag or commit")
     variant: str = config.value(
         "", "of the weight files: fp16, or empty: the plain ones"
@@ -59,7 +62,10 @@ def pin_revision(fields: ModelFields, workdir: pathlib.Path) -> str:
 
 
 def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
-    """Returns the folder of a model: a local one, "emoji-sd", or a hub id's copy."""
+    """Returns the folder of a model: a local one, "emoji-sd", or a hub id's copy.
+
+    Of a single file it is the one that `local_folder` returns.
+    """
     folder = local_folder(name)
     if not os.path.exists(folder) and hub.is_id(name):
         return hub.fetch(name, revision, variant)
@@ -67,8 +73,15 @@ def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Pa
 
 
 def local_folder(name: str) -> pathlib.Path:
-    """Returns the folder of "emoji-sd", or the one that is named; it may not exist."""
-    return EMBEDDED if name == "emoji-sd" else pathlib.Path(os.path.expanduser(name))
+    """Returns the folder of "emoji-sd", or the one that is named; it may not exist.
+
+    Of a single file it is the folder that the file becomes, which is written if it is
+    not there yet.
+    """
+    if name == "emoji-sd":
+        return EMBEDDED
+    path = pathlib.Path(os.path.expanduser(name))
+    return cache.folder_of(path) if cache.is_single_file(path) else path
 
 
 def cpu_devices_to_draw(name: str) -> int:
@@ -93,9 +106,9 @@ def load_model(
 ) -> stable_diffusion.StableDiffusion:
     """Returns a model, its parameters and arithmetic in `dtype`.
 
-    Args: name: a diffusers folder, "emoji-sd", or a hub id, of which `revision` is
-      fetched. variant, resolution: see `stable_diffusion.load`. added: files to merge
-      into it.
+    Args: name: a diffusers folder, a single file, "emoji-sd", or a hub id, of which
+      `revision` is fetched. variant, resolution: see `stable_diffusion.load`. added:
+      files to merge into it.
     """
     choice("config.compute_dtype", dtype, tuple(DTYPES))
     folder = existing(model_folder(name, revision, variant))

@@ -108,8 +108,8 @@ def test_plain_files_are_read_beside_any_number_of_variants(tiny_folder, tmp_pat
     assert file.name == f"{stem}.safetensors"
 
 
-def test_a_single_file_is_told_what_to_do(tmp_path):
-    file = tmp_path / "model.safetensors"
+def test_a_pickle_is_told_what_to_do(tmp_path):
+    file = tmp_path / "model.ckpt"
     file.write_bytes(b"x")
     message = outcome(lambda: load_model(str(file)))[1]
     assert "from_single_file(FILE).save_pretrained(FOLDER)" in message
