@@ -105,7 +105,7 @@ def read_layers(file: Path, targets: Targets) -> list[Layer]:
     _check_kind(file, entries)
     modules = _modules_by_kohya(targets)
     halves = {name: _parse(name, modules) for name in sorted(entries)}
-    names: dict[_Half, str] = {}  # the first, of names of the same
+    names: dict[_Half, str] = {}  # the first name of each
     for name, half in halves.items():
         if half:
             names.setdefault(half, name)
@@ -147,7 +147,7 @@ def refuse_misfits(
         raise UserError(f"{one_line(file)}: has no tensors; copy it again")
     if reasons:
         name, hint = min(reasons), "is the file made for another model?"
-        if made_for:
+        if made_for and reasons[name].startswith(("changes", "has shape")):
             hint = f"it says that it is made for {shown(made_for)}; use such a model"
         raise UserError(
             f"{one_line(file)}: {one_line(name)} {reasons[name]}; {len(reasons)} of "

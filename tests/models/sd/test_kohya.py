@@ -318,5 +318,8 @@ def test_model_that_a_file_names_is_the_remedy(tiny_folder, tmp_path):
         r"'sdxl_base_v1-0\n'; use such a model"
     )
     refused(tiny_folder, re.escape(message), lora=(str(file),))
+    half = {f"{LAYER}.lora_down.weight": A}  # whatever model it is for
+    file = save(tmp_path / "x.safetensors", half, **notes)
+    refused(tiny_folder, "no other half; 1 of 1.*another model", lora=(str(file),))
     fits = save(tmp_path / "x.safetensors", WHOLE, **notes)
     assert len(our_weights(tiny_folder, lora=(str(fits),))) == 1
