@@ -6,9 +6,9 @@
 
 By LoRA, DreamBooth or textual inversion (config.attack). Writes the same folder as
 gift_jax.train; export/ is the model with the attack merged. Besides, for those who add
-it to the base model in PyTorch: LoRA writes lora/pytorch_lora_weights.safetensors, for
-load_lora_weights, and textual inversion learned_embeds.safetensors, for
-load_textual_inversion.
+it to the base model elsewhere: LoRA writes lora/pytorch_lora_weights.safetensors, for
+diffusers' load_lora_weights, and lora/kohya.safetensors, by the names that most other
+programs read; textual inversion learned_embeds.safetensors, for load_textual_inversion.
 """
 
 import dataclasses
@@ -111,7 +111,8 @@ def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     model = plan.model
     if processes.is_main_process():
         for name, arrays in plan.files(params).items():
-            safetensors_io.write_float32(folder / name, arrays)
+            notes = plan.metadata.get(name)
+            safetensors_io.write_float32(folder / name, arrays, notes)
     changed = attack.changed(settings.settings, model.folder, params)
     tokenizer = attack.tokenizer(settings.settings, model.folder)
     setup.export(model, changed, folder / "export", summary(settings), tokenizer)

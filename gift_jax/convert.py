@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts between diffusers folders, Orbax checkpoints and single files.
+"""Converts diffusers folders, Orbax checkpoints and single files; merges LoRA.
 
     python -m gift_jax.convert to-diffusers   --checkpoint runs/gift/checkpoints --out DIR
     python -m gift_jax.convert to-unet-state  --checkpoint runs/gift/checkpoints --out changed.safetensors
     python -m gift_jax.convert from-diffusers --model DIR_OR_HUB_ID --out CKPT
     python -m gift_jax.convert to-diffusers   --checkpoint CKPT --out DIR
+    python -m gift_jax.convert merge-lora     --model DIR_OR_HUB_ID --lora FILE:SCALE --out DIR
+    python -m gift_jax.convert rename-lora    --model DIR_OR_HUB_ID --lora FILE --names kohya --out FILE
     python -m gift_jax.convert from-single-file FILE --out DIR
     python -m gift_jax.convert to-single-file --model DIR_OR_HUB_ID --out FILE
 
 A run's checkpoints hold what it trained; the rest comes from the model it started from,
 whose content must still be what it was. A checkpoint made by from-diffusers holds the
-whole model, and to-diffusers gives back every tensor byte for byte.
+whole model, and to-diffusers gives back every tensor byte for byte. merge-lora leaves
+the tensors that no LoRA changes as they are; rename-lora wants the model since only its
+modules' names tell what kohya's underscores stand for.
 
 A single file is a whole Stable Diffusion 1, 2 or XL in one .safetensors by its original
 names. It holds no tokenizer: that comes from --tokenizer.
@@ -27,9 +31,10 @@ from gift_jax.attacks import base as attacks_base
 from gift_jax.defenses import base as defenses_base
 from gift_jax.models import exports, model_card, safetensors_io, weights
 from gift_jax.models import orbax as orbax_model
-from gift_jax.models.folder import ModelFolder
+from gift_jax.models.folder import ModelFolder, existing
 from gift_jax.models.load import model_folder
-from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
+from gift_jax.models.sd import lora_files
+from gift_jax.models.sd.adapters import AdapterFiles, read_adapters, read_lora
 from gift_jax.models.sd.single_file import from_file, to_file
 from gift_jax.models.sd.single_file.families import PREDICTIONS
 from gift_jax.models.trainable import select_trainable
@@ -107,6 +112,34 @@ def to_unet_state(args) -> None:
     with files.atomic_write(args.out) as aside:
         safetensors_io.write_file(aside, table, notes)
     logging.info("wrote %d of the UNet's tensors to %s", len(table), args.out)
+
+
+def merge_lora(args) -> None:
+    """Writes a diffusers folder with LoRA files merged into its weights."""
+    _check_new(args.out)
+    root = existing(model_folder(args.model, args.revision, args.variant))
+    adapters = read_adapters(AdapterFiles(lora=tuple(args.lora)), root, args.variant)
+    folder = ModelFolder(root, args.variant, adapters)
+    exports.export(
+        root,
+        folder.adapted_params(),
+        args.out,
+        args.variant,
+        DTYPES.get(args.dtype),
+        readme=model_card.of_merged(args.model, folder),
+    )
+    logging.info("wrote the model folder %s", args.out)
+
+
+def rename_lora(args) -> None:
+    """Writes a LoRA file by other names."""
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out={args.out} must end in .safetensors")
+    _check_new(args.out)
+    root = existing(model_folder(args.model, args.revision, args.variant))
+    layers = read_lora(args.lora, root, args.variant)
+    lora_files.write(args.out, layers, args.names, DTYPES.get(args.dtype, "F32"))
+    logging.info("wrote the updates of %d layers to %s", len(layers), args.out)
 
 
 def from_single_file(args) -> None:
@@ -238,16 +271,30 @@ def _parser():
         )
         return sub
 
-    for name, run, text in (
-        ("from-diffusers", from_diffusers, "a diffusers folder to an Orbax checkpoint"),
-        ("to-single-file", to_single_file, "a diffusers folder to a single file"),
-    ):
+    def from_model(name, run, text):
         sub = command(name, run, text)
-        sub.add_argument(
-            "--model", required=True, help="a diffusers folder, hub id or single file"
-        )
-        sub.add_argument("--revision", default="", help="of a hub id")
-        sub.add_argument("--variant", default="", help="of the weights, such as fp16")
+        add = sub.add_argument
+        add("--model", required=True, help="a diffusers folder, hub id or single file")
+        add("--revision", default="", help="of a hub id")
+        add("--variant", default="", help="of the weight files, such as fp16")
+        return sub
+
+    from_model(
+        "from-diffusers", from_diffusers, "a diffusers folder to an Orbax checkpoint"
+    )
+    sub = from_model("merge-lora", merge_lora, "a diffusers folder with LoRA merged")
+    sub.add_argument(
+        "--lora",
+        action="append",
+        required=True,
+        help="FILE[:SCALE], by the names of diffusers, peft or kohya; repeatable",
+    )
+    sub = from_model("rename-lora", rename_lora, "a LoRA file by other names")
+    sub.add_argument("--lora", required=True, help="FILE, made for that model")
+    sub.add_argument(
+        "--names", choices=lora_files.WRITTEN, required=True, help="to write"
+    )
+    from_model("to-single-file", to_single_file, "a diffusers folder to a single file")
     _add_single_file(
         command("from-single-file", from_single_file, "a single file to a folder")
     )

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", default="", help="of a hub id: branch, tag or commit")
     add("--variant", default="", help="of the weight files, such as fp16")
     for name, meaning in (
-        ("lora", "FILE[:SCALE], a LoRA by the names of diffusers or peft"),
+        ("lora", "FILE[:SCALE], a LoRA by the names of diffusers, peft or kohya"),
         ("textual-inversion", "FILE[:TOKEN], learned embeddings"),
         ("unet-tensors", "FILE, safetensors in place of the UNet's own"),
     ):

@@ -21,11 +21,15 @@ from command_runs import (
 from PIL import Image
 
 from gift_jax import attack
+from gift_jax.models import safetensors_io
+from gift_jax.models.folder import ModelFolder
 from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import sampler
 
 TABLE = "text_model.embeddings.token_embedding.weight"
+PYTORCH_LORA = "pytorch_lora_weights.safetensors"
 STEPS = [f"step_{i:06d}.png" for i in (0, 1, 3)]
 INVERSION_SMOKE = "emoji_attack.py:textual_inversion_smoke"
 
@@ -42,6 +46,43 @@ def test_run_fills_its_folder(lora_run):
     with Image.open(lora_run / "samples" / "after.png") as image:
         assert image.size[0] > 16
     stable_diffusion.load(lora_run / "export")
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's and diffusers' own
+def test_kohya_file_is_the_same_update(lora_run, tiny_folder):
+    """By our reading and by diffusers', which needs no argument beside the file."""
+    kohya, by_diffusers = (
+        lora_run / "lora" / name for name in ("kohya.safetensors", PYTORCH_LORA)
+    )
+    notes = safetensors_io.read_metadata(kohya)
+    assert notes["ss_network_module"] == "networks.lora"
+    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("2", "7.0")
+    arrays = safetensors.numpy.load_file(kohya)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert arrays[f"{name}.alpha"] == 7 and arrays[f"{name}.alpha"].shape == ()
+    assert arrays[f"{name}.lora_down.weight"].shape[0] == 2
+    assert len(arrays) == 3 * len(safetensors.numpy.load_file(by_diffusers)) / 2
+    base = tensors(tiny_folder)
+    ours, expected = (
+        ModelFolder(
+            tiny_folder, "", read_adapters(AdapterFiles(lora=(str(f),)), tiny_folder)
+        ).adapted_params()
+        for f in (kohya, by_diffusers)
+    )
+    assert len(expected) == 12 and ours.keys() == expected.keys()
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(str(tiny_folder))
+    theirs.load_lora_weights(str(kohya))
+    theirs.fuse_lora()
+    theirs.unload_lora_weights()
+    theirs = theirs.unet.state_dict()
+    for path, array in expected.items():
+        name = safetensors_io.torch_name(path)
+        assert np.abs(array.T - base[name]).max() > 1e-3
+        np.testing.assert_allclose(ours[path], array, atol=1e-6)
+        np.testing.assert_allclose(theirs[name], array.T, atol=1e-6)
 
 
 def test_export_adds_an_update_of_the_rank_to_the_targets_only(lora_run, tiny_folder):
@@ -187,10 +228,9 @@ def assert_drawn_alike(base, run, add):
 @pytest.mark.filterwarnings("ignore")  # peft's and diffusers' own
 def test_pytorch_with_the_lora_file_draws_what_we_draw(lora_run, tiny_folder):
     pytest.importorskip("peft")
-    name = "pytorch_lora_weights.safetensors"  # the default, unless offline
 
-    def add(pipeline):
-        pipeline.load_lora_weights(lora_run / "lora", weight_name=name)
+    def add(pipeline):  # the name is the default, unless offline
+        pipeline.load_lora_weights(lora_run / "lora", weight_name=PYTORCH_LORA)
 
     assert_drawn_alike(tiny_folder, lora_run, add)
 

@@ -99,7 +99,7 @@ class Plan:
       float32. frozen: what else the step reads. reads_ids: batches hold token ids in
       place of conditioning, for a text encoder that trains. files: trained parameters
       -> {name in the run's folder: tensors}, for those who add the attack to the base
-      model.
+      model. metadata: {such a name: what its header says}.
     """
 
     model: Any
@@ -108,6 +108,7 @@ class Plan:
     frozen: dict[str, Any]
     reads_ids: bool = False
     files: Callable[[Any], Mapping[str, Flat]] = lambda params: {}
+    metadata: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 def load(name: str) -> Attack:

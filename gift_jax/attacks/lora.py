@@ -20,11 +20,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gift_jax.attacks import base
 from gift_jax.diffusion import Denoiser
 from gift_jax.models import safetensors_io
+from gift_jax.models.sd import kohya
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import Step, make_descent
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
+DIFFUSERS_FILE = "lora/pytorch_lora_weights.safetensors"  # in a run's folder
+KOHYA_FILE = "lora/kohya.safetensors"
 Factors = dict[str, dict[str, jax.Array]]
 
 
@@ -117,13 +120,30 @@ def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
     Source: diffusers `StableDiffusionLoraLoaderMixin.save_lora_weights`.
     """
     state = {}
-    for path, f in factors.items():
-        name = f"unet.{safetensors_io.torch_name(path).removesuffix('.weight')}.lora"
-        down_RI = np.asarray(f["A"], np.float32).T
-        up_OR = (np.float32(scale) * np.asarray(f["B"], np.float32)).T
+    for module, (down_RI, up_OR) in _torch_factors(factors).items():
+        name = f"unet.{module}.lora"
         state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)
-        state[f"{name}.up.weight"] = np.ascontiguousarray(up_OR)
+        state[f"{name}.up.weight"] = np.ascontiguousarray(np.float32(scale) * up_OR)
     return state
+
+
+def kohya_state(factors: Factors, alpha: float) -> dict[str, np.ndarray]:
+    """Returns the factors by kohya's names, alpha beside them, float32."""
+    state = {}
+    for module, (down_RI, up_OR) in _torch_factors(factors).items():
+        state |= kohya.state("unet", module, down_RI, up_OR, alpha)
+    return state
+
+
+def _torch_factors(factors: Factors) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns {module of the network in PyTorch: (down "R I", up "O R")}, float32."""
+    return {
+        safetensors_io.torch_name(path).removesuffix(".weight"): (
+            np.asarray(f["A"], np.float32).T,
+            np.asarray(f["B"], np.float32).T,
+        )
+        for path, f in factors.items()
+    }
 
 
 def plan(task: base.Task) -> base.Plan:
@@ -135,8 +155,10 @@ def plan(task: base.Task) -> base.Plan:
     kernels = model.float32_params("unet", factors)
 
     def files(factors):
-        state = torch_state(factors, s.scale)
-        return {"lora/pytorch_lora_weights.safetensors": state}
+        return {
+            DIFFUSERS_FILE: torch_state(factors, s.scale),
+            KOHYA_FILE: kohya_state(factors, s.alpha),
+        }
 
     return base.Plan(
         model=model,
@@ -144,6 +166,7 @@ def plan(task: base.Task) -> base.Plan:
         params=factors,
         frozen={"unet": network | kernels},
         files=files,
+        metadata={KOHYA_FILE: kohya.metadata([(s.rank, s.alpha)])},
     )
 
 

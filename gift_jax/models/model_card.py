@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from gift_jax.models import weights
 from gift_jax.models.folder import ModelFolder
 from gift_jax.runtime.versions import versions
 
@@ -118,6 +119,35 @@ Made with {{ versions }}.
 """
 
 
+_MERGED = """---
+{% if license %}
+license: {{ license }}
+{% endif %}
+base_model: {{ base }}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [gift_jax]
+---
+
+# {{ title }}, with added files
+
+The model `{{ base }}` (sha256 of its files: `{{ sha256 }}`) with these merged into its
+weights:
+
+{% for file in added %}
+- {{ file }}
+{% endfor %}
+
+Nothing was trained; every other tensor is the base model's. Made with {{ versions }}.
+
+## License
+
+That of the base model{{ ": `" ~ license ~ "`" if license else ", which its folder or
+its page names" }}. Its restrictions hold for this model too, and so do those of the
+added files.
+"""
+
+
 def of_run(
     workdir: pathlib.Path,
     base: ModelFolder,
@@ -176,6 +206,25 @@ def card(
         license=license_of(base_folder),
         versions=", ".join(f"{name} {v}" for name, v in versions().items()),
         config=json.dumps(recorded, indent=1, sort_keys=True),
+    )
+
+
+def of_merged(name: str, folder: ModelFolder) -> str:
+    """Returns the card of a model with added files merged, in which nothing trained.
+
+    Args: name: of the model, a folder or a hub id. folder: with the added files.
+    """
+    import jinja2
+
+    name = _public(name)
+    template = jinja2.Template(_MERGED, trim_blocks=True, keep_trailing_newline=True)
+    return template.render(
+        base=name,
+        title=pathlib.PurePath(name).name,
+        sha256=weights.content_hash(folder.path),
+        added=folder.added_files(),
+        license=license_of(folder.path),
+        versions=", ".join(f"{name} {v}" for name, v in versions().items()),
     )
 
 

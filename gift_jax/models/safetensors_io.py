@@ -253,14 +253,17 @@ def write_file(file, tensors, metadata=None):
             f.write(array.reshape(-1).view(np.uint8))
 
 
-def write_float32(path, arrays):
-    """Writes {name: array} as float32 in one file, whole or not at all."""
+def write_float32(path, arrays, metadata=None):
+    """Writes {name: array} as float32 in one file, whole or not at all.
+
+    Args: metadata: str -> str, for the header.
+    """
     table = {
         name: ("F32", array.shape, lambda array=array: array)
         for name, array in arrays.items()
     }
     with files.atomic_write(path) as aside:
-        write_file(aside, table, {"format": "pt"})
+        write_file(aside, table, {"format": "pt"} | (metadata or {}))
 
 
 def read_json(file):

@@ -62,6 +62,10 @@ def test_transplanted_lora_is_the_originals_file_on_the_defended_base(
     assert max(np.abs(ours[p] - before[p]).max() for p in before) > 1e-3
     for path, array in expected.items():
         np.testing.assert_allclose(ours[path], array, atol=1e-6)
+    kohya = safetensors.numpy.load_file(file.with_name("kohya.safetensors"))
+    name = next(name for name in safetensors.numpy.load_file(file) if "down" in name)
+    name = name.removeprefix("unet.").removesuffix(".lora.down.weight")
+    assert f"lora_unet_{name.replace('.', '_')}.lora_down.weight" in kohya
     # trained where nothing resists: another base would have given another update
     direct = run(
         "lora",

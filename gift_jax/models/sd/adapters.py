@@ -21,7 +21,6 @@ from gift_jax.models.tokenizer import load_tokenizer, vector_names
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, one_line, shown
 
-_COMPONENTS = ("unet", "text_encoder")
 _EMBEDDINGS = "learned_embeds.safetensors"
 _UNNAMED = "emb_params"  # the one tensor of a file that AUTOMATIC1111's UI writes
 
@@ -34,7 +33,7 @@ class AdapterFiles:
         (), "FILE: safetensors by diffusers' names, in place of the UNet's"
     )
     lora: tuple[str, ...] = config.value(
-        (), "FILE or FILE:SCALE: LoRA by the names of diffusers or peft"
+        (), "FILE or FILE:SCALE: LoRA by the names of diffusers, peft or kohya"
     )
     textual_inversion: tuple[str, ...] = config.value(
         (), "FILE or FILE:TOKEN: learned embeddings, as diffusers has them"
@@ -129,15 +128,7 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
     Raises: UserError of one line naming the file, and its first tensor that does not
       fit this model.
     """
-    targets = {
-        component: {
-            safetensors_io.torch_name(path): (path, entry.shape)
-            for path, (_, entry) in weights.entries_by_path(
-                root / component, component, variant
-            ).items()
-        }
-        for component in _COMPONENTS
-    }
+    targets = _targets(root, variant)
     sources: list[_Source] = []
     changes: dict[str, list[lora_files.Change]] = {}
     for text in fields.unet_tensors:
@@ -152,7 +143,7 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
             changes[path] = [change]
     for text in fields.lora:
         name, scale = _split_scale(text)
-        file = lora_files.find(_file("lora", name))
+        file = _file("lora", name)
         sources.append(_Source("LoRA", file, f"scale {scale:g}"))
         for path, change in lora_files.read(file, targets, scale).items():
             changes.setdefault(path, []).append(change)
@@ -174,6 +165,29 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
         sources.append(_Source("textual inversion", file, f"token {token}"))
         words[token] = vectors
     return Adapters(tuple(sources), changes, words, vocabulary)
+
+
+def read_lora(name: str, root: Path, variant: str = "") -> list[lora_files.Layer]:
+    """Returns the updates of one LoRA file for a diffusers folder.
+
+    Raises: see `read_adapters`.
+    """
+    return lora_files.read_layers(_file("lora", name), _targets(root, variant))
+
+
+def _targets(root: Path, variant: str) -> lora_files.Targets:
+    """Returns the tensors of a folder's components that files can change."""
+    return {
+        component: {
+            safetensors_io.torch_name(path): (path, entry.shape)
+            for path, (_, entry) in weights.entries_by_path(
+                root / component, component, variant
+            ).items()
+        }
+        for component in weights.COMPONENTS
+        if component != "vae"
+        if component != "text_encoder_2" or (root / component).is_dir()  # SDXL's
+    }
 
 
 def _torch_table() -> str:

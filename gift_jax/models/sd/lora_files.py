@@ -1,61 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA files by the names of diffusers, old ones too, and of peft.
+"""LoRA files by the names of diffusers, old ones too, of peft and of kohya.
 
-Source: diffusers 0.42, loaders/lora_base.py and utils/state_dict_utils.py; peft 0.21,
-tuners/lora/layer.py.
+Of linear layers and of convolutions (LoCon). Source: diffusers 0.42,
+loaders/lora_base.py and utils/state_dict_utils.py; peft 0.21, tuners/lora/layer.py.
+Kohya's names are in `kohya`, peft's configs in `lora_configs`.
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gift_jax.models import safetensors_io
-from gift_jax.runtime.errors import UserError, one_line, parse_json, shown
+from gift_jax.models.sd import kohya, lora_configs
+from gift_jax.runtime import files
+from gift_jax.runtime.errors import UserError, one_line, shown
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_METADATA = "lora_adapter_metadata"  # of diffusers, in a file's header
+WRITTEN = ("diffusers", "kohya")  # whose names `write` knows
 _PEFT = "base_model.model."
 _OTHER_KINDS = {  # part of a tensor's name: what such a file is
-    r"^lora_(unet|te\d?)_": "is in kohya's names, which are not read; load it with "
-    "diffusers and save it with save_lora_weights",
     r"dora_scale|lora_magnitude_vector": "is of a DoRA, which is not supported",
     r"\.lokr_|\.hada_": "is of a LoKr or LoHa, which are not supported",
+    r"\.lora_mid\.": "is of a LoCon in Tucker form, which is not supported",
+    rf"^({'|'.join(kohya.COMPONENTS)})[^.]*(?!\.({'|'.join(kohya.HALVES)})\Z)(\.|\Z)": (
+        "is of another kind of update than LoRA and LoCon, which is not supported"
+    ),
 }
-_OLD_PROJECTIONS = {
-    "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
-    "text_encoder": {
-        "to_q": "q_proj",
-        "to_k": "k_proj",
-        "to_v": "v_proj",
-        "to_out": "out_proj",
-    },
-}
-# Fields of peft's LoraConfig: those that are computed, and those that change nothing
-# of a trained adapter. Any other one must be off.
-_COMPUTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-_COMPUTED += ("peft_type", "init_lora_weights")
-_HARMLESS = (
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "target_modules", "exclude_modules"),
-    *("lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern"),
-    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
-    *("loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
-)
-_OFF = (None, False, 0, "none", {}, [])
-_INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W
-
+_COMPONENTS = tuple(dict.fromkeys(kohya.COMPONENTS.values()))
+_OLD_UNET = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # component -> {name of a tensor: (Flax path, its shape in PyTorch)}
 Targets = Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
 Change = Callable[[np.ndarray], np.ndarray]
 
 
 class _Half(NamedTuple):
-    """One tensor of a file: of what module, and whether it is down (A) or up (B)."""
+    """One tensor of a file: of what module, and whether down (A), up (B) or alpha."""
 
     component: str
     module: str
@@ -70,47 +53,105 @@ def find(path: Path) -> Path:
     return path
 
 
+class Layer(NamedTuple):
+    """The update of one module: scale B A, not yet read.
+
+    Attributes: path: Flax's, of the weight. down, up: (name, entry) of A and B.
+      alpha: the file's own, or such that alpha / rank is its scale.
+    """
+
+    component: str
+    module: str
+    path: str
+    down: tuple[str, safetensors_io.Entry]
+    up: tuple[str, safetensors_io.Entry]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down[1].shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (A "R I", B "O R"), of a convolution with its axes, float32."""
+        A, B = (
+            np.asarray(safetensors_io.read_tensor(*tensor), np.float32)
+            for tensor in (self.down, self.up)
+        )
+        return A, B
+
+
 def read(file: Path, targets: Targets, scale: float) -> dict[str, Change]:
     """Returns {Flax path: float32 W, as PyTorch lays it out -> W + scale B A}.
 
-    scale: beside the file's own, alpha / rank. Only its header is read; the tensors
-    when the change is made.
+    scale: beside the file's own, alpha / rank. The factors are read when the change is
+    made.
+
+    Raises: UserError naming the file and its first tensor that does not fit.
+    """
+    layers = read_layers(file, targets)
+    return {layer.path: _change(layer, scale * layer.scale) for layer in layers}
+
+
+def read_layers(file: Path, targets: Targets) -> list[Layer]:
+    """Returns a file's updates; all but the factors are read.
 
     Raises: UserError naming the file and its first tensor that does not fit.
     """
     entries = safetensors_io.read_header(file)
     _check_kind(file, entries)
-    halves = {name: _parse(name) for name in sorted(entries)}
-    names = {half: name for name, half in reversed(halves.items()) if half}
-    configs = _Configs(file, any(name.startswith(_PEFT) for name in entries))
-    changes, reasons = {}, {}
+    modules = _modules_by_kohya(targets)
+    halves = {name: _parse(name, modules) for name in sorted(entries)}
+    names: dict[_Half, str] = {}  # the first name of each
     for name, half in halves.items():
-        reason = _misfit(name, half, names, entries, targets)
-        if reason:
-            reasons[name] = reason
-        elif half.half == "down":
-            path, _ = targets[half.component][f"{half.module}.weight"]
-            rank = entries[name].shape[0]
-            own = configs.scale(half, rank, has_prefix=_has_prefix(name))
-            up = names[half._replace(half="up")]
-            pair = (name, entries[name]), (up, entries[up])
-            changes[path] = _change(*pair, scale * own)
-    refuse_misfits(file, reasons, len(entries))
-    return changes
+        if half:
+            names.setdefault(half, name)
+    misfits = {
+        name: _misfit(name, half, names, entries, targets)
+        for name, half in halves.items()
+    }
+    reasons = {name: reason for name, reason in misfits.items() if reason}
+    made_for = kohya.made_for(safetensors_io.read_metadata(file))
+    refuse_misfits(file, reasons, len(entries), made_for)
+    configs = lora_configs.Configs(file, any(n.startswith(_PEFT) for n in entries))
+    layers = []
+    for (component, module, which), name in names.items():
+        if which != "down":
+            continue
+        rank = entries[name].shape[0]
+        up = names[_Half(component, module, "up")]
+        of_kohya = names.get(_Half(component, module, "alpha"))
+        if of_kohya:
+            alpha = kohya.read_alpha(of_kohya, entries[of_kohya])
+        else:
+            prefix = component if name.startswith(f"{component}.") else ""
+            alpha = rank * configs.scale(prefix, module, rank)
+        path, _ = targets[component][f"{module}.weight"]
+        pair = (name, entries[name]), (up, entries[up])
+        layers.append(Layer(component, module, path, *pair, alpha))
+    return layers
 
 
-def refuse_misfits(file: Path, reasons: Mapping[str, str], count: int) -> None:
+def refuse_misfits(
+    file: Path, reasons: Mapping[str, str], count: int, made_for: str = ""
+) -> None:
     """Raises UserError for tensors that a model has no place for.
 
-    Args: reasons: of each such tensor. count: of all tensors of the file.
+    Args: reasons: of each such tensor. count: of all tensors of the file. made_for: the
+      model that the file names, or "".
     """
     if not count:
         raise UserError(f"{one_line(file)}: has no tensors; copy it again")
     if reasons:
-        name = min(reasons)
+        name, hint = min(reasons), "is the file made for another model?"
+        if made_for and reasons[name].startswith(("changes", "has shape")):
+            hint = f"it says that it is made for {shown(made_for)}; use such a model"
         raise UserError(
             f"{one_line(file)}: {one_line(name)} {reasons[name]}; {len(reasons)} of "
-            f"{count} tensors do not fit: is the file made for another model?"
+            f"{count} tensors do not fit: {hint}"
         )
 
 
@@ -121,11 +162,29 @@ def _check_kind(file, names):
                 raise UserError(f"{one_line(file)}: {one_line(name)} {meaning}")
 
 
-def _parse(name: str) -> _Half | None:
-    """Returns what a tensor's name says, or None if it is no name of a LoRA's."""
+def _modules_by_kohya(targets: Targets) -> dict[str, dict[str, str]]:
+    """Returns {component: {its kohya name, without the start: module}}."""
+    modules = {
+        component: [name.removesuffix(".weight") for name in names]
+        for component, names in targets.items()
+    }
+    return {c: kohya.modules_by_name(c, names) for c, names in modules.items()}
+
+
+def _parse(name: str, modules: Mapping[str, Mapping[str, str]]) -> _Half | None:
+    """Returns what a tensor's name says, or None if it is no name of a LoRA's.
+
+    Args: modules: of `_modules_by_kohya`.
+    """
+    if prefix := kohya.prefix_of(name):
+        layer, _, end = name.partition(".")
+        component = kohya.COMPONENTS[prefix]
+        known = modules.get(component, {})
+        module = known.get(layer.removeprefix(prefix), layer)
+        return _Half(component, module, kohya.HALVES[end])
     component, rest = _component(name.removeprefix(_PEFT))
     rest = rest.replace(".processor.", ".")
-    old = _OLD_PROJECTIONS[component]
+    old = _OLD_UNET if component == "unet" else _OLD_TEXT
     rest = re.sub(
         r"\.(to_q|to_k|to_v|to_out)_lora\.(?=down|up)",
         lambda match: f".{old[match[1]]}.lora.",
@@ -137,33 +196,34 @@ def _parse(name: str) -> _Half | None:
     if not match:
         return None
     module = match[1]
-    if component == "text_encoder":  # which has lost the prefix in transformers 5
+    # which has lost the prefix in transformers 5
+    if component != "unet" and module != "text_projection":
         module = "text_model." + module.removeprefix("text_model.")
     half = match[3] or {"A": "down", "B": "up"}[match[2]]
     return _Half(component, module, half)
 
 
 def _component(name: str) -> tuple[str, str]:
-    for component in _OLD_PROJECTIONS:
+    for component in _COMPONENTS:
         if name.startswith(f"{component}."):
             return component, name.removeprefix(f"{component}.")
     is_text = name.startswith(("text_model.", "encoder.layers."))
     return "text_encoder" if is_text else "unet", name
 
 
-def _has_prefix(name: str) -> bool:
-    return name.startswith(tuple(f"{component}." for component in _OLD_PROJECTIONS))
-
-
 def _misfit(name, half, names, entries, targets):
     """Returns why a tensor has no place in the model, or ""."""
     if half is None:
-        return "is no tensor of a LoRA by the names of diffusers or peft"
+        return "is no tensor of a LoRA by the names of diffusers, peft or kohya"
     if names[half] != name:
         return f"is there twice, also as {one_line(names[half])}"
+    if half.component not in targets:
+        return f"changes {half.component}, which this model does not have"
     target = targets[half.component].get(f"{half.module}.weight")
     if target is None or not target[0].endswith("/kernel"):
         return f"changes {one_line(half.module)}, which this model does not have"
+    if half.half == "alpha":
+        return _misfit_of_alpha(half, names, entries[name].shape)
     other = names.get(half._replace(half="up" if half.half == "down" else "down"))
     if other is None:
         return "has no other half"
@@ -180,12 +240,15 @@ def _misfit(name, half, names, entries, targets):
     return ""
 
 
-def _change(down, up, scale: float) -> Change:
+def _misfit_of_alpha(half, names, shape):
+    if not {half._replace(half="down"), half._replace(half="up")} & names.keys():
+        return "has no lora_down and lora_up beside it"
+    return f"has shape {list(shape)}, not one number" if shape not in ((), (1,)) else ""
+
+
+def _change(layer: Layer, scale: float) -> Change:
     def change(W: np.ndarray) -> np.ndarray:
-        A, B = (
-            np.asarray(safetensors_io.read_tensor(*tensor), np.float32)
-            for tensor in (down, up)
-        )
+        A, B = layer.factors()
         # a convolution's up is 1x1, so that it is a product too
         delta = B.reshape(len(B), -1) @ A.reshape(len(A), -1)
         return W + np.float32(scale) * delta.reshape(W.shape)
@@ -193,97 +256,32 @@ def _change(down, up, scale: float) -> Change:
     return change
 
 
-class _Configs:
-    """What a file, or adapter_config.json beside it, says of alpha and rank."""
+def write(file: Path, layers: Sequence[Layer], by: str, dtype: str = "F32") -> None:
+    """Writes updates as one file, by the names of diffusers or of kohya.
 
-    def __init__(self, file: Path, is_peft: bool):
-        self._file = file
-        self._metadata: dict[str, Any] | None = None
-        if is_peft:
-            self._file = file.with_name("adapter_config.json")
-            self._metadata = safetensors_io.read_json(self._file)
-        else:
-            text = safetensors_io.read_metadata(file).get(_METADATA)
-            if text:
-                self._metadata = self._parse(text)
-        self._checked: dict[str, dict[str, Any]] = {}
+    diffusers' names have no alpha: its part of the scale is multiplied into B.
 
-    def scale(self, half: _Half, rank: int, has_prefix: bool) -> float:
-        """Returns alpha / rank of a module, or alpha / sqrt(rank); 1 without a config.
-
-        Raises: UserError for a config that is damaged, or asks for anything else.
-        """
-        if self._metadata is None:
-            return 1.0
-        config = self._config(half.component if has_prefix else "")
-        r = _of_module(config.get("rank_pattern"), half.module, config.get("r", 8))
-        alpha = config.get("lora_alpha", 8)
-        alpha = _of_module(config.get("alpha_pattern"), half.module, alpha)
-        is_number = type(alpha) in (int, float) and math.isfinite(alpha)
-        if not is_number or r != rank:
-            raise UserError(
-                f"{one_line(self._file)}: says r={shown(r)}, lora_alpha={shown(alpha)} "
-                f"for {one_line(half.module)}, whose tensors are of rank {rank}; copy "
-                "the file again"
-            )
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    def _parse(self, text: str) -> dict[str, Any]:
-        try:
-            metadata = parse_json(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{one_line(self._file)}: its {_METADATA} is not JSON ({error})"
-            ) from None
-        if not isinstance(metadata, dict):
-            raise UserError(
-                f"{one_line(self._file)}: its {_METADATA} must be a JSON object"
-            )
-        return metadata
-
-    def _config(self, component: str) -> dict[str, Any]:
-        """Returns the LoraConfig of a component, every field known or off."""
-        if component not in self._checked:
-            prefix = f"{component}." if component else ""
-            config = {
-                name.removeprefix(prefix): content
-                for name, content in (self._metadata or {}).items()
-                if name.startswith(prefix)
-            }
-            self._check(config)
-            self._checked[component] = config
-        return self._checked[component]
-
-    def _check(self, config: dict[str, Any]) -> None:
-        wrong = [
-            name
-            for name, content in config.items()
-            if name not in _COMPUTED + _HARMLESS and content not in _OFF
-        ]
-        if config.get("peft_type", "LORA") != "LORA":
-            wrong.append("peft_type")
-        if config.get("init_lora_weights") not in _INITIAL:
-            wrong.append("init_lora_weights")
-        for name in ("rank_pattern", "alpha_pattern"):
-            pattern = config.get(name) or {}
-            plain = isinstance(pattern, dict) and all(
-                re.fullmatch(r"\^?[\w.\\]+", key) for key in pattern
-            )
-            if not plain:
-                wrong.append(name)
-        if wrong:
-            raise UserError(
-                f"{one_line(self._file)}: {one_line(wrong[0])}="
-                f"{json.dumps(config[wrong[0]])[:80]} is not supported"
-            )
-
-
-def _of_module(pattern: Any, module: str, default: Any) -> Any:
-    """Returns a module's value in peft's rank_pattern or alpha_pattern.
-
-    Source: peft `get_pattern_key`.
+    Args: by: of `WRITTEN`. dtype: of the factors, of `safetensors_io.DTYPES`.
     """
-    for key, content in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return content
-    return default
+    table = {}
+    for layer in layers:
+        for name, array in _written(layer, by).items():
+            if not name.endswith(".alpha"):
+                array = safetensors_io.cast(name, array, dtype)
+            kind = "F32" if name.endswith(".alpha") else dtype
+            table[name] = kind, array.shape, lambda array=array: array
+    # the wider type first, so that every tensor begins at a multiple of its size
+    table = dict(sorted(table.items(), key=lambda item: item[1][0] != "F32"))
+    notes = {"format": "pt"}
+    if by == "kohya":
+        notes |= kohya.metadata((layer.rank, layer.alpha) for layer in layers)
+    with files.atomic_write(file) as aside:
+        safetensors_io.write_file(aside, table, notes)
+
+
+def _written(layer: Layer, by: str) -> dict[str, np.ndarray]:
+    A, B = layer.factors()
+    if by == "kohya":
+        return kohya.state(layer.component, layer.module, A, B, layer.alpha)
+    name = f"{layer.component}.{layer.module}.lora"
+    return {f"{name}_A.weight": A, f"{name}_B.weight": np.float32(layer.scale) * B}
