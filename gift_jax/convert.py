@@ -88,7 +88,8 @@ def to_unet_state(args) -> None:
         raise UserError(f"--out={args.out} must end in .safetensors")
     _check_new(args.out)
     run, dtype = Run(args.checkpoint, args.step, args.base), DTYPES.get(args.dtype)
-    if weights.by_component(run.changed)["text_encoder"]:
+    parts = weights.by_component(run.changed)
+    if any(parts[name] for name in weights.TEXT_ENCODERS):
         raise UserError(
             f"--checkpoint={args.checkpoint}: this run changed the text encoder; "
             "its UNet alone would not draw alike: use to-diffusers"

@@ -135,15 +135,14 @@ def _our_training(model, mesh):
 def _our_sampling(model, mesh):
     import jax
 
-    from gift_jax.models.sd import stable_diffusion
     from gift_jax.sampling import sampler
     from gift_jax.training import sharding
 
     sample = sampler.make_sampler(model, "ddim", STEPS, GUIDANCE, mesh=mesh)
-    states = stable_diffusion.encode_prompts(model, [*PROMPTS, ""])
+    text, empty = model.encode_text(PROMPTS), model.encode_text([""])
     params = model.params["unet"], model.params["vae"]
-    params, empty = sharding.replicate(mesh, (params, states[-1:]))
-    text = sharding.put_batch(mesh, states[:-1])
+    params, empty = sharding.replicate(mesh, (params, empty))
+    text = sharding.put_batch(mesh, text)
 
     def run():
         noise = sampler.initial_latents(jax.random.key(0), IMAGES, model.latent_shape)

@@ -72,6 +72,22 @@ def tiny(tiny_folder):
     return stable_diffusion.load(tiny_folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_xl_folder(tmp_path_factory):
+    """A tiny random SDXL's folder; read only, copy it before a change."""
+    from tiny_model import write_tiny_xl
+
+    return write_tiny_xl(tmp_path_factory.mktemp("tiny") / "xl")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tiny_xl_folder):
+    """The tiny SDXL, loaded."""
+    from gift_jax.models.sd import stable_diffusion
+
+    return stable_diffusion.load(tiny_xl_folder)
+
+
 @pytest.fixture
 def asked_of_hub(monkeypatch, tmp_path):
     """What the hub is asked for, filled in by a download that gives an empty folder."""

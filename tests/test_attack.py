@@ -185,8 +185,8 @@ PROMPTS = ["a <thing>", "a sks thing"]
 
 def ours_draw(folder, latents):
     model = stable_diffusion.load(folder)
-    cond = stable_diffusion.encode_prompts(model, PROMPTS)
-    uncond = stable_diffusion.encode_prompts(model, [""])
+    cond = model.encode_text(PROMPTS)
+    uncond = model.encode_text([""])
     outputs = []
     for decode in (False, True):
         sample = sampler.make_sampler(model, "ddim", 4, 4.0, decode)

@@ -43,6 +43,31 @@ TINY_TEXT = {
     "pad_token_id": 513,
     "projection_dim": 32,
 }
+# SDXL: its two text encoders differ in everything, and so do its two sizes.
+TINY_XL = {
+    "unet": WHOLE_UNET
+    | {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 80,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "projection_class_embeddings_input_dim": 72,
+        "transformer_layers_per_block": [1, 2],
+        "use_linear_projection": True,
+    },
+    "vae": TINY_VAE | {"force_upcast": True, "scaling_factor": 0.13},
+    "text_encoder": TINY_TEXT | {"hidden_act": "quick_gelu"},
+    "text_encoder_2": TINY_TEXT
+    | {
+        "hidden_act": "gelu",
+        "hidden_size": 48,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "projection_dim": 24,
+    },
+}
 TINY_SCHEDULER = architectures.SCHEDULER | {
     "_class_name": "DDIMScheduler",
     "prediction_type": "epsilon",
@@ -84,6 +109,21 @@ def write_tiny(directory, scheduler=None, unet=None):
     scheduler = TINY_SCHEDULER | (scheduler or {})
     _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
     index = architectures.model_index(scheduler["_class_name"])
+    _write_json(directory / "model_index.json", index)
+    return directory
+
+
+def write_tiny_xl(directory):
+    """Writes a tiny random SDXL as a diffusers folder, without torch."""
+    for seed, (kind, config) in enumerate(TINY_XL.items()):
+        params = random_params(KINDS[kind].build(config), 10 + seed)
+        exports.save_model_folder(directory / kind, config, params)
+    for name, pad in (("tokenizer", architectures.END), ("tokenizer_2", "!")):
+        size = TINY_TEXT["vocab_size"]
+        random_weights.write_tokenizer(directory / name, size, 16, pad)
+    scheduler = TINY_SCHEDULER | {"_class_name": "EulerDiscreteScheduler"}
+    _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+    index = architectures.xl_model_index(scheduler["_class_name"])
     _write_json(directory / "model_index.json", index)
     return directory
 

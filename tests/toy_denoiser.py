@@ -130,6 +130,8 @@ class Model:
     latent_shape = (C, SIDE, SIDE)
     scheduler_config = SCHEDULER
     lora_targets = LORA_TARGETS
+    text_components = ("text_encoder",)
+    ids_shape = (L,)
     denoiser = denoiser()
     noise = denoiser.noise
 
@@ -156,11 +158,15 @@ class Model:
     def tokenize(self, prompts):
         return self.tokenizer(prompts)
 
-    def encode_ids(self, text_params, ids_BL):
-        return {"states": flatten_dict(text_params, sep="/")[TOKEN_TABLE][ids_BL]}
+    def encode_ids(self, params, ids_BL):
+        flat = flatten_dict(params["text_encoder"], sep="/")
+        return {"states": flat[TOKEN_TABLE][ids_BL]}
 
     def encode_text(self, prompts):
-        return self.encode_ids(self.params["text_encoder"], self.tokenize(prompts))
+        return self.encode_ids(self.params, self.tokenize(prompts))
+
+    def image_cond(self, frames_N4):
+        return {}
 
     def encode_images(self, images_BHWC):
         """Three channels and their mean, and a small deviation."""

@@ -36,7 +36,7 @@ class DreamBooth:
     )
 
 
-# (nested parameters of the text encoder, int32 "B L" ids) -> cond
+# ({component: nested parameters of a text encoder}, int32 "B L" ids) -> cond
 EncodeIds = Callable[[dict, jax.Array], Any]
 
 
@@ -54,14 +54,15 @@ def make_step(
     state.params: every parameter of the UNet, flat, float32; with `encode_ids` the text
     encoder's too. state.opt: {"attack"}. frozen: not read. batch: {"data": pairs, and
     with a prior_weight "prior": pairs}; with `encode_ids`, pairs hold ids, int32 "B L",
-    in place of cond. micro_batches: see `state.accumulate_gradients`.
+    in place of cond, or cond of images alone. micro_batches: see
+    `state.accumulate_gradients`.
     """
 
     def loss_of(params, pairs, key):
         parts = weights.by_component(params)
         if encode_ids is not None:
-            text = unflatten_dict(parts["text_encoder"], sep="/")
-            pairs = {**pairs, "cond": encode_ids(text, pairs["ids"])}
+            nested = {name: unflatten_dict(parts[name], sep="/") for name in parts}
+            pairs = with_encoded_ids(encode_ids, nested, pairs)
         network = unflatten_dict(parts["unet"], sep="/")
         return jnp.mean(denoiser.losses(network, pairs, key)[0])
 
@@ -76,6 +77,12 @@ def make_step(
         return total, {"attack/loss": total, **parts}
 
     return make_descent("attack", loss_fn, tx, micro_batches)
+
+
+def with_encoded_ids(encode_ids: EncodeIds, text: dict, pairs: dict) -> dict:
+    """Returns pairs with the conditioning of their ids, beside what images have."""
+    cond = {**pairs.get("cond", {}), **encode_ids(text, pairs["ids"])}
+    return {**pairs, "cond": cond}
 
 
 def without_outliers(params: base.Flat, limit: float) -> base.Flat:
@@ -103,9 +110,11 @@ def plan(task: base.Task) -> base.Plan:
     """
     s, model = task.settings, task.model
     params = {}
-    for component in ("unet", "text_encoder") if s.train_text_encoder else ("unet",):
+    text = model.text_components if s.train_text_encoder else ()
+    for component in ("unet", *text):
         paths = flatten_dict(model.params[component], sep="/")
-        params |= model.float32_params(component, paths)
+        for path, array in model.float32_params(component, paths).items():
+            params[weights.joined_path(component, path)] = array
     if s.outlier_limit:
         params = without_outliers(params, s.outlier_limit)
     step = make_step(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA fine-tuning as an attack: W + (alpha / rank) A B on attention projections.
 
-Applied in parameter space, so that any UNet can be attacked without touching its code.
+Of the UNet, and of the text encoders too if asked. Applied in parameter space, so that
+any model can be attacked without touching its code.
 Source: Hu et al. 2021, arXiv:2106.09685; targets and initialization as diffusers'
-examples/text_to_image/train_text_to_image_lora.py.
+examples/text_to_image/train_text_to_image_lora.py, and of the text encoders as
+train_text_to_image_lora_sdxl.py.
 """
 
 import dataclasses
@@ -18,14 +20,17 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gift_jax.attacks import base
+from gift_jax.attacks.dreambooth import EncodeIds, with_encoded_ids
 from gift_jax.diffusion import Denoiser
-from gift_jax.models import safetensors_io
+from gift_jax.models import safetensors_io, weights
 from gift_jax.models.sd import kohya
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import Step, make_descent
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_TEXT_KERNELS = rf"/self_attn/({'|'.join(TEXT_TARGETS)})/kernel$"
 DIFFUSERS_FILE = "lora/pytorch_lora_weights.safetensors"  # in a run's folder
 KOHYA_FILE = "lora/kohya.safetensors"
 Factors = dict[str, dict[str, jax.Array]]
@@ -41,6 +46,9 @@ class Lora:
     )
     targets: tuple[str, ...] = config.choice(
         TARGETS, TARGETS, "projections of attention that get an update"
+    )
+    train_text_encoder: bool = config.value(
+        False, "the text encoders' projections get one, too"
     )
 
     def check(self, field: str) -> None:
@@ -96,16 +104,23 @@ def make_step(
     tx: optax.GradientTransformation,
     scale: float,
     micro_batches: int = 1,
+    encode_ids: EncodeIds | None = None,
 ) -> Step:
     """Returns the attack's step: the ordinary diffusion loss, trained through A and B.
 
     state.params: the factors; state.opt: {"attack"}. frozen: {"unet": every parameter,
-    flat}. batch: {"data": pairs}. micro_batches: see `state.accumulate_gradients`.
+    flat; with `encode_ids` the text encoders' too, see `weights.joined_path`}. batch:
+    {"data": pairs; with `encode_ids`, of ids in place of text}. micro_batches: see
+    `state.accumulate_gradients`.
     """
 
     def loss_fn(factors, frozen, batch, key):
-        network = unflatten_dict(apply(frozen["unet"], factors, scale), sep="/")
-        loss = jnp.mean(denoiser.losses(network, batch["data"], key)[0])
+        pairs = batch["data"]
+        parts = weights.by_component(apply(frozen["unet"], factors, scale))
+        nested = {name: unflatten_dict(parts[name], sep="/") for name in parts}
+        if encode_ids is not None:
+            pairs = with_encoded_ids(encode_ids, nested, pairs)
+        loss = jnp.mean(denoiser.losses(nested["unet"], pairs, key)[0])
         return loss, {"attack/loss": loss}
 
     return make_descent("attack", loss_fn, tx, micro_batches)
@@ -114,14 +129,16 @@ def make_step(
 def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
     """Returns the factors as diffusers' `load_lora_weights` reads them, float32.
 
-    For a kernel "unet.X.to_k": X.to_k.lora.down.weight "R I" and .lora.up.weight "O R".
-    `scale`, alpha / rank, is multiplied into up: diffusers reads no alpha beside these
-    names, and takes it for the rank.
+    For a kernel "unet.X.to_k": X.to_k.lora.down.weight "R I" and .lora.up.weight "O R";
+    of a text encoder .lora_linear_layer.down.weight and so on. `scale`, alpha / rank,
+    is multiplied into up: diffusers reads no alpha beside these names, and takes it for
+    the rank.
     Source: diffusers `StableDiffusionLoraLoaderMixin.save_lora_weights`.
     """
     state = {}
-    for module, (down_RI, up_OR) in _torch_factors(factors).items():
-        name = f"unet.{module}.lora"
+    for (component, module), (down_RI, up_OR) in _torch_factors(factors).items():
+        layer = "lora" if component == "unet" else "lora_linear_layer"
+        name = f"{component}.{module}.{layer}"
         state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)
         state[f"{name}.up.weight"] = np.ascontiguousarray(np.float32(scale) * up_OR)
     return state
@@ -130,29 +147,38 @@ def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
 def kohya_state(factors: Factors, alpha: float) -> dict[str, np.ndarray]:
     """Returns the factors by kohya's names, alpha beside them, float32."""
     state = {}
-    for module, (down_RI, up_OR) in _torch_factors(factors).items():
-        state |= kohya.state("unet", module, down_RI, up_OR, alpha)
+    for (component, module), (down_RI, up_OR) in _torch_factors(factors).items():
+        state |= kohya.state(component, module, down_RI, up_OR, alpha)
     return state
 
 
-def _torch_factors(factors: Factors) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns {module of the network in PyTorch: (down "R I", up "O R")}, float32."""
+def _torch_factors(
+    factors: Factors,
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Returns {(component, its module in PyTorch): (down "R I", up "O R")}, float32."""
     return {
-        safetensors_io.torch_name(path).removesuffix(".weight"): (
+        (component, safetensors_io.torch_name(path).removesuffix(".weight")): (
             np.asarray(f["A"], np.float32).T,
             np.asarray(f["B"], np.float32).T,
         )
-        for path, f in factors.items()
+        for component, part in weights.by_component(factors).items()
+        for path, f in part.items()
     }
 
 
 def plan(task: base.Task) -> base.Plan:
     """Returns the plan of LoRA fine-tuning."""
     s, model = task.settings, task.model
-    network: dict[str, Any] = flatten_dict(model.params["unet"], sep="/")
+    frozen: dict[str, Any] = flatten_dict(model.params["unet"], sep="/")
     key = task.key("init")
-    factors = init(key, network, s.rank, model.lora_targets, s.targets)
-    kernels = model.float32_params("unet", factors)
+    factors = init(key, frozen, s.rank, model.lora_targets, s.targets)
+    for i, name in enumerate(model.text_components if s.train_text_encoder else ()):
+        flat: dict[str, Any] = flatten_dict(model.params[name], sep="/")
+        flat = {weights.joined_path(name, path): a for path, a in flat.items()}
+        frozen |= flat
+        key_i = jax.random.fold_in(key, i)
+        factors |= init(key_i, flat, s.rank, _TEXT_KERNELS, TEXT_TARGETS)
+    kernels = _kernels(model, factors)
 
     def files(factors):
         return {
@@ -162,9 +188,16 @@ def plan(task: base.Task) -> base.Plan:
 
     return base.Plan(
         model=model,
-        step=make_step(model.denoiser, task.tx, s.scale, task.micro_batches),
+        step=make_step(
+            model.denoiser,
+            task.tx,
+            s.scale,
+            task.micro_batches,
+            model.encode_ids if s.train_text_encoder else None,
+        ),
         params=factors,
-        frozen={"unet": network | kernels},
+        frozen={"unet": frozen | kernels},
+        reads_ids=s.train_text_encoder,
         files=files,
         metadata={KOHYA_FILE: kohya.metadata([(s.rank, s.alpha)])},
     )
@@ -172,9 +205,19 @@ def plan(task: base.Task) -> base.Plan:
 
 def changed(s: Lora, folder, factors: Factors) -> base.Flat:
     """Returns the kernels with the update merged."""
-    kernels = folder.float32_params("unet", tuple(factors))
+    kernels = _kernels(folder, factors)
     kernels = {path: jnp.asarray(kernel) for path, kernel in kernels.items()}
     return apply(kernels, factors, s.scale)
+
+
+def _kernels(model, factors: Factors) -> base.Flat:
+    """Returns the kernels that get an update, float32, of a model or its folder."""
+    return {
+        weights.joined_path(component, path): kernel
+        for component, part in weights.by_component(factors).items()
+        if part
+        for path, kernel in model.float32_params(component, tuple(part)).items()
+    }
 
 
 ATTACK = base.Attack(
@@ -182,5 +225,8 @@ ATTACK = base.Attack(
     title="LoRA (arXiv:2106.09685)",
     plan=plan,
     changed=changed,
-    trained=lambda s: f"updates of rank {s.rank} of the network's attention",
+    trained=lambda s: (
+        f"updates of rank {s.rank} of the network's attention"
+        + (" and of the text encoder's" if s.train_text_encoder else "")
+    ),
 )

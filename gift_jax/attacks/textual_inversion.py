@@ -25,10 +25,11 @@ from jax.typing import ArrayLike
 from tokenizers.pre_tokenizers import ByteLevel
 
 from gift_jax.attacks import base
-from gift_jax.attacks.dreambooth import EncodeIds
+from gift_jax.attacks.dreambooth import EncodeIds, with_encoded_ids
 from gift_jax.diffusion import Denoiser
+from gift_jax.models.sd.adapters import SDXL_NAMES
 from gift_jax.models.tokenizer import every_vector, vector_names
-from gift_jax.models.weights import TOKEN_TABLE
+from gift_jax.models.weights import TEXT_ENCODERS, TOKEN_TABLE, joined_path
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, shown
 from gift_jax.state import Step, make_descent
@@ -130,11 +131,18 @@ def start(table_VD: np.ndarray, ids: Sequence[int]) -> jax.Array:
     return jnp.asarray(table_VD[np.asarray(ids)], jnp.float32)
 
 
-def nearest_ids(rows_ND: ArrayLike, words_WD: ArrayLike) -> jax.Array:
-    """Returns the nearest word of each row, int "N", by their cosine."""
-    rows_ND, words_WD = jnp.asarray(rows_ND), jnp.asarray(words_WD)
-    units = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (rows_ND, words_WD)]
-    return jnp.argmax(units[0] @ units[1].T, axis=1)
+def nearest_ids(rows: Sequence[ArrayLike], words: Sequence[ArrayLike]) -> jax.Array:
+    """Returns the nearest word of each row, int "N", by their cosine.
+
+    Args: rows, words: of each text encoder, "N D" and "W D"; their cosines are added.
+    """
+
+    def cosines(rows_ND, words_WD):
+        both = jnp.asarray(rows_ND), jnp.asarray(words_WD)
+        units = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in both]
+        return units[0] @ units[1].T
+
+    return jnp.argmax(sum(map(cosines, rows, words)), axis=1)
 
 
 def make_step(
@@ -147,23 +155,33 @@ def make_step(
 ) -> Step:
     """Returns the attack's step: the denoising loss, trained through new rows alone.
 
-    state.params: {"embeddings": float32 "vectors D"}; state.opt: {"attack"}. frozen:
-    {"unet", "text": every parameter, flat, the token table as it was before}. batch:
-    {"data": pairs with ids, int32 "B L", in place of cond}. micro_batches: see
+    state.params: {text encoder's component: float32 "vectors D"}; state.opt:
+    {"attack"}. frozen: {"unet": every parameter, flat; "text": {component: the same,
+    the token table as it was before}}. batch: {"data": pairs with ids, int32 "B L", in
+    place of cond, or cond of images alone}. micro_batches: see
     `state.accumulate_gradients`. words: the loss, and its gradient, are those of the
-    nearest of the table's first rows, so many; 0: of the rows themselves.
+    nearest of the tables' first rows, so many; 0: of the rows themselves.
     """
 
     def loss_fn(params, frozen, batch, key):
-        rows_ND = params["embeddings"]
-        table_VD = frozen["text"][TOKEN_TABLE].astype(rows_ND.dtype)
+        tables = {
+            name: frozen["text"][name][TOKEN_TABLE].astype(rows.dtype)
+            for name, rows in params.items()
+        }
         if words:  # straight through to the rows that train
-            nearest = table_VD[nearest_ids(rows_ND, table_VD[:words])]
-            rows_ND = rows_ND + jax.lax.stop_gradient(nearest - rows_ND)
-        table_VD = jnp.concatenate([table_VD, rows_ND])
-        text = unflatten_dict({**frozen["text"], TOKEN_TABLE: table_VD}, sep="/")
-        pairs = batch["data"]
-        pairs = {**pairs, "cond": encode_ids(text, pairs["ids"])}
+            ids = nearest_ids(
+                list(params.values()), [tables[name][:words] for name in params]
+            )
+            params = {
+                name: rows + jax.lax.stop_gradient(tables[name][ids] - rows)
+                for name, rows in params.items()
+            }
+        text = {}
+        for name, rows_ND in params.items():
+            table_VD = jnp.concatenate([tables[name], rows_ND])
+            flat = {**frozen["text"][name], TOKEN_TABLE: table_VD}
+            text[name] = unflatten_dict(flat, sep="/")
+        pairs = with_encoded_ids(encode_ids, text, batch["data"])
         network = unflatten_dict(frozen["unet"], sep="/")
         loss = jnp.mean(denoiser.losses(network, pairs, key)[0])
         return loss, {"attack/loss": loss}
@@ -177,17 +195,20 @@ def plan(task: base.Task) -> base.Plan:
     Its model has the new words, and text parameters as many rows short.
     """
     s, model = task.settings, task.model
-    table_VD = token_table(model.folder)
     ids = initializer_ids(model.tokenizer, s.initializer, s.vectors)
     attacked = model.with_tokenizer(tokenizer(s, model.folder))
-    text: dict[str, Any] = flatten_dict(model.params["text_encoder"], sep="/")
-    text[TOKEN_TABLE] = table_VD
+    text: dict[str, Any] = {}
+    for name in model.text_components:
+        text[name] = flatten_dict(model.params[name], sep="/")
+        text[name][TOKEN_TABLE] = token_table(model.folder, name)
 
     words = word_count(model.tokenizer) if s.discrete else 0
 
     def files(params):
         rows = learned_rows(s, model.folder, params)
-        return {"learned_embeds.safetensors": {s.token: rows}}
+        names: Sequence[str] = (s.token,) if len(rows) == 1 else SDXL_NAMES
+        arrays = dict(zip(names, rows.values(), strict=True))
+        return {"learned_embeds.safetensors": arrays}
 
     return base.Plan(
         model=attacked,
@@ -198,7 +219,7 @@ def plan(task: base.Task) -> base.Plan:
             task.micro_batches,
             words=words,
         ),
-        params={"embeddings": start(table_VD, ids)},
+        params={name: start(text[name][TOKEN_TABLE], ids) for name in text},
         frozen={"unet": flatten_dict(model.params["unet"], sep="/"), "text": text},
         reads_ids=True,
         files=files,
@@ -213,14 +234,14 @@ def tokenizer(s: TextualInversion, folder):
     return words
 
 
-def token_table(folder) -> np.ndarray:
+def token_table(folder, component: str = "text_encoder") -> np.ndarray:
     """Returns the rows that a folder's tokenizer uses, float32 "V D", from its files.
 
     As transformers' resize_token_embeddings: rows past the vocabulary are dropped.
 
     Raises: UserError if the text encoder has fewer.
     """
-    table = folder.float32_params("text_encoder", (TOKEN_TABLE,))[TOKEN_TABLE]
+    table = folder.float32_params(component, (TOKEN_TABLE,))[TOKEN_TABLE]
     used = len(folder.load_tokenizer())
     if len(table) < used:
         raise UserError(
@@ -231,21 +252,29 @@ def token_table(folder) -> np.ndarray:
 
 
 def changed(s: TextualInversion, folder, params) -> base.Flat:
-    """Returns the token table with the learned rows."""
-    rows = learned_rows(s, folder, params)
-    return {TOKEN_TABLE: np.concatenate([token_table(folder), rows])}
+    """Returns the token tables with the learned rows."""
+    return {
+        joined_path(name, TOKEN_TABLE): np.concatenate([token_table(folder, name), new])
+        for name, new in learned_rows(s, folder, params).items()
+    }
 
 
-def learned_rows(s: TextualInversion, folder, params) -> np.ndarray:
-    """Returns the new tokens' embeddings, "vectors D": of words, if discrete."""
-    rows = np.asarray(params["embeddings"])
+def learned_rows(s: TextualInversion, folder, params) -> dict[str, np.ndarray]:
+    """Returns {component: the new tokens' embeddings, "vectors D"}.
+
+    Of words, if discrete.
+    """
+    rows = {name: np.asarray(params[name]) for name in TEXT_ENCODERS if name in params}
     if not s.discrete:
         return rows
-    table, words = token_table(folder), folder.load_tokenizer()
-    ids = np.asarray(nearest_ids(rows, table[: word_count(words)]))
+    tables = {name: token_table(folder, name) for name in rows}
+    words = folder.load_tokenizer()
+    count = word_count(words)
+    nearest = nearest_ids(list(rows.values()), [t[:count] for t in tables.values()])
+    ids = np.asarray(nearest)
     prompt = "".join(words.convert_ids_to_tokens(ids.tolist()))
     logging.info("%s stands for %r", s.token, prompt.replace("</w>", " ").strip())
-    return table[ids]
+    return {name: table[ids] for name, table in tables.items()}
 
 
 def word_count(tokenizer) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gift_jax import train
 from gift_jax.compile.fit import DoesNotFit
@@ -176,8 +177,10 @@ def unet_step(run: train.TrainRun, mesh, batch_size: int):
 
 def batch_shapes(model, count: int) -> dict[str, Any]:
     """Returns what a training step reads of `count` pairs."""
-    ids = jax.ShapeDtypeStruct((count, model.max_length), jnp.int32)
-    cond = jax.eval_shape(model.encode_ids, model.params["text_encoder"], ids)
+    ids = jax.ShapeDtypeStruct((count, *model.ids_shape), jnp.int32)
+    cond = jax.eval_shape(model.encode_ids, model.params, ids)
+    for name, array in model.image_cond(np.zeros((count, 4), np.int32)).items():
+        cond[name] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     latents = jax.ShapeDtypeStruct((count, *model.latent_shape), jnp.float32)
     number = jax.ShapeDtypeStruct((count,), jnp.int32)
     shapes = {"mean": latents, "std": latents, "cond": cond}

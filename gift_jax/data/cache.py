@@ -131,10 +131,12 @@ def check_source(source: ImageSource, field: str) -> str:
 def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
     """Returns the encoded pairs as a Grain source of {mean, std, cond, concept}.
 
+    cond: of the prompt, and what the model is told of the image, see `image_cond`.
+
     See `augment_prompts` for what the rows are called.
 
-    Args: ids: token ids, int32 "N L", under `ids` in place of cond, for a text encoder
-      that trains.
+    Args: ids: token ids, int32 "N L", under `ids` in place of the prompt's cond, for
+      a text encoder that trains.
     """
     cache = latents.cache_latents(
         model.encode_images,
@@ -150,8 +152,16 @@ def cached_source(model, data, spec, key, *, ids=False) -> pipeline.ArraySource:
         # copies take 1, 2 ... of the key
         prompts=augment_prompts(data, spec, jax.random.fold_in(key, 0)),
     )
+    own = model.image_cond(np.tile(data.frames, (spec.augmented_copies, 1)))
     if ids:
         cache["ids"] = cache.pop("cond")
+        if own:
+            cache["cond"] = pipeline.DeduplicatedArray(
+                own, np.arange(len(cache["ids"]))
+            )
+    elif own:
+        text = cache["cond"]
+        cache["cond"] = pipeline.DeduplicatedArray(text.table, text.rows, own)
     return pipeline.ArraySource(cache)
 
 

@@ -50,19 +50,28 @@ class _NoHeifError(OSError):
 
 
 def read_images(files, count, size, *, crop="center", seed=0):
-    """Returns uint8 "N size size 3" of `count` image files, decoded one by one.
+    """Returns uint8 "N size size 3", see `read_framed`."""
+    return read_framed(files, count, size, crop=crop, seed=seed)[0]
+
+
+def read_framed(files, count, size, *, crop="center", seed=0):
+    """Returns (uint8 "N size size 3", int32 "N 4") of image files, decoded one by one.
+
+    The second: each image's height and width as it was, and how many pixels of the
+    resized one are cut off above and to the left.
 
     Args: files: iterable of (name for errors, path or file object). crop, seed: see
       `read_image`; image i draws from the seed and i alone.
     Raises: UserError for a file that cannot be read.
     """
     images = np.empty((count, size, size, 3), np.uint8)
+    frames = np.empty((count, 4), np.int32)
     with progress.bar("images", count) as bar:
         for i, (name, file) in enumerate(files):
             rng = np.random.default_rng((seed, i))
-            images[i] = read_image(file, size, crop=crop, rng=rng, name=name)
+            images[i], frames[i] = _read(file, size, crop=crop, rng=rng, name=name)
             bar.update(i + 1)
-    return images
+    return images, frames
 
 
 def read_image(file, size, *, crop="center", rng=None, name=""):
@@ -77,6 +86,18 @@ def read_image(file, size, *, crop="center", rng=None, name=""):
       too large (Pillow's limit of 179 million pixels, or 100,000 along a side), has
       float or 32-bit pixels, or is of none of the kinds in `SUFFIXES`.
     """
+    return _read(file, size, crop, rng, name)[0]
+
+
+def whole_frames(images):
+    """Returns the frames, see `read_framed`, of uint8 "N H W 3" as they are."""
+    height, width = images.shape[1:3]
+    frame = np.asarray([height, width, 0, 0], np.int32)
+    return np.broadcast_to(frame, (len(images), 4))
+
+
+def _read(file, size, crop, rng, name):
+    """Returns (image, frame), see `read_image` and `read_framed`."""
     try:
         with warnings.catch_warnings():
             # Such as half the limit of size or odd EXIF; what matters is an error.
@@ -95,10 +116,16 @@ def read_image(file, size, *, crop="center", rng=None, name=""):
             f"{one_line(name or file)} cannot be read as an image ({reason}); {fix}"
         ) from error
     if crop == "none":
-        return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS))
+        square = rgb.resize((size, size), Image.Resampling.LANCZOS)
+        return np.asarray(square), (rgb.height, rgb.width, 0, 0)
     place = tuple(rng.uniform(size=2)) if crop == "random" else (0.5, 0.5)
     square = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS, centering=place)
-    return np.asarray(square)
+    scale = size / min(rgb.size)
+    left, top = (
+        round((side * scale - size) * p)
+        for side, p in zip(rgb.size, place, strict=True)
+    )
+    return np.asarray(square), (rgb.height, rgb.width, top, left)
 
 
 def short_side(file):

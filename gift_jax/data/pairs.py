@@ -14,7 +14,7 @@ from absl import logging
 from PIL import Image
 
 from gift_jax.data import captions
-from gift_jax.data.images import CROPS, read_images
+from gift_jax.data.images import CROPS, read_framed, whole_frames
 from gift_jax.data.sources import emoji, folder
 from gift_jax.data.sources import tfds as tfds_source
 from gift_jax.runtime.errors import UserError, at_least, choice, shown
@@ -78,7 +78,8 @@ class Pairs:
     Attributes: images: uint8 "N H W 3". prompts: N captions. concepts, styles: N names
       (outside the embedded set the label or else the prompt, and ""). may_flip: bool
       "N", whether the mirror image would be as good. captions: N tuples of one caption
-      or more, whose first is the prompt; None: of that one each.
+      or more, whose first is the prompt; None: of that one each. frames: int32 "N 4",
+      see `images.read_framed`; None: of images that are whole.
     """
 
     images: np.ndarray
@@ -87,6 +88,11 @@ class Pairs:
     styles: list[str]
     may_flip: np.ndarray
     captions: list[tuple[str, ...]] | None = None
+    frames: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.frames is None:
+            object.__setattr__(self, "frames", whole_frames(self.images))
 
     def __len__(self):
         return len(self.images)
@@ -121,6 +127,7 @@ def without(pairs: Pairs, others: Pairs) -> Pairs:
         styles=[pairs.styles[row] for row in rows],
         may_flip=pairs.may_flip[rows],
         captions=[pairs.captions[row] for row in rows] if pairs.captions else None,
+        frames=pairs.frames[rows],
     )
 
 
@@ -138,6 +145,7 @@ def join(first: Pairs, second: Pairs) -> Pairs:
         styles=[*first.styles, *second.styles],
         may_flip=np.concatenate([first.may_flip, second.may_flip]),
         captions=every_caption(first) + every_caption(second) if several else None,
+        frames=np.concatenate([first.frames, second.frames]),
     )
 
 
@@ -194,19 +202,19 @@ def load_pairs(spec: PairsSpec, draw=None) -> Pairs:
     Raises: UserError as `check_pairs` does, for an unknown concept or style, and for
       images, captions or a dataset that cannot be read.
     """
-    source, several = check_pairs(spec), None
+    source, several, frames = check_pairs(spec), None, None
     if source == "names":
         return _load_emoji(spec, emoji.load())
     if source == "folder":
         paths, several = folder.list_images(spec)
         files = ((path, path) for path in paths)
-        images = read_images(
+        images, frames = read_framed(
             files, len(paths), spec.size, crop=spec.crop, seed=spec.seed
         )
         logging.info("read %d images from %s", len(images), spec.folder)
         prompts = concepts = [texts[0] for texts in several]
     elif source == "tfds":
-        images, prompts, concepts = tfds_source.read(spec)
+        images, frames, prompts, concepts = tfds_source.read(spec)
     else:
         images = draw(min(spec.num_generated, spec.limit or spec.num_generated))
         images = _resize(images, spec.size)
@@ -219,6 +227,7 @@ def load_pairs(spec: PairsSpec, draw=None) -> Pairs:
         styles=[""] * len(images),
         may_flip=np.ones(len(images), bool),
         captions=several,
+        frames=frames,
     )
 
 

@@ -21,18 +21,22 @@ class DeduplicatedArray:
     """An array "N ..." of few distinct entries, each of them in memory once.
 
     Args: table: the distinct entries, a pytree of arrays "U ...". rows: int "N", which
-      one entry i is.
+      one entry i is. own: {name: array "N ..."}, of each entry beside what the table
+      has, a dict then.
     """
 
-    def __init__(self, table, rows):
-        self.table, self.rows = table, rows
+    def __init__(self, table, rows, own=None):
+        self.table, self.rows, self.own = table, rows, own or {}
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, positions):
         rows = self.rows[positions]
-        return jax.tree.map(lambda array: array[rows], self.table)
+        entries = jax.tree.map(lambda array: array[rows], self.table)
+        if not self.own:
+            return entries
+        return entries | {name: array[positions] for name, array in self.own.items()}
 
 
 class ArraySource:

@@ -197,12 +197,15 @@ def _predict_twice(denoiser, network, z_BCHW, t, cond):
 
 
 def with_empty(cond: Any, empty_1: Any) -> Any:
-    """Returns the conditioning of "" for every example, then `cond`: "2B ..."."""
+    """Returns the conditioning of "" for every example, then `cond`: "2B ...".
+
+    What images have beside their prompt is each one's own in both.
+    """
 
     def join(empty, own):
         return jnp.concatenate([jnp.broadcast_to(empty, own.shape), own])
 
-    return jax.tree.map(join, empty_1, cond)
+    return jax.tree.map(join, {**cond, **empty_1}, cond)
 
 
 def make_target(denoiser: Denoiser, s: Esd) -> Callable:

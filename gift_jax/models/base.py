@@ -17,7 +17,9 @@ import numpy as np
 from gift_jax.diffusion import Denoiser, NoiseProcess
 
 Flat = dict[str, jax.Array]
-Cond = Any  # a pytree "B ...": {"states": float32 "B L D"} of Stable Diffusion 1.x, 2.x
+# {name: float32 "B ..."}: "states", "B L D", of Stable Diffusion; of SDXL also "pooled"
+# and, of images, "sizes"
+Cond = dict[str, Any]
 
 # (pattern of a path, whether the parameter trains) ...; the first that matches decides
 TrainableRules = Sequence[tuple[str, bool]]
@@ -63,7 +65,9 @@ class Model(Protocol):
       scheduler_config: the folder's scheduler/scheduler_config.json.
       trainable_sets: name -> rules. lora_targets: pattern of the kernels' paths, whose
         one group names the projection. partition_rules: where parameters lie.
-      encode_ids: (nested parameters of the text encoder, int32 "B L") -> cond; pure.
+      text_components: of `params`, that encode text.
+      encode_ids: ({text component: nested parameters}, token ids) -> cond; pure.
+      ids_shape: of one prompt's token ids: (L,), or of E text encoders (E, L).
     """
 
     path: Path | None
@@ -76,13 +80,23 @@ class Model(Protocol):
     trainable_sets: Mapping[str, TrainableRules]
     lora_targets: str
     partition_rules: PartitionRules
+    text_components: tuple[str, ...]
     encode_ids: Callable[[Any, jax.Array], Cond]
+    ids_shape: tuple[int, ...]
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns int32 "B L" token ids, padded and cut to the model's length."""
+        """Returns int32 "B ..." token ids, padded and cut to the model's length."""
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """Returns the conditioning of prompts; "" is the unconditional one."""
+
+    def image_cond(self, frames_N4: np.ndarray) -> Cond:
+        """Returns what joins the conditioning of images beside their prompts'; or {}.
+
+        Args: frames_N4: int, the images' height and width before they were resized, and
+          what was cut off above and to the left.
+        """
+        ...
 
     def encode_images(self, images_BHWC: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Returns (mean, std) of the posterior over scaled latents, "B C h w".

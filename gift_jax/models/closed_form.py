@@ -34,11 +34,12 @@ def last_token(ids_BL: Any, end_id: int) -> np.ndarray:
     For "" that is the start token, place 0.
 
     Args: ids_BL: int "B L" token ids, padded; the first end_id of a row ends the
-      prompt, whatever the padding is.
+      prompt, whatever the padding is. Of several encoders, "B E L", the first counts.
     Raises: ValueError if a row has no end token.
     Source: the UCE authors' trainscripts/uce_sd_erase.py, last_token_idx.
     """
     is_end = np.asarray(ids_BL) == end_id
+    is_end = is_end[:, 0] if is_end.ndim == 3 else is_end
     if not is_end.any(axis=1).all():
         raise ValueError(f"a prompt's token ids have no end token {end_id}")
     return np.argmax(is_end, axis=1) - 1

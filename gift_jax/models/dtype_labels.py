@@ -20,7 +20,7 @@ def write(folder: Path) -> None:
     """Has every component of transformers in a model folder name float32."""
     for file in sorted(folder.glob("*/config.json")):
         config = safetensors_io.read_json(file)
-        is_ours = file.parent.name == "text_encoder"
+        is_ours = file.parent.name in ("text_encoder", "text_encoder_2")
         if not is_ours and "model_type" not in config:  # a component of diffusers
             continue
         labels = _labels(config, file.parent)

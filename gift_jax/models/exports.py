@@ -17,10 +17,13 @@ from gift_jax.models.kinds import KINDS, effective
 from gift_jax.models.tokenizer import write_added_tokens
 from gift_jax.models.weights import (
     COMPONENTS,
+    TEXT_ENCODERS,
     TOKEN_TABLE,
     WEIGHTS,
     by_component,
+    components,
     entries_by_path,
+    joined_path,
     model_files,
 )
 from gift_jax.runtime import files
@@ -52,6 +55,7 @@ def _kind_of(flat):
     tops = {path.split("/")[0] for path in flat}
     for top, kind in (
         ("vision_model", "clip"),
+        ("text_projection", "text_encoder_2"),
         ("text_model", "text_encoder"),
         ("decoder", "vae"),
         ("down_blocks_0", "unet"),
@@ -69,17 +73,18 @@ def export(
     Untouched tensors, the other components, the file layout and the names of tensors
     stay byte for byte; of configs, all but what `dtype_labels` changes. Left out, since
     they would hold the original weights or cannot be checked: pickles, single-file
-    checkpoints, and further variants of the UNet, or of the text encoder where that
+    checkpoints, and further variants of the UNet, or of a text encoder where that
     changed. (A component that has only pickles, as some safety checkers, keeps them,
     unread.)
 
-    Args: base_dir: a diffusers folder. changed: {Flax path "a/b/c" of the UNet or of
-        the text encoder: array}; cast to the dtype of the file. The text encoder's
-        `TOKEN_TABLE` may have another number of rows; vocab_size follows. out_dir:
+    Args: base_dir: a diffusers folder. changed: {Flax path, see `joined_path`, of the
+        UNet or a text encoder: array}; cast to the dtype of the file. A `TOKEN_TABLE`
+        may have another number of rows; vocab_size follows. out_dir:
         replaced if it exists. variant: which of the base's files the model was read
         from. dtype: of `safetensors_io.DTYPES`, to cast every weight of UNet, VAE and
-        text encoder to; None keeps each tensor's own. tokenizer: of transformers, whose
-        tokens beyond the base's are added. readme: README.md, in place of the base's.
+        text encoders to; None keeps each tensor's own. tokenizer: of transformers,
+        whose tokens beyond the base's are added to each of the base's. readme:
+        README.md, in place of the base's.
     Raises: UserError for an unknown path, a wrong shape, a value that does not fit.
     """
     base, out = Path(base_dir).absolute(), Path(out_dir).absolute()
@@ -92,9 +97,9 @@ def export(
         entry_of = entries_by_path(base / kind, kind, variant)
         unknown = sorted(set(arrays) - set(entry_of))
         if unknown:
-            label = {"unet": "UNet", "text_encoder": "text encoder"}[kind]
+            label = "UNet" if kind == "unet" else kind.replace("_", " ")
             raise UserError(f"{base}: its {label} has no parameter {unknown[0]!r}")
-        entries |= entry_of
+        entries |= {joined_path(kind, path): entry_of[path] for path in entry_of}
         kept[kind] = set(
             weight_files.weight_files(base / kind, KINDS[kind].stem, variant)
         )
@@ -116,22 +121,27 @@ def export(
             name, entry = entries[path]
             _resize(temp / entry.file.relative_to(base), name, changed[path])
         if tokenizer is not None:
-            write_added_tokens(tokenizer, temp / "tokenizer")
+            for folder in temp.glob("tokenizer*"):
+                write_added_tokens(tokenizer, folder)
         if readme:
             (temp / "README.md").write_text(readme, encoding="utf-8")
         if dtype is not None:
-            for component in COMPONENTS:
+            for component in components(temp):
                 for file in sorted((temp / component).glob("*.safetensors")):
                     _recast_file(file, dtype)
         dtype_labels.write(temp)
 
 
 def _resized_table(changed, entries):
-    """Returns (TOKEN_TABLE,) if it changed its number of rows, else ()."""
-    if TOKEN_TABLE not in changed:
-        return ()
-    old, new = entries[TOKEN_TABLE][1].shape, changed[TOKEN_TABLE].shape
-    return (TOKEN_TABLE,) if new != old and new[1:] == old[1:] else ()
+    """Returns the paths of token tables that changed their number of rows."""
+    resized = []
+    for component in TEXT_ENCODERS:
+        path = joined_path(component, TOKEN_TABLE)
+        if path in changed:
+            old, new = entries[path][1].shape, changed[path].shape
+            if new != old and new[1:] == old[1:]:
+                resized.append(path)
+    return tuple(resized)
 
 
 def _resize(file, name, table):
@@ -147,7 +157,7 @@ def _resize(file, name, table):
 
     _rewrite_file(file, replace)
     config = safetensors_io.read_json(file.parent / "config.json")
-    effective("text_encoder", config)["vocab_size"] = len(table)
+    effective(file.parent.name, config)["vocab_size"] = len(table)
     text = json.dumps(config, indent=2, sort_keys=True)
     (file.parent / "config.json").write_text(text + "\n", encoding="utf-8")
 

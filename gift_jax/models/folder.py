@@ -41,7 +41,10 @@ class ModelFolder:
             for path, array in flatten_dict(params, sep="/").items()
         }
         if self.adapters:
-            arrays = {path: self.adapters.apply(path, a) for path, a in arrays.items()}
+            arrays = {
+                path: self.adapters.apply(weights.joined_path(component, path), a)
+                for path, a in arrays.items()
+            }
         return arrays
 
     def adapted_params(self):
@@ -49,7 +52,11 @@ class ModelFolder:
         arrays = {}
         for component in weights.COMPONENTS if self.adapters else ():
             if paths := self.adapters.paths(component):
-                arrays |= self.float32_params(component, paths)
+                changed = self.float32_params(component, paths)
+                arrays |= {
+                    weights.joined_path(component, path): a
+                    for path, a in changed.items()
+                }
         return arrays
 
     def load_tokenizer(self):

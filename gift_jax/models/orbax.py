@@ -2,9 +2,9 @@
 """A whole model as an Orbax checkpoint, and back, tensor for tensor.
 
 The checkpoint's folder holds one Orbax checkpoint a component (unet, vae,
-text_encoder), Flax names and layouts, each tensor in its own dtype; `files/` with the
-rest of the diffusers folder as it was; and `layout.json`, which says how the tensors
-lie in safetensors files.
+text_encoder, maybe text_encoder_2), Flax names and layouts, each tensor in its own
+dtype; `files/` with the rest of the diffusers folder as it was; and `layout.json`,
+which says how the tensors lie in safetensors files.
 """
 
 import json
@@ -40,7 +40,8 @@ def save(model_dir, out, *, variant="", dtype=None):
     """
     root = Path(model_dir)
     names_of = {
-        kind: _component(root / kind, kind, variant) for kind in weights.COMPONENTS
+        kind: _component(root / kind, kind, variant)
+        for kind in weights.components(root)
     }
     with files.atomic_folder(out) as temp:
         layout = {"format": _FORMAT, "components": {}}

@@ -27,7 +27,8 @@ WEIGHTS = (
     ".onnx",
     ".onnx_data",
 )
-COMPONENTS = ("unet", "vae", "text_encoder")  # whose weights are read
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)  # whose weights are read
 TOKEN_TABLE = "text_model/embeddings/token_embedding/embedding"
 _HASHED = (".safetensors", ".json", ".txt")
 _COUNTS = ("position_ids", "num_batches_tracked")  # ends of names, of no use
@@ -135,13 +136,32 @@ def _drop_conv_axes(path, array):
     return array[:, :, 0, 0] if is_attention else array
 
 
+def joined_path(component, path):
+    """Returns what a component's parameter is called among those of all components.
+
+    The UNet's and the first text encoder's differ by themselves.
+    """
+    return f"{component}/{path}" if component == "text_encoder_2" else path
+
+
 def by_component(flat):
-    """Returns {"unet": ..., "text_encoder": ...}: a flat dict's two kinds of paths."""
-    parts = {"unet": {}, "text_encoder": {}}
+    """Returns {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}.
+
+    Args: flat: {path, see `joined_path`: array}.
+    """
+    parts = {component: {} for component in ("unet", *TEXT_ENCODERS)}
     for path, array in flat.items():
-        is_text = path.startswith("text_model/")
-        parts["text_encoder" if is_text else "unet"][path] = array
+        if path.startswith("text_encoder_2/"):
+            parts["text_encoder_2"][path.removeprefix("text_encoder_2/")] = array
+        else:
+            is_text = path.startswith("text_model/")
+            parts["text_encoder" if is_text else "unet"][path] = array
     return parts
+
+
+def components(root):
+    """Returns those of `COMPONENTS` that a diffusers folder has."""
+    return tuple(name for name in COMPONENTS if (Path(root) / name).is_dir())
 
 
 def model_files(base):

@@ -68,6 +68,12 @@ SD15 = {
     "safe.augmented_copies": 2,
     "samples.num": 4,
 }
+SDXL = SD15 | {  # the same on SDXL, at its size; rates are those of SD 1.5
+    "model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "resolution": 1024,
+    "compute_dtype": "bfloat16",  # of the frozen part, and of all arithmetic
+    "hardware.remat": "block",
+}
 _FEW_PAIRS = {
     "num_generated": 2,
     "generation.steps": 2,
@@ -77,6 +83,8 @@ _FEW_PAIRS = {
 SD15_SMOKE = {  # shows in a minute that a config works, on the embedded model
     "model": "emoji-sd",
     "resolution": 0,
+    "compute_dtype": "float32",
+    "hardware.remat": "none",
     "steps": 2,
     "log_every": 1,
     "samples.num": 1,

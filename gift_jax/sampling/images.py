@@ -12,7 +12,6 @@ from absl import logging
 from PIL import Image
 
 from gift_jax.data.images import read_image
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import config, files, progress
 from gift_jax.runtime.errors import UserError, not_empty
 from gift_jax.sampling import grid, sampler, schedules
@@ -88,14 +87,15 @@ def draw_images(
     """
     distinct = list(dict.fromkeys(prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    text = np.asarray(stable_diffusion.encode_prompts(model, distinct))
+    cond = jax.tree.map(np.asarray, model.encode_text(distinct))
+    rows = [row_of[prompt] for prompt in prompts]
     if numbers is None:
         numbers = first + np.arange(len(prompts))
     return sampler.sample_images(
         model,
         unet_params,
-        text[[row_of[prompt] for prompt in prompts]],
-        stable_diffusion.encode_prompts(model, [negative_prompt]),
+        jax.tree.map(lambda a: a[rows], cond),
+        model.encode_text([negative_prompt]),
         jax.random.key(samples.seed),
         numbers,
         samples.batch,

@@ -48,39 +48,37 @@ def _row_noise(keys_B2, row, shape):
 
 
 def sample_latents(
-    unet,
+    network,
     params,
     table,
     guidance,
     z_BCHW,
-    cond_BLD,
-    uncond_BLD,
+    cond,
+    uncond,
     keys_B2=None,
     trace=False,
 ):
     """Returns the latents, float32 "B C H W", that a scan over the table ends with.
 
-    Args: table: a `Schedule`, float32. guidance: a traced scalar; see `make_sampler`.
-      z_BCHW: initial noise. cond_BLD, uncond_BLD: text states; the unconditional ones
-      None for no guidance. keys_B2: of `noise_keys`; None draws no noise. trace: return
-      (the same, the latents that each row of the table starts from, float32
-      "N B C H W") instead.
+    Args: network: a model's, with `with_cond`. table: a `Schedule`, float32. guidance:
+      a traced scalar; see `make_sampler`. z_BCHW: initial noise. cond, uncond: "B ..."
+      and "1 ..." or "B ..."; the unconditional one None for no guidance. keys_B2: of
+      `noise_keys`; None draws no noise. trace: return (the same, the latents that each
+      row of the table starts from, float32 "N B C H W") instead.
     """
     B = z_BCHW.shape[0]
-    c_BLD = cond_BLD
-    if uncond_BLD is not None:
-        uncond_BLD = jnp.broadcast_to(uncond_BLD, cond_BLD.shape)
-        c_BLD = jnp.concatenate([uncond_BLD, cond_BLD])
-    c_BLD = c_BLD.astype(unet.dtype)
-    text = sd.project_text(unet, params, c_BLD)  # once, not at every step
+    if uncond is not None:
+
+        def join(none, some):
+            return jnp.concatenate([jnp.broadcast_to(none, some.shape), some])
+
+        cond = jax.tree.map(join, uncond, cond)
+    denoise = network.with_cond(params, cond)
 
     def predict(x_BCHW, t):
-        z = x_BCHW if uncond_BLD is None else jnp.concatenate([x_BCHW, x_BCHW])
-        t_B = jnp.full((z.shape[0],), t)
-        z = z.astype(unet.dtype)
-        m, _ = sd.apply_unet(unet, params, z, t_B, c_BLD, text=text)
-        m = m.astype(jnp.float32)
-        return m if uncond_BLD is None else m[:B] + guidance * (m[B:] - m[:B])
+        z = x_BCHW if uncond is None else jnp.concatenate([x_BCHW, x_BCHW])
+        m = denoise(z, jnp.full((z.shape[0],), t)).astype(jnp.float32)
+        return m if uncond is None else m[:B] + guidance * (m[B:] - m[:B])
 
     def step(registers, numbered_row):
         row, i = numbered_row
@@ -123,8 +121,8 @@ def in_batches(count, size):
 def sample_images(
     model,
     unet_params,
-    cond_NLD,
-    uncond_1LD,
+    cond,
+    uncond,
     key,
     numbers_N,
     batch,
@@ -133,29 +131,30 @@ def sample_images(
 ):
     """Returns images, uint8 "N H W 3"; each batch is divided over the local devices.
 
-    Args: model: a StableDiffusion; the decoder's parameters are its own. cond_NLD,
-      uncond_1LD: text states, float32. key, numbers_N: of each image's noise, see
-      `initial_latents`. batch: images at once. on_batch: called with the number of
-      images done. options: scheduler, steps and guidance, see `make_sampler`.
+    Args: model: a StableDiffusion; the decoder's parameters are its own. cond,
+      uncond: of the images, "N ...", and "1 ...", see `encode_text`. key, numbers_N: of
+      each image's noise, see `initial_latents`. batch: images at once. on_batch: called
+      with the number of images done. options: scheduler, steps and guidance, see
+      `make_sampler`.
     """
-    count = len(cond_NLD)
+    count = len(numbers_N)
     mesh, size = divide(min(batch, count))
     sample = make_sampler(model, mesh=mesh, **options)
     params = unet_params, model.params["vae"]
-    params, uncond_1LD = sharding.replicate(mesh, (params, uncond_1LD))
+    params, uncond = sharding.replicate(mesh, (params, uncond))
     firsts = iter(range(0, count, size))
 
     def sample_batch(rows):
-        cond_BLD, numbers_B = rows
+        cond_B, numbers_B = rows
         noise = numbered_latents(key, numbers_B, model.latent_shape)
         keys = noise_keys(key, numbers_B)
-        cond_BLD, noise, keys = sharding.put_batch(mesh, (cond_BLD, noise, keys))
-        images = np.asarray(sample(*params, cond_BLD, uncond_1LD, noise, keys))
+        cond_B, noise, keys = sharding.put_batch(mesh, (cond_B, noise, keys))
+        images = np.asarray(sample(*params, cond_B, uncond, noise, keys))
         if on_batch:
             on_batch(min(next(firsts) + size, count))
         return images
 
-    arrays = np.asarray(cond_NLD), np.asarray(numbers_N)
+    arrays = jax.tree.map(np.asarray, (cond, numbers_N))
     return map_batches(sample_batch, arrays, size)
 
 
@@ -169,8 +168,8 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
       steps: denoising steps. guidance: scale of the classifier-free guidance, >= 1;
         1 is without, at half the cost (uncond is then ignored).
       decode: return images, else latents. mesh: what f's arrays lie on, see `divide`.
-    Returns: f. cond: float32 "B L D"; uncond: "1 L D" or "B L D"; key_or_latents: a
-      key, with which example i draws its own noise by its index, or noise "B C H W".
+    Returns: f. cond: "B ..."; uncond: "1 ..." or "B ..."; key_or_latents: a key, with
+      which example i draws its own noise by its index, or noise "B C H W".
       keys: of `noise_keys`, needed with noise where the scheduler draws some at each
       step. f returns uint8 "B H W 3", or latents float32 "B C H W" if not `decode`.
     Raises: UserError for a bad scheduler, number of steps or guidance.
@@ -182,15 +181,14 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
     if not guidance >= 1 or not np.isfinite(guidance):
         raise UserError(f"guidance={guidance} must be at least 1 (1: no guidance)")
     model = model.with_kernels(model.kernels.for_sampling(mesh))
-    run = _compiled(model.unet, model.vae, decode)
+    run = _compiled(model.network, model.vae, decode)
 
-    def sampler(
-        unet_params, vae_params, cond_BLD, uncond_BLD, key_or_latents, keys_B2=None
-    ):
+    def sampler(unet_params, vae_params, cond, uncond, key_or_latents, keys_B2=None):
         z_BCHW = key_or_latents
         if jnp.issubdtype(z_BCHW.dtype, jax.dtypes.prng_key):
-            keys_B2 = noise_keys(z_BCHW, jnp.arange(len(cond_BLD)))
-            z_BCHW = initial_latents(z_BCHW, len(cond_BLD), model.latent_shape)
+            count = len(jax.tree.leaves(cond)[0])
+            keys_B2 = noise_keys(z_BCHW, jnp.arange(count))
+            z_BCHW = initial_latents(z_BCHW, count, model.latent_shape)
         if draws_noise and keys_B2 is None:
             raise ValueError("this scheduler draws noise: give a key, or keys")
         return run(
@@ -200,8 +198,8 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
             jnp.float32(guidance),
             jnp.float32(model.scaling_factor),
             z_BCHW,
-            cond_BLD,
-            uncond_BLD if guidance > 1 else None,
+            cond,
+            uncond if guidance > 1 else None,
             keys_B2 if draws_noise else None,
         )
 
@@ -209,7 +207,7 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(unet, vae, decode):
+def _compiled(network, vae, decode):
     """One program for every guidance scale and every scheduler of equal length.
 
     Another one for those that draw noise at each step.
@@ -219,7 +217,7 @@ def _compiled(unet, vae, decode):
         unet_params, vae_params, table, scale, vae_scale, z_BCHW, cond, uncond, keys_B2
     ):
         z_BCHW = sample_latents(
-            unet, unet_params, table, scale, z_BCHW, cond, uncond, keys_B2
+            network, unet_params, table, scale, z_BCHW, cond, uncond, keys_B2
         )
         if not decode:
             return z_BCHW

@@ -21,7 +21,7 @@ def start(params, tx):
 
 
 def encode(text, ids):
-    return {"states": text["text_model"]["table"][ids]}
+    return {"states": text["text_encoder"]["text_model"]["table"][ids]}
 
 
 def taken(params, batch, tx=None, **options):

@@ -24,7 +24,8 @@ def tokenizer():
 
 
 def encode(text, ids):
-    table = text["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    tower = text["text_encoder"]["text_model"]
+    table = tower["embeddings"]["token_embedding"]["embedding"]
     return {"states": table[ids]}
 
 
@@ -32,17 +33,17 @@ def test_step_trains_the_new_rows_only(rng):
     tx = optax.adam(1e-2)
     step = textual_inversion.make_step(toy_denoiser.denoiser(), encode, tx)
     table = jnp.asarray(rng.normal(size=(7, toy_denoiser.D)), jnp.float32)
-    params = {"embeddings": textual_inversion.start(table, [2, 3, 2])}
-    np.testing.assert_array_equal(params["embeddings"], table[np.asarray([2, 3, 2])])
+    params = {"text_encoder": textual_inversion.start(table, [2, 3, 2])}
+    np.testing.assert_array_equal(params["text_encoder"], table[np.asarray([2, 3, 2])])
     state = init_state(params, {"attack": tx.init(params)})
-    text = {weights.TOKEN_TABLE: table}
+    text = {"text_encoder": {weights.TOKEN_TABLE: table}}
     frozen = {"unet": toy_denoiser.params(), "text": text}
     kept = jax.device_get(frozen)
     pairs = toy_denoiser.batch(4)
     del pairs["cond"]
     pairs["ids"] = jnp.asarray([[1, 7, 8]] * 4)  # row 9 is in no prompt
     new, _ = jax.jit(step)(state, frozen, {"data": pairs}, KEY)
-    moved = np.abs(new.params["embeddings"] - params["embeddings"]).max(axis=1)
+    moved = np.abs(new.params["text_encoder"] - params["text_encoder"]).max(axis=1)
     assert (moved[:2] > 1e-3).all() and moved[2] == 0
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), kept)
 
@@ -176,11 +177,12 @@ def test_accepted_tokens_have_all_their_vectors_in_diffusers(tiny_folder, tmp_pa
 def _search_state(rng, tx, words=5):
     table = jnp.asarray(rng.normal(size=(words + 2, toy_denoiser.D)), jnp.float32)
     rows = table[np.asarray([1, 3])] + 0.05 * rng.normal(size=(2, toy_denoiser.D))
-    params = {"embeddings": jnp.asarray(rows, jnp.float32)}
+    params = {"text_encoder": jnp.asarray(rows, jnp.float32)}
     pairs = toy_denoiser.batch(4)
     del pairs["cond"]
     pairs["ids"] = jnp.asarray([[1, words + 2, words + 3]] * 4)
-    frozen = {"unet": toy_denoiser.params(), "text": {weights.TOKEN_TABLE: table}}
+    text = {"text_encoder": {weights.TOKEN_TABLE: table}}
+    frozen = {"unet": toy_denoiser.params(), "text": text}
     return init_state(params, {"attack": tx.init(params)}), frozen, pairs, table
 
 
@@ -204,15 +206,15 @@ def test_search_for_words_has_the_loss_and_gradient_of_the_nearest_ones(rng):
 
     # what plain textual inversion does at the words' own rows
     nearest = table[np.asarray([1, 3])]
-    there = state.replace(params={"embeddings": nearest})
+    there = state.replace(params={"text_encoder": nearest})
     moved, metrics = steps[0](there, frozen, {"data": pairs}, KEY)
     assert losses[5] == pytest.approx(float(metrics["attack/loss"]), rel=1e-6)
-    gradient = np.asarray(nearest - moved.params["embeddings"])
+    gradient = np.asarray(nearest - moved.params["text_encoder"])
     assert np.abs(gradient).max() > 1e-3
-    ours = state.params["embeddings"] - results[5][0].params["embeddings"]
+    ours = state.params["text_encoder"] - results[5][0].params["text_encoder"]
     np.testing.assert_allclose(ours, gradient, atol=1e-6)
 
-    rows = torch.tensor(np.array(state.params["embeddings"]), requires_grad=True)
+    rows = torch.tensor(np.array(state.params["text_encoder"]), requires_grad=True)
     words = torch.tensor(np.array(table[:5]))
     cosine = torch.nn.functional.cosine_similarity(rows[:, None], words[None], dim=-1)
     chosen = cosine.argmax(1)
@@ -227,9 +229,9 @@ def test_words_that_were_searched_for_are_rows_of_the_model(tiny, caplog):
     table = textual_inversion.token_table(tiny.folder)
     words = textual_inversion.word_count(tiny.folder.load_tokenizer())
     assert 2 < words < len(table)
-    near = {"embeddings": 1.5 * table[[7, 11]] + 1e-4}
+    near = {"text_encoder": 1.5 * table[[7, 11]] + 1e-4}
     changed = textual_inversion.changed(s, tiny.folder, near)[weights.TOKEN_TABLE]
     np.testing.assert_array_equal(changed[-2:], table[[7, 11]])
     free = textual_inversion.TextualInversion(vectors=2)
     rows = textual_inversion.learned_rows(free, tiny.folder, near)
-    np.testing.assert_array_equal(rows, near["embeddings"])
+    np.testing.assert_array_equal(rows["text_encoder"], near["text_encoder"])

@@ -49,7 +49,7 @@ def names(folder):
 
 def draw(model, latents):
     sample = sampler.make_sampler(model, steps=2, guidance=1.0)
-    cond = stable_diffusion.encode_prompts(model, [PROMPT])
+    cond = model.encode_text([PROMPT])
     params = model.params["unet"], model.params["vae"]
     return np.asarray(sample(*params, cond, None, latents))[0].astype(np.float32)
 

@@ -15,7 +15,6 @@ from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge
 from gift_jax.models import exports, sd
 from gift_jax.models.load import EMBEDDED, load_model
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
 from gift_jax.sampling import sampler
 
@@ -53,8 +52,8 @@ def test_every_part_equals_pytorch(model, rng):
     def double(array):
         return torch.tensor(np.asarray(array), dtype=torch.float64)
 
-    ids = stable_diffusion.tokenize(model, ["a noto emoji of a bomb", "sks"])
-    text, _ = sd.apply_text(model.text_encoder, model.params["text_encoder"], ids)
+    ids = model.tokenize(["a noto emoji of a bomb", "sks"])
+    text = sd.apply_text(model.text_encoder, model.params["text_encoder"], ids).last
     z = rng.normal(size=(2, *model.latent_shape)).astype(np.float32)
     t = np.asarray([3, 987], np.int32)
     unet = jax.jit(lambda p: sd.apply_unet(model.unet, p, z, t, text)[0])
@@ -101,8 +100,8 @@ def test_pytorch_draws_the_exported_model_alike(model, tmp_path):
 
     def ours(model):
         sample = sampler.make_sampler(model, None, 10, 3.0)
-        cond = stable_diffusion.encode_prompts(model, prompts)
-        uncond = stable_diffusion.encode_prompts(model, [""])
+        cond = model.encode_text(prompts)
+        uncond = model.encode_text([""])
         params = model.params
         images = sample(params["unet"], params["vae"], cond, uncond, latents)
         return np.asarray(images).astype(int)

@@ -8,7 +8,6 @@ import pytest
 from tiny_model import relative_error
 
 from gift_jax.models import exports
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import sampler, schedules
@@ -91,8 +90,8 @@ def ours_draw(model, name, latents, decode):
     scheduler, steps, _ = CASES[name]
     model = model.replace(scheduler_config=scheduler_config(name))
     sample = sampler.make_sampler(model, scheduler, steps, 4.0, decode)
-    cond = stable_diffusion.encode_prompts(model, PROMPTS)
-    uncond = stable_diffusion.encode_prompts(model, [""])
+    cond = model.encode_text(PROMPTS)
+    uncond = model.encode_text([""])
     return sample(model.params["unet"], model.params["vae"], cond, uncond, latents)
 
 
@@ -132,8 +131,8 @@ def test_images_equal_pytorch_pipeline(pytorch_pipeline, tiny, name):
 @pytest.fixture(scope="module")
 def drawn(tiny):
     """A DDIM sampler of five steps and its arguments but the last."""
-    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
-    uncond = stable_diffusion.encode_prompts(tiny, [""])
+    cond = tiny.encode_text(PROMPTS)
+    uncond = tiny.encode_text([""])
     sample = sampler.make_sampler(tiny, "ddim", 5, 4.0)
     params = tiny.params
     return lambda z: sample(params["unet"], params["vae"], cond, uncond, z)
@@ -158,7 +157,7 @@ def test_initial_latents_are_standard_normal():
 
 
 def test_guidance_one_ignores_the_unconditional_states(tiny):
-    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
+    cond = tiny.encode_text(PROMPTS)
     key, params = jax.random.key(0), tiny.params["unet"]
 
     def draw(guidance, uncond):
@@ -178,8 +177,8 @@ def test_one_compilation_serves_other_weights_guidance_and_schedulers(tiny, draw
     run = sampler._compiled(tiny.unet, tiny.vae, True)
     before = run._cache_size()
     other = jax.tree.map(lambda a: a * 0.9, tiny.params["unet"])
-    cond = stable_diffusion.encode_prompts(tiny, PROMPTS)
-    uncond = stable_diffusion.encode_prompts(tiny, [""])
+    cond = tiny.encode_text(PROMPTS)
+    uncond = tiny.encode_text([""])
     for scheduler, steps in (("ddim", 5), ("pndm", 4), ("dpmsolver++", 5)):
         config = tiny.scheduler_config | {"skip_prk_steps": True}
         model = tiny.replace(scheduler_config=config)
@@ -197,7 +196,7 @@ def test_default_scheduler_is_the_folders_own():
 
 
 def test_noise_of_the_steps_is_each_examples_own(tiny):
-    cond = stable_diffusion.encode_prompts(tiny, [PROMPTS[0]] * 3)
+    cond = tiny.encode_text([PROMPTS[0]] * 3)
     key, params = jax.random.key(3), tiny.params["unet"]
     sample = sampler.make_sampler(tiny, "euler_ancestral", 4, 1.0, decode=False)
     together = sample(params, None, cond, None, key)

@@ -11,12 +11,12 @@ import os
 from absl import logging
 
 from gift_jax.data import captions
-from gift_jax.data.images import read_images
+from gift_jax.data.images import read_framed
 from gift_jax.runtime.errors import UserError
 
 
 def read(spec):
-    """Returns (images uint8 "N H W 3", prompts, names) of a `PairsSpec` with `tfds`.
+    """Returns (images, frames, prompts, names) of a `PairsSpec` with `tfds`.
 
     Prompts are the texts of `caption_key`, or the names of `label_key`'s classes filled
     into `template`, or all `prompt`; names are those of the classes, else the prompts.
@@ -43,9 +43,11 @@ def read(spec):
             names.append(name)
             yield at, io.BytesIO(row[spec.image_key])
 
-    images = read_images(files(), count, spec.size, crop=spec.crop, seed=spec.seed)
+    images, frames = read_framed(
+        files(), count, spec.size, crop=spec.crop, seed=spec.seed
+    )
     logging.info("read %d images of %s, %s", count, spec.tfds, spec.split)
-    return images, prompts, names
+    return images, frames, prompts, names
 
 
 def _open(spec):

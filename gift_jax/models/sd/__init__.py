@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable Diffusion 1.x and 2.x: the modules, and how to apply them."""
+"""Stable Diffusion 1.x, 2.x and XL: the modules, and how to apply them."""
 
 from gift_jax.models.sd.clip import apply_text, build_text
 from gift_jax.models.sd.components import KINDS

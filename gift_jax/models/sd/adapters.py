@@ -22,6 +22,7 @@ from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, one_line, shown
 
 _EMBEDDINGS = "learned_embeds.safetensors"
+SDXL_NAMES = ("clip_l", "clip_g")  # of each text encoder's embeddings, in a file
 _UNNAMED = "emb_params"  # the one tensor of a file that AUTOMATIC1111's UI writes
 
 
@@ -56,23 +57,25 @@ class _Source:
 class Adapters:
     """What files change of one model folder.
 
-    Attributes: sources: the files. changes: {Flax path of the UNet or the text
-      encoder: functions of the float32 tensor, as PyTorch lays it out, to apply one
-      after the other}. words: {token: float32 "N D"}, new to the tokenizer, of
-      `vocabulary` tokens.
+    Attributes: sources: the files. changes: {Flax path, see `weights.joined_path`:
+      functions of the float32 tensor, as PyTorch lays it out, to apply one after the
+      other}. words: {token: {path of a token table: float32 "N D"}}, new to the
+      tokenizer, of `vocabulary` tokens.
     """
 
     sources: tuple[_Source, ...] = ()
     changes: Mapping[str, Sequence[lora_files.Change]] = dataclasses.field(
         default_factory=dict
     )
-    words: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    words: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )
     vocabulary: int = 0
 
     def paths(self, component: str) -> list[str]:
         """Returns the Flax paths of a component's parameters that are changed."""
-        table = {weights.TOKEN_TABLE: None} if self.words else {}
-        parts = weights.by_component({**self.changes, **table})
+        tables = {path: None for rows in self.words.values() for path in rows}
+        parts = weights.by_component({**self.changes, **tables})
         return list(parts.get(component, ()))
 
     def apply(self, path: str, array: np.ndarray) -> np.ndarray:
@@ -80,8 +83,9 @@ class Adapters:
 
         Raises: UserError if it is not finite.
         """
-        if path == weights.TOKEN_TABLE and self.words:
-            array = np.concatenate([array[: self.vocabulary], *self.words.values()])
+        rows = [rows[path] for rows in self.words.values() if path in rows]
+        if rows:
+            array = np.concatenate([array[: self.vocabulary], *rows])
         if path in self.changes:
             W = safetensors_io.to_torch_layout(path, array)
             for change in self.changes[path]:
@@ -98,7 +102,8 @@ class Adapters:
     def add_words(self, tokenizer) -> None:
         """Adds the tokens to the folder's tokenizer, in place."""
         for token, rows in self.words.items():
-            tokenizer.add_tokens(vector_names(token, len(rows)))
+            count = len(next(iter(rows.values())))
+            tokenizer.add_tokens(vector_names(token, count))
 
     def content_hash(self, base: str) -> str:
         """Returns the sha256, hex, of these files and of what they change.
@@ -151,17 +156,24 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
     if fields.textual_inversion:
         tokenizer = load_tokenizer(root / "tokenizer")
         vocabulary = len(tokenizer)
-        rows, width = targets["text_encoder"][_torch_table()][1]
-        if rows < vocabulary:
-            raise UserError(
-                f"{root}: the tokenizer has {vocabulary} tokens, but the text encoder "
-                f"{rows} rows; they are of different models"
-            )
+        tables = {
+            path: shape
+            for component in targets
+            if component != "unet"
+            for path, shape in (targets[component][_torch_table()],)
+        }
+        for rows, _ in tables.values():
+            if rows < vocabulary:
+                raise UserError(
+                    f"{root}: the tokenizer has {vocabulary} tokens, but the text "
+                    f"encoder {rows} rows; they are of different models"
+                )
     for text in fields.textual_inversion:
         name, token = _split_token(text)
         file = _file("textual_inversion", name, _EMBEDDINGS)
-        token, vectors = _read_embeddings(file, token, width)
-        _add_word(tokenizer, file, token, len(vectors))
+        widths = {path: width for path, (_, width) in tables.items()}
+        token, vectors = _read_embeddings(file, token, widths)
+        _add_word(tokenizer, file, token, len(next(iter(vectors.values()))))
         sources.append(_Source("textual inversion", file, f"token {token}"))
         words[token] = vectors
     return Adapters(tuple(sources), changes, words, vocabulary)
@@ -179,14 +191,16 @@ def _targets(root: Path, variant: str) -> lora_files.Targets:
     """Returns the tensors of a folder's components that files can change."""
     return {
         component: {
-            safetensors_io.torch_name(path): (path, entry.shape)
+            safetensors_io.torch_name(path): (
+                weights.joined_path(component, path),
+                entry.shape,
+            )
             for path, (_, entry) in weights.entries_by_path(
                 root / component, component, variant
             ).items()
         }
-        for component in weights.COMPONENTS
+        for component in weights.components(root)
         if component != "vae"
-        if component != "text_encoder_2" or (root / component).is_dir()  # SDXL's
     }
 
 
@@ -271,35 +285,59 @@ def _replace(name, entry) -> lora_files.Change:
     return lambda _: np.asarray(safetensors_io.read_tensor(name, entry), np.float32)
 
 
-def _read_embeddings(file: Path, token: str, width: int) -> tuple[str, np.ndarray]:
-    """Returns (token, float32 "N D") of a file with one tensor, "D" or "N D".
+def _read_embeddings(
+    file: Path, token: str, widths: Mapping[str, int]
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Returns (token, {path of a token table: float32 "N D"}) of a file.
 
-    Source: diffusers `TextualInversionLoaderMixin`.
+    It has one tensor, "D" or "N D", named by the token; for a model of two text
+    encoders two, clip_l and clip_g.
+
+    Args: widths: {path of a token table: D}.
+    Source: diffusers `TextualInversionLoaderMixin`; for SDXL
+      examples/advanced_diffusion_training/train_dreambooth_lora_sdxl_advanced.py.
     """
-    entries = safetensors_io.read_header(file)
-    if len(entries) != 1:
+    entries, at = safetensors_io.read_header(file), one_line(file)
+    if len(widths) > 1:
+        names = SDXL_NAMES
+        if entries.keys() != set(names):
+            raise UserError(
+                f"{at}: has the tensors {', '.join(map(one_line, sorted(entries)))}; a "
+                f"textual inversion of this model has {' and '.join(names)}"
+            )
+        token = token or f"<{file.stem}>"
+    elif entries.keys() == set(SDXL_NAMES):
+        raise UserError(f"{at}: is of an SDXL, and this model has one text encoder")
+    elif len(entries) != 1:
         raise UserError(
-            f"{one_line(file)}: has {len(entries)} tensors; a textual inversion has "
-            "one, named by its token"
+            f"{at}: has {len(entries)} tensors; a textual inversion has one, named by "
+            "its token"
         )
-    ((name, entry),) = entries.items()
-    if name.endswith((".weight", ".bias")):
+    else:
+        names = tuple(entries)
+    if names[0].endswith((".weight", ".bias")):
         raise UserError(
-            f"{one_line(file)}: {one_line(name)} is no token, but a tensor of a "
-            "network; a textual inversion has one tensor, named by its token"
+            f"{at}: {one_line(names[0])} is no token, but a tensor of a network; a "
+            "textual inversion has one tensor, named by its token"
         )
-    if not token and name == _UNNAMED:
+    if not token and names[0] == _UNNAMED:
         raise UserError(
-            f"{one_line(file)}: names no token; give one, as FILE:TOKEN, such as "
+            f"{at}: names no token; give one, as FILE:TOKEN, such as "
             f"{one_line(file.name)}:<thing>"
         )
-    if len(entry.shape) not in (1, 2) or entry.shape[-1] != width or 0 in entry.shape:
-        raise UserError(
-            f"{one_line(file)}: {one_line(name)} has shape {list(entry.shape)}, but "
-            f"this model's embeddings are {width} wide; it is of another model"
-        )
-    vectors = np.asarray(safetensors_io.read_tensor(name, entry), np.float32)
-    return token or name, vectors.reshape(-1, width)
+    vectors = {}
+    for name, (path, width) in zip(names, widths.items(), strict=True):
+        shape = entries[name].shape
+        if len(shape) not in (1, 2) or shape[-1] != width or 0 in shape:
+            raise UserError(
+                f"{at}: {one_line(name)} has shape {list(shape)}, but this model's "
+                f"embeddings are {width} wide; it is of another model"
+            )
+        array = np.asarray(safetensors_io.read_tensor(name, entries[name]), np.float32)
+        vectors[path] = array.reshape(-1, width)
+    if len({len(rows) for rows in vectors.values()}) > 1:
+        raise UserError(f"{at}: its tensors have different numbers of vectors")
+    return token or names[0], vectors
 
 
 def _add_word(tokenizer: Any, file: Path, token: str, vectors: int) -> None:

@@ -12,6 +12,7 @@ IDS = {  # hub id -> of MODELS
     "stable-diffusion-v1-5/stable-diffusion-v1-4": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
 }
 START, END = "<|startoftext|>", "<|endoftext|>"
 _UNET = {

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's text encoder, and the transformer layers that both of CLIP's towers have.
+"""CLIP's text encoders, and the transformer layers that both of CLIP's towers have.
 
 Axes: B batch, L tokens, D width.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from gift_jax.models.ops.activations import ACTIVATIONS
@@ -33,6 +34,26 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedCLIPTextConfig(CLIPTextConfig):
+    """The same of a CLIPTextModelWithProjection's."""
+
+    projection_dim: int = 512
+
+
+class TextOutput(NamedTuple):
+    """What a text encoder returns.
+
+    Attributes: last: hidden states after the final norm, "B L D". pooled: of these the
+      end token's, "B D", or its projection, "B P". penultimate: what the last layer
+      reads, "B L D", without a norm.
+    """
+
+    last: jax.Array
+    pooled: jax.Array
+    penultimate: jax.Array
 
 
 class EncoderLayer(nn.Module):
@@ -93,14 +114,32 @@ def _dense(features, dtype, name):
 
 
 def encoder(config, causal: bool, dtype, kernels: Kernels) -> nn.Module:
-    """Returns a tower's layers, named "encoder/layers/0" and so on."""
-    layer = functools.partial(EncoderLayer, config, causal, dtype, kernels)
-    layers = functools.partial(Chain, (layer,) * config.num_hidden_layers)
+    """Returns a tower's layers, named "encoder/layers/0" and so on.
+
+    They return (the last one's output, its input).
+    """
+    layers = functools.partial(EncoderLayers, config, causal, dtype, kernels)
     return Chain((layers,), ("layers",), name="encoder")
 
 
+class EncoderLayers(nn.Module):
+    config: Any
+    causal: bool
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        before_BLD = x_BLD
+        fields = self.config, self.causal, self.dtype, self.kernels
+        for i in range(self.config.num_hidden_layers):
+            before_BLD = x_BLD
+            x_BLD = EncoderLayer(*fields, name=str(i))(x_BLD)
+        return x_BLD, before_BLD
+
+
 class TextTransformer(nn.Module):
-    """The text tower. Returns (last hidden states "B L D", pooled "B D")."""
+    """The text tower."""
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
@@ -110,7 +149,7 @@ class TextTransformer(nn.Module):
     def __call__(self, ids_BL):
         config = self.config
         x_BLD = Embeddings(config, name="embeddings")(ids_BL)
-        x_BLD = encoder(config, True, self.dtype, self.kernels)(x_BLD)
+        x_BLD, penultimate_BLD = encoder(config, True, self.dtype, self.kernels)(x_BLD)
         fields = config.layer_norm_eps, self.dtype, self.kernels
         x_BLD = LayerNorm(*fields, name="final_layer_norm")(x_BLD)
         # Before transformers 4.31 configs gave a wrong id, 2, and CLIP was pooled at
@@ -118,7 +157,7 @@ class TextTransformer(nn.Module):
         legacy = config.eos_token_id == _LEGACY_EOS
         at_end = ids_BL if legacy else ids_BL == config.eos_token_id
         pooled_BD = x_BLD[jnp.arange(len(x_BLD)), at_end.argmax(axis=-1)]
-        return x_BLD, pooled_BD
+        return TextOutput(x_BLD, pooled_BD, penultimate_BLD)
 
 
 class Embeddings(nn.Module):
@@ -155,6 +194,24 @@ class TextEncoder(nn.Module):
         return (jnp.zeros((1, 2), jnp.int32),)
 
 
+class ProjectedTextEncoder(TextEncoder):
+    """The same with a projection of what is pooled: SDXL's second."""
+
+    config: ProjectedCLIPTextConfig
+
+    @nn.compact
+    def __call__(self, ids_BL):
+        fields = self.config, self.dtype, self.kernels
+        out = TextTransformer(*fields, name="text_model")(ids_BL)
+        project = nn.Dense(
+            self.config.projection_dim,
+            use_bias=False,
+            dtype=self.dtype,
+            name="text_projection",
+        )
+        return out._replace(pooled=project(out.pooled))
+
+
 def build_text(
     config: dict, dtype=jnp.float32, kernels: Kernels | None = None
 ) -> TextEncoder:
@@ -163,9 +220,14 @@ def build_text(
     return TextEncoder(config, dtype, kernels or Kernels())
 
 
-def apply_text(text: TextEncoder, params, ids_BL):
-    """Returns (last hidden states "B L D" after the final norm, pooled "B D").
+def build_projected_text(
+    config: dict, dtype=jnp.float32, kernels: Kernels | None = None
+) -> ProjectedTextEncoder:
+    """Returns the module of a `text_encoder_2/config.json` dict."""
+    config = from_config(ProjectedCLIPTextConfig, config)
+    return ProjectedTextEncoder(config, dtype, kernels or Kernels())
 
-    Args: ids_BL: int "B L".
-    """
+
+def apply_text(text: TextEncoder, params, ids_BL) -> TextOutput:
+    """Returns a text encoder's output. Args: params: nested. ids_BL: int "B L"."""
     return text.apply({"params": params}, ids_BL)

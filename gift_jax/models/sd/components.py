@@ -18,8 +18,18 @@ from gift_jax.models.config_keys import (
     whole,
 )
 from gift_jax.models.ops.activations import ACTIVATIONS
-from gift_jax.models.sd.clip import CLIPTextConfig, build_text
-from gift_jax.models.sd.unet import EMBEDDING_ACTIVATIONS, UNet, build_unet
+from gift_jax.models.sd.clip import (
+    CLIPTextConfig,
+    ProjectedCLIPTextConfig,
+    build_projected_text,
+    build_text,
+)
+from gift_jax.models.sd.unet import (
+    EMBEDDING_ACTIVATIONS,
+    NUM_SIZES,
+    UNet,
+    build_unet,
+)
 from gift_jax.models.sd.vae import VAE, build_vae
 
 _LAYERS = whole(1, 1000)
@@ -79,6 +89,16 @@ def _unet_conflict(values) -> str:
                 f"attention_head_dim has {count}, the number of heads; must divide "
                 f"block_out_channels {width}"
             )
+    if values["addition_embed_type"]:
+        width = values["addition_time_embed_dim"]
+        whole = values["projection_class_embeddings_input_dim"]
+        if width is None or whole is None or whole <= NUM_SIZES * width:
+            return (
+                f"projection_class_embeddings_input_dim={whole} must be above "
+                f"{NUM_SIZES} times addition_time_embed_dim={width}, and both be set"
+            )
+        if values["freq_shift"] == width // 2:
+            return f"freq_shift={values['freq_shift']} must differ from {width // 2}"
     if values["freq_shift"] == channels[0] // 2:
         return f"freq_shift={values['freq_shift']} must differ from half the channels"
     return ""
@@ -110,8 +130,10 @@ _UNET_RULES = {
     "timestep_post_act": only(None, *EMBEDDING_ACTIVATIONS),
     "conv_in_kernel": only(1, 3, 5, 7),
     "conv_out_kernel": only(1, 3, 5, 7),
+    "addition_embed_type": only(None, "text_time"),
+    "addition_time_embed_dim": either(_WIDTH, only(None)),
+    "projection_class_embeddings_input_dim": either(_WIDTH, only(None)),
     # with one value alone:
-    "addition_embed_type": only(None),
     "attention_type": only("default"),
     "class_embed_type": only(None),
     "class_embeddings_concat": only(False),
@@ -131,10 +153,8 @@ _UNET_RULES = {
 }
 _UNET_HARMLESS = _EMA | {  # used with another value of a key above alone
     "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
     "cross_attention_norm",
     "mid_block_only_cross_attention",
-    "projection_class_embeddings_input_dim",
     "upcast_attention",  # scores are float32
 }
 
@@ -208,6 +228,24 @@ _TEXT_HARMLESS = frozenset(  # what every config of transformers may have
 )
 
 
+def _text_kind(build, fields, rules, architecture) -> Kind:
+    """Returns the kind of a text encoder, with or without a projection."""
+    return Kind(
+        build,
+        "model",
+        {"architectures": [architecture], "model_type": "clip_text_model"},
+        Keys(
+            rules,
+            _TEXT_HARMLESS - rules.keys(),
+            _defaults(fields),
+            _text_conflict,
+            complete=True,
+        ),
+        nested="text_config",
+        other_name=_without_prefix,
+    )
+
+
 def _without_prefix(name: str) -> str:
     return name.removeprefix("text_model.")  # as transformers 5 builds its class
 
@@ -238,18 +276,13 @@ KINDS = {
         ),
         other_name=safetensors_io.old_name,
     ),
-    "text_encoder": Kind(
-        build_text,
-        "model",
-        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
-        Keys(
-            _TEXT_RULES,
-            _TEXT_HARMLESS,
-            _defaults(CLIPTextConfig),
-            _text_conflict,
-            complete=True,
-        ),
-        nested="text_config",
-        other_name=_without_prefix,
+    "text_encoder": _text_kind(
+        build_text, CLIPTextConfig, _TEXT_RULES, "CLIPTextModel"
+    ),
+    "text_encoder_2": _text_kind(
+        build_projected_text,
+        ProjectedCLIPTextConfig,
+        _TEXT_RULES | {"projection_dim": _WIDTH},
+        "CLIPTextModelWithProjection",
     ),
 }

@@ -7,8 +7,9 @@ For measuring load time, memory and speed: what it draws is noise. The folder ha
 the published ones have (configs, safetensors, old names in the VAE, position ids in the
 text encoder), but for the tokenizer's words, which are placeholders (any text becomes
 tokens, more of them), and the safety checker. Weights depend on --seed and the
-tensor's name alone, never on --dtype or --shard_mib. Needs 4.3 GB of disk for SD 1.5
-and 5.2 GB for SD 2.1 in float32, half of it in float16, and 1 GB of memory.
+tensor's name alone, never on --dtype or --shard_mib. Needs 4.3 GB of disk for SD 1.5,
+5.2 GB for SD 2.1 and 13.9 GB for SDXL in float32, half of it in float16, and 1 GB of
+memory.
 """
 
 import functools
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from gift_jax.models import safetensors_io
+from gift_jax.models import safetensors_io, weights
 from gift_jax.models.kinds import KINDS
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures
@@ -30,11 +31,6 @@ from gift_jax.runtime import cli, files
 from gift_jax.runtime.errors import UserError, at_least, choice
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_ONE_TEXT_ENCODER = tuple(
-    name
-    for name, configs in architectures.MODELS.items()
-    if "text_encoder_2" not in configs
-)
 
 # --- random tensors -------------------------------------------------------------------
 
@@ -99,17 +95,20 @@ def write(out, configs: dict, dtype: str = "float32", seed: int = 0, shard_mib=0
     at_least("--shard_mib", shard_mib, 0)
     if out.exists():
         raise UserError(f"--out={out} exists; name a new folder")
-    index = architectures.model_index(configs["scheduler"]["_class_name"])
+    scheduler, is_xl = configs["scheduler"]["_class_name"], "text_encoder_2" in configs
+    index = architectures.model_index(scheduler)
+    if is_xl:
+        index = architectures.xl_model_index(scheduler)
     with files.atomic_folder(out) as temp:
-        for kind in ("text_encoder", "vae", "unet"):
-            write_component(temp / kind, kind, configs[kind], dtype, seed, shard_mib)
+        for kind in weights.COMPONENTS:
+            if kind in configs:
+                args = configs[kind], dtype, seed, shard_mib
+                write_component(temp / kind, kind, *args)
         text = configs["text_encoder"]
-        write_tokenizer(
-            temp / "tokenizer",
-            text["vocab_size"],
-            text["max_position_embeddings"],
-            configs["pad_token"],
-        )
+        size, length = text["vocab_size"], text["max_position_embeddings"]
+        for number in ("", "_2") if is_xl else ("",):
+            pad = configs[f"pad_token{number}"]
+            write_tokenizer(temp / f"tokenizer{number}", size, length, pad)
         _write_json(temp / "scheduler" / "scheduler_config.json", configs["scheduler"])
         _write_json(temp / "model_index.json", index)
     return out
@@ -133,7 +132,8 @@ def write_component(
         _write_json(directory / f"{stem}.safetensors.index.json", text)
     length = model_config.get("max_position_embeddings")
     for i, (file, shard) in enumerate(zip(names, shards, strict=True)):
-        position_ids = length if kind == "text_encoder" and i == 0 else None
+        is_text = kind in weights.TEXT_ENCODERS
+        position_ids = length if is_text and i == 0 else None
         _write_safetensors(directory / file, shard, dtype, seed, position_ids)
 
 
@@ -217,7 +217,7 @@ def _write_json(path, value):
 def main(argv: list[str] | None = None) -> int:
     flags = cli.parser(__doc__, "models.sd.random_weights")
     flags.add_argument("--out", required=True, help="a new folder")
-    flags.add_argument("--model", default="sd15", choices=_ONE_TEXT_ENCODER)
+    flags.add_argument("--model", default="sd15", choices=tuple(architectures.MODELS))
     flags.add_argument("--dtype", default="float16", choices=tuple(DTYPES))
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--shard_mib", type=int, default=0, help="0: one file each")

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One Stable Diffusion in JAX: load a diffusers folder, encode, decode, its noise."""
+"""One Stable Diffusion in JAX: load a diffusers folder, encode, decode, its noise.
 
+SD 1.x and 2.x have one text encoder; SDXL has two, whose states lie side by side, and
+its UNet also reads their pooled text and the sizes of an image.
+"""
+
+import copy
 import dataclasses
 import functools
 import re
@@ -15,14 +20,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gift_jax.diffusion import Ddpm, Denoiser
 from gift_jax.models import kinds, safetensors_io, sd, weight_files, weights
 from gift_jax.models.base import Split
-from gift_jax.models.folder import ModelFolder, class_names, existing
+from gift_jax.models.folder import ModelFolder, class_names, existing, pipeline
 from gift_jax.models.kinds import KINDS
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import scheduler_config
 from gift_jax.models.sd.gate import Gate
+from gift_jax.models.sd.network import Network
 from gift_jax.models.sd.scheduler_config import alphas_cumprod
-from gift_jax.models.tokenizer import every_vector, load_tokenizer
+from gift_jax.models.sd.text import TextEncoders, tokenize
+from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.runtime.errors import UserError, shown
 
@@ -32,24 +39,30 @@ PARTITION_RULES = (  # of a parameter's path: the axes of its last dimensions
     (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
     (r"(kernel|embedding)", ("fsdp",)),
 )
+_XL = "StableDiffusionXL"
 PIPELINES = (  # whose folders these are: _class_name in model_index.json
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
+    f"{_XL}Pipeline",
+    f"{_XL}Img2ImgPipeline",
+    f"{_XL}InpaintPipeline",
 )
 _CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
 }
+_XL_CLASSES = _CLASSES | {"text_encoder_2": "CLIPTextModelWithProjection"}
 _OTHERS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor")
 _OTHERS += ("image_encoder",)  # components that draw nothing, or are read elsewhere
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StableDiffusion:
-    """A loaded model. `params` has keys unet, vae and text_encoder (nested dicts).
+    """A loaded model; `params`: {component: nested dict}, of the UNet, VAE and text.
 
+    tokenizers: of transformers, one for each text encoder, of the same words.
     latent_shape: (C, H, W) that it is used at. factor: pixels a latent, along a side.
     variant: of the files it was read from, "" for the plain ones. adapters: files that
     were added to it, see `sd.adapters`, or None.
@@ -60,8 +73,8 @@ class StableDiffusion:
     path: Path
     unet: object
     vae: object
-    text_encoder: object
-    tokenizer: object
+    text: TextEncoders
+    tokenizers: tuple
     params: dict
     scheduler_config: dict
     latent_shape: tuple
@@ -74,6 +87,21 @@ class StableDiffusion:
     trainable_sets = TRAINABLE_SETS
     lora_targets = LORA_TARGETS
     partition_rules = PARTITION_RULES
+
+    @property
+    def text_components(self):
+        """The components of `params` that encode text."""
+        return self.text.components
+
+    @property
+    def text_encoder(self):
+        """The module of the first text encoder."""
+        return self.text.modules[0]
+
+    @property
+    def tokenizer(self):
+        """The first text encoder's; any other one's pads with another token alone."""
+        return self.tokenizers[0]
 
     @property
     def prediction_type(self):
@@ -117,33 +145,48 @@ class StableDiffusion:
         return Ddpm(abar_T, self.prediction_type)
 
     @property
+    def network(self):
+        """The UNet's forward pass."""
+        return Network(self.unet, self.factor)
+
+    @property
     def denoiser(self):
         """The UNet with its noise process; holds no parameters."""
-        unet = self.unet  # not the model, which has weights
-
-        def predict(params, z_t, t, cond, capture):
-            z_t, text = z_t.astype(unet.dtype), cond["states"].astype(unet.dtype)
-            return sd.apply_unet(unet, params, z_t, t, text, capture)
-
-        return Denoiser(predict, self.noise)
+        return Denoiser(self.network.predict, self.noise)
 
     @property
     def encode_ids(self):
-        """(nested text parameters, int32 "B L" ids) -> cond; pure."""
-        module = self.text_encoder
+        """({component: nested text parameters}, int32 ids) -> cond; pure."""
+        return self.text.encode
 
-        def encode(params, ids_BL):
-            return {"states": _encode_text(module, params, ids_BL)}
-
-        return encode
+    @property
+    def ids_shape(self):
+        """The shape of a prompt's token ids: (L,), or (E, L) of several encoders."""
+        count = len(self.text.modules)
+        return (self.max_length,) if count == 1 else (count, self.max_length)
 
     def tokenize(self, prompts):
-        """Returns int32 "B L" token ids, see the function `tokenize`."""
-        return tokenize(self, prompts)
+        """Returns int32 "B L" or "B E L" token ids, see `text.tokenize`."""
+        fields = self.tokenizers, self.text, self.max_length
+        return tokenize(*fields, prompts, self.path)
 
     def encode_text(self, prompts):
-        """Returns cond, {"states": float32 "B L D"}, see `encode_prompts`."""
-        return {"states": encode_prompts(self, prompts)}
+        """Returns cond, see `encode_prompts`."""
+        return encode_prompts(self, prompts)
+
+    def image_cond(self, frames_N4):
+        """Returns what the UNet is told of images beside their prompts, "N ..." each.
+
+        Args: frames_N4: int, see `data.images.read_framed`.
+        Source: diffusers examples/text_to_image/train_text_to_image_sdxl.py,
+          compute_time_ids.
+        """
+        if not self.unet.addition_embed_type:
+            return {}
+        sides = [side * self.factor for side in self.latent_shape[1:]]
+        target = np.broadcast_to(np.asarray(sides), (len(frames_N4), 2))
+        sizes = np.concatenate([frames_N4, target], axis=1)
+        return {"sizes": sizes.astype(np.float32)}
 
     def encode_images(self, images_BHWC):
         """Returns (mean, std), see the function `encode_images`."""
@@ -173,14 +216,19 @@ class StableDiffusion:
         return jax.tree.map(jnp.asarray, params)
 
     def with_tokenizer(self, tokenizer):
-        """Returns the model with a tokenizer of more words, its text module as large.
+        """Returns the model with a tokenizer of more words, its text modules as large.
 
         The text parameters are still the old ones, as many rows short.
         """
-        config = self.text_encoder.config
-        config = dataclasses.replace(config, vocab_size=len(tokenizer))
-        module = self.text_encoder.clone(config=config)
-        return self.replace(tokenizer=tokenizer, text_encoder=module)
+        added = list(tokenizer.get_added_vocab().items())
+        words = [word for word, _ in sorted(added, key=lambda item: item[1])]
+        others = [copy.deepcopy(other) for other in self.tokenizers[1:]]
+        for other in others:
+            known = other.get_vocab()
+            other.add_tokens([word for word in words if word not in known])
+        return self.replace(
+            tokenizers=(tokenizer, *others), text=self.text.resized(len(tokenizer))
+        )
 
     def with_adapters(self, adapters):
         """Returns the model with added files merged into its parameters."""
@@ -202,14 +250,14 @@ class StableDiffusion:
     @property
     def jitted(self):
         """The compiled pieces: encode_text, encode_image, decode; params come first."""
-        return _jitted(self.text_encoder, self.vae)
+        return _jitted(self.text, self.vae)
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(text_encoder, vae):
+def _jitted(text, vae):
     """One set of programs for all models of the same modules."""
     return {
-        "encode_text": jax.jit(functools.partial(_encode_text, text_encoder)),
+        "encode_text": jax.jit(text.encode),
         "encode_image": jax.jit(functools.partial(_encode_image, vae)),
         "decode": jax.jit(functools.partial(_decode, vae)),
     }
@@ -227,90 +275,127 @@ def load(path, dtype=jnp.float32, *, variant="", resolution=0):
       if the model cannot work at that resolution.
     """
     root, dtype = existing(path), jnp.dtype(dtype)
-    _check_classes(class_names(root), root / "model_index.json")
+    classes = _classes(pipeline(root))
+    _check_classes(class_names(root), classes, root / "model_index.json")
     if variant and not weight_files.has_variant(
         root / "unet", KINDS["unet"].stem, variant
     ):
         raise UserError(f"{root / 'unet'}: has no files of variant {variant!r}")
     modules, params, configs = {}, {}, {}
-    for kind in _CLASSES:
+    for kind in classes:
+        config = kinds.read_config(root / kind, kind)
         modules[kind], params[kind], configs[kind] = weights.load_component(
-            root / kind, kind, dtype, variant=variant, place=jnp.asarray
+            root / kind,
+            kind,
+            _dtype_of(kind, config, dtype),
+            variant=variant,
+            place=jnp.asarray,
         )
     configs["scheduler"] = read_scheduler(root)
-    tokenizer = load_tokenizer(root / "tokenizer")
-    longest = modules["text_encoder"].config.max_position_embeddings
-    longest = min(tokenizer.model_max_length, longest)
-    model = _build(root, configs, modules, params, tokenizer, longest, resolution)
+    tokenizers = tuple(
+        load_tokenizer(root / name)
+        for name in ("tokenizer", "tokenizer_2")[: len(classes) - 2]
+    )
+    index = safetensors_io.read_json(root / "model_index.json")
+    model = _build(
+        root,
+        configs,
+        modules,
+        params,
+        tokenizers,
+        resolution,
+        has_zeros=bool(index.get("force_zeros_for_empty_prompt", len(tokenizers) > 1)),
+    )
     return model.replace(variant=variant)
 
 
-def _check_classes(names, file):
+def _classes(name):
+    """Returns {component: its class} of a pipeline's class; "": of an SD 1.x or 2.x."""
+    return _XL_CLASSES if name.startswith(_XL) else _CLASSES
+
+
+def _dtype_of(kind, config, dtype):
+    """Returns the dtype that a component is computed in: float32 if its config asks."""
+    is_upcast = kind == "vae" and config.get("force_upcast") is True
+    return jnp.dtype(jnp.float32) if is_upcast else dtype
+
+
+def _check_classes(names, classes, file):
     """Raises UserError unless a folder's components are Stable Diffusion's, all."""
-    for name, expected in _CLASSES.items():
+    if classes is _XL_CLASSES and "text_encoder" not in names:
+        raise UserError(
+            f"{file}: has no text_encoder; an SDXL refiner is not supported, name the "
+            "folder of the base model"
+        )
+    for name, expected in classes.items():
         if names.get(name) != expected:
             raise UserError(f"{file}: {name} is {names.get(name)}; must be {expected}")
-    if names.get("tokenizer") not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-        raise UserError(
-            f"{file}: tokenizer is {names.get('tokenizer')}; must be CLIPTokenizer"
-        )
-    for name in sorted(names.keys() - _CLASSES.keys() - set(_OTHERS)):
+    tokenizers = ("tokenizer", "tokenizer_2")[: len(classes) - 2]
+    for name in tokenizers:
+        if names.get(name) not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+            raise UserError(
+                f"{file}: {name} is {names.get(name)}; must be CLIPTokenizer"
+            )
+    for name in sorted(names.keys() - classes.keys() - set(_OTHERS + tokenizers)):
+        count = "one text encoder" if classes is _CLASSES else "two text encoders"
         raise UserError(
             f"{file}: has the component {shown(name)}, which no Stable Diffusion of "
-            "one text encoder has; such models are not supported"
+            f"{count} has; such models are not supported"
         )
 
 
-def _build(root, configs, modules, params, tokenizer, max_length, resolution):
+def _build(root, configs, modules, params, tokenizers, resolution, has_zeros=False):
     """Returns the StableDiffusion of these parts, which are checked to fit."""
     scheduler_config.check(
         configs["scheduler"], f"{root}/scheduler/scheduler_config.json"
     )
-    _check_widths(modules, root)
+    text = TextEncoders(
+        tuple(modules[name] for name in weights.TEXT_ENCODERS if name in modules)
+    )
+    _check_widths(modules, text, root)
+    longest = text.max_length
+    if tokenizers:
+        longest = min(longest, *(t.model_max_length for t in tokenizers))
+    if has_zeros and len(tokenizers) > 1:
+        text = dataclasses.replace(text, end_id=tokenizers[0].eos_token_id)
     factor = 2 ** (len(modules["vae"].block_out_channels) - 1)
     size = _latent_size(configs["unet"], modules["unet"], factor, resolution, root)
     return StableDiffusion(
         path=root,
         unet=modules["unet"],
         vae=modules["vae"],
-        text_encoder=modules["text_encoder"],
-        tokenizer=tokenizer,
+        text=text,
+        tokenizers=tokenizers,
         params=params,
         scheduler_config=configs["scheduler"],
         latent_shape=(modules["unet"].in_channels, *size),
         factor=factor,
         scaling_factor=modules["vae"].scaling_factor,
-        max_length=max_length,
+        max_length=longest,
     )
 
 
 def abstract_model(configs, dtype=jnp.float32, resolution=0):
     """Returns a StableDiffusion without weights or files: its parameters are shapes.
 
-    For programs that are compiled and not run; `path` and `tokenizer` are None.
+    For programs that are compiled and not run; it has no path and no tokenizers.
 
-    Args: configs: the config.json dicts of unet, vae and text_encoder, and scheduler's.
+    Args: configs: the config.json dicts of the components, and scheduler's.
       dtype, resolution: see `load`.
     Raises: UserError for configs that `load` would not take.
     """
     dtype = jnp.dtype(dtype)
-    for kind in _CLASSES:
+    classes = [kind for kind in _XL_CLASSES if kind in configs]
+    modules, params = {}, {}
+    for kind in classes:
         kinds.check_config(kind, configs[kind], f"{kind}/config.json")
-    modules = {kind: KINDS[kind].build(configs[kind], dtype) for kind in _CLASSES}
-    shapes = {kind: parameter_shapes(module) for kind, module in modules.items()}
-    shaped = functools.partial(
-        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, dtype)
-    )
-    text = modules["text_encoder"].config
-    return _build(
-        None,
-        configs,
-        modules,
-        shaped(shapes),
-        None,
-        text.max_position_embeddings,
-        resolution,
-    )
+        dtype_of = _dtype_of(kind, configs[kind], dtype)
+        modules[kind] = KINDS[kind].build(configs[kind], dtype_of)
+        params[kind] = jax.tree.map(
+            lambda a, dtype=dtype_of: jax.ShapeDtypeStruct(a.shape, dtype),
+            parameter_shapes(modules[kind]),
+        )
+    return _build(None, configs, modules, params, (), resolution)
 
 
 def read_configs(root):
@@ -320,7 +405,7 @@ def read_configs(root):
         kind: kinds.effective(
             kind, safetensors_io.read_json(root / kind / "config.json")
         )
-        for kind in _CLASSES
+        for kind in _classes(pipeline(root))
     }
     file = root / "scheduler" / "scheduler_config.json"
     return configs | {"scheduler": safetensors_io.read_json(file)}
@@ -347,11 +432,11 @@ def _latent_size(config, unet, factor, resolution, root):
     """Returns the latents' (H, W) for a resolution in pixels; 0 is the UNet's own.
 
     Source: diffusers `StableDiffusionPipeline.__init__`, which has models older than
-      its 0.9 draw at 64, whatever less their config says.
+      its 0.9 draw at 64, whatever less their config says; SDXL's has 128.
     """
     halvings = 2 ** (len(unet.block_out_channels) - 1)
     if not resolution:
-        size = unet.sample_size or 64
+        size = unet.sample_size or (128 if unet.addition_embed_type else 64)
         if isinstance(size, int) and size < 64 and _is_older(config, (0, 9)):
             size = 64
         sides = size if isinstance(size, tuple) else (size, size)
@@ -377,13 +462,22 @@ def _is_older(config, version):
     return bool(writer) and tuple(map(int, writer.groups())) < version
 
 
-def _check_widths(modules, root):
-    width = modules["text_encoder"].config.hidden_size
-    expected = modules["unet"].cross_attention_dim
-    if width != expected:
+def _check_widths(modules, text, root):
+    unet = modules["unet"]
+    widths = [module.config.hidden_size for module in text.modules]
+    if sum(widths) != unet.cross_attention_dim:
+        names = " + ".join(f"{name} hidden_size" for name in text.components)
         raise UserError(
-            f"{root}: text_encoder hidden_size={width}, but unet "
-            f"cross_attention_dim={expected}; they must be equal"
+            f"{root}: {names}={sum(widths)}, but unet cross_attention_dim="
+            f"{unet.cross_attention_dim}; they must be equal"
+        )
+    pooled = 0
+    if len(widths) > 1:
+        pooled = text.modules[-1].config.projection_dim
+    if pooled != unet.pooled_width:
+        raise UserError(
+            f"{root}: text_encoder_2 projection_dim={pooled}, but the unet reads "
+            f"{unet.pooled_width} pooled values; they must be equal"
         )
     channels = modules["vae"].latent_channels
     latents = modules["unet"].in_channels, modules["unet"].out_channels
@@ -392,10 +486,6 @@ def _check_widths(modules, root):
             f"{root}: vae latent_channels={channels}, but unet in and out channels are "
             f"{latents}; they must be equal"
         )
-
-
-def _encode_text(text, params, ids_BL):
-    return sd.apply_text(text, params, ids_BL)[0].astype(jnp.float32)
 
 
 def _encode_image(vae, params, x_BHWC):
@@ -422,57 +512,16 @@ def _in_batches(fn, array, batch_size):
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
-def tokenize(model, prompts):
-    """Returns int32 "B L" token ids, padded and cut to the model's length.
-
-    A word added for several vectors ("<a>", with "<a>_1" ... beside it) becomes them
-    all.
-    """
-    # half a surrogate pair, as of bytes on a command line, is no text
-    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
-    prompts = [every_vector(model.tokenizer, prompt) for prompt in prompts]
-    encoded = model.tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=model.max_length,
-        truncation=True,
-    )
-    ids_BL = np.asarray(encoded["input_ids"], np.int32)
-    rows = model.text_encoder.config.vocab_size
-    if ids_BL.size and ids_BL.max() >= rows:
-        raise UserError(
-            f"{model.path}: the tokenizer gives id {ids_BL.max()}, but the text "
-            f"encoder has {rows} rows; they are of different models"
-        )
-    cut = [
-        p
-        for p, ids in zip(prompts, ids_BL, strict=True)
-        if _is_truncated(model, p, ids)
-    ]
-    if cut:
-        logging.warning("cut to %d tokens: %s", model.max_length, shown(cut[0]))
-    return ids_BL
-
-
-def _is_truncated(model, prompt, ids):
-    if ids[-2] == model.tokenizer.pad_token_id:  # room was left
-        return False
-    ids = model.tokenizer(prompt, verbose=False)["input_ids"]
-    return len(ids) > model.max_length
-
-
 def encode_prompts(model, prompts, batch_size=32):
-    """Returns the prompts' text states, float32 "B L D", as Stable Diffusion uses them.
+    """Returns the prompts' conditioning, float32 "B ...", see `TextEncoders.encode`.
 
     Args: prompts: list of str; "" is the unconditional prompt. Padding is attended to.
-    Source: diffusers `StableDiffusionPipeline.encode_prompt` (no clip skip).
     """
     if not prompts:
         raise UserError("prompts is empty; give at least one")
-    encode = functools.partial(
-        model.jitted["encode_text"], model.params["text_encoder"]
-    )
-    return _in_batches(encode, tokenize(model, prompts), batch_size)
+    params = {name: model.params[name] for name in model.text_components}
+    encode = functools.partial(model.jitted["encode_text"], params)
+    return _in_batches(encode, model.tokenize(prompts), batch_size)
 
 
 def encode_images(model, images_BHWC, batch_size=8):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The UNet of Stable Diffusion 1.x and 2.x.
+"""The UNet of Stable Diffusion 1.x, 2.x and XL.
 
 Axes: B batch, C channels, H height, W width, L text tokens, D their width.
 """
@@ -22,6 +22,7 @@ CAPTURE_KINDS = {  # kinds of hidden states: the layers whose outputs they are
     "attention": layers.Attention,
 }
 EMBEDDING_ACTIVATIONS = ("silu", "swish", "gelu", "relu")  # that a config may name
+NUM_SIZES = 6  # original height and width, crop's top and left, target's sides
 _TEXT_KEYS = "/attn2/to_k/kernel"  # ends of the parameters' paths
 
 
@@ -107,7 +108,8 @@ class UNet(nn.Module):
 
     Attributes: attention_head_dim: the number of heads, in spite of its name, of all
       stages or of each. layers_per_block, transformer_layers_per_block and
-      only_cross_attention: likewise. kernels: how its layers are computed.
+      only_cross_attention: likewise. addition_embed_type: "text_time" adds pooled text
+      and sizes to the timestep. kernels: how its layers are computed.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -132,6 +134,9 @@ class UNet(nn.Module):
     time_embedding_dim: int | None = None
     timestep_post_act: str | None = None
     time_embedding_act_fn: str | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     conv_in_kernel: int = 3
     conv_out_kernel: int = 3
     dtype: Any = jnp.float32
@@ -141,17 +146,29 @@ class UNet(nn.Module):
         size = 2 ** len(self.block_out_channels)
         z_BCHW = jnp.zeros((1, self.in_channels, size, size))
         c_BLD = jnp.zeros((1, 2, self.cross_attention_dim))
-        return z_BCHW, jnp.zeros((1,), jnp.int32), c_BLD
+        inputs = z_BCHW, jnp.zeros((1,), jnp.int32), c_BLD
+        if not self.addition_embed_type:
+            return inputs
+        return *inputs, (jnp.zeros((1, self.pooled_width)), jnp.zeros((1, NUM_SIZES)))
+
+    @property
+    def pooled_width(self):
+        """P of the pooled text that it reads; 0 if it reads none."""
+        if not self.addition_embed_type:
+            return 0
+        sizes = NUM_SIZES * self.addition_time_embed_dim
+        return self.projection_class_embeddings_input_dim - sizes
 
     @nn.compact
-    def __call__(self, z_BCHW, t_B, c_BLD):
+    def __call__(self, z_BCHW, t_B, c_BLD, added=None):
         """Returns the prediction, "B C H W" in the module's dtype.
 
         Args: z_BCHW: noised latents. t_B: int or float timesteps. c_BLD: text states.
+          added: with an addition_embed_type (pooled text "B P", sizes "B 6").
         """
         common = {"dtype": self.dtype, "kernels": self.kernels}
         width, last = self.block_out_channels[0], len(self.block_out_channels) - 1
-        time_BC = self.time(t_B)
+        time_BC = self.time(t_B, added)
         x = jnp.transpose(z_BCHW, (0, 2, 3, 1))
         x = 2 * x - 1 if self.center_input_sample else x
         size = self.conv_in_kernel
@@ -178,18 +195,28 @@ class UNet(nn.Module):
         x = Conv(self.out_channels, size, 1, size // 2, **common, name="conv_out")(x)
         return jnp.transpose(x, (0, 3, 1, 2))
 
-    def time(self, t_B):
-        """Returns the embedding of timesteps, "B C"."""
+    def time(self, t_B, added=None):
+        """Returns the embedding of timesteps, and of what is `added` to them, "B C"."""
         width = self.block_out_channels[0]
-        features = layers.timestep_features(
-            t_B, width, self.flip_sin_to_cos, self.freq_shift
-        )
-        width = self.time_embedding_dim or 4 * width
-        embed = layers.TimestepEmbedding(width, self.dtype, name="time_embedding")
-        time_BC = embed(features)
-        for name in (self.timestep_post_act, self.time_embedding_act_fn):
-            time_BC = ACTIVATIONS[name](time_BC) if name else time_BC
+        out = self.time_embedding_dim or 4 * width
+        embed = layers.TimestepEmbedding(out, self.dtype, name="time_embedding")
+        time_BC = embed(self.features(t_B, width))
+        if self.timestep_post_act:
+            time_BC = ACTIVATIONS[self.timestep_post_act](time_BC)
+        if self.addition_embed_type:
+            pooled_BP, sizes_BS = added
+            sizes = self.features(sizes_BS.reshape(-1), self.addition_time_embed_dim)
+            sizes = sizes.reshape(len(pooled_BP), -1).astype(self.dtype)
+            added = jnp.concatenate([pooled_BP.astype(self.dtype), sizes], axis=-1)
+            embed = layers.TimestepEmbedding(out, self.dtype, name="add_embedding")
+            time_BC = time_BC + embed(added)
+        if self.time_embedding_act_fn:
+            time_BC = ACTIVATIONS[self.time_embedding_act_fn](time_BC)
         return time_BC
+
+    def features(self, values, width):
+        options = self.flip_sin_to_cos, self.freq_shift
+        return layers.timestep_features(values, width, *options)
 
     def stage(self, cls, i: int, kind: str, num_layers: int, resize: bool):
         """Returns a function that builds the stage of size i, from the largest."""
@@ -230,14 +257,16 @@ def build_unet(config: dict, dtype=jnp.float32, kernels: Kernels | None = None) 
 # --- applying -------------------------------------------------------------------------
 
 
-def apply_unet(unet: UNet, params, z_BCHW, t_B, c_BLD, capture=(), text=None):
+def apply_unet(
+    unet: UNet, params, z_BCHW, t_B, c_BLD, capture=(), text=None, added=None
+):
     """Returns (the UNet's output, captured hidden states). Pure and jittable.
 
     Args:
       params: nested. z_BCHW: "B C H W", noised latents. t_B: int or float "B",
         timesteps. c_BLD: "B L D", text states.
       capture: kinds of `CAPTURE_KINDS` to collect: "transformer" gives "B HW C".
-      text: from `project_text`, or None.
+      text: from `project_text`, or None. added: see `UNet`.
     Returns: (output "B C H W" in the module's dtype, dict path -> array; the paths are
       those of the parameters, e.g. "mid_block/attentions_0/transformer_blocks_0").
     Raises: ValueError for an unknown kind.
@@ -249,6 +278,7 @@ def apply_unet(unet: UNet, params, z_BCHW, t_B, c_BLD, capture=(), text=None):
         z_BCHW,
         jnp.asarray(t_B),
         c_BLD,
+        added,
         capture_intermediates=lambda module, _: isinstance(module, classes),
         mutable=["intermediates"],
     )

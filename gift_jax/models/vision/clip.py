@@ -60,7 +60,7 @@ class VisionTransformer(nn.Module):
         norm = functools.partial(LayerNorm, self.config.layer_norm_eps, **common)
         x_BLD = VisionEmbeddings(self.config, **common, name="embeddings")(x_BHWC)
         x_BLD = norm(name="pre_layrnorm")(x_BLD)  # its name on disk
-        x_BLD = encoder(self.config, False, self.dtype, self.kernels)(x_BLD)
+        x_BLD, _ = encoder(self.config, False, self.dtype, self.kernels)(x_BLD)
         return norm(name="post_layernorm")(x_BLD[:, 0])
 
 

@@ -15,7 +15,6 @@ from command_runs import TEXT_FILE, UNET_FILE, tensors
 from gift_jax.models import safetensors_io
 from gift_jax.models.folder import ModelFolder
 from gift_jax.models.load import load_model
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
 from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError
@@ -298,7 +297,7 @@ def unet_file(folder, tmp_path):
 
 
 def our_picture(model, latents):
-    cond, uncond = (stable_diffusion.encode_prompts(model, [p]) for p in (PROMPT, ""))
+    cond, uncond = (model.encode_text([p]) for p in (PROMPT, ""))
     sample = sampler.make_sampler(model, "ddim", 4, 4.0, True)
     args = model.params["unet"], model.params["vae"], cond, uncond, latents
     return np.asarray(sample(*args)).astype(int)

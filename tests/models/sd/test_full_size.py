@@ -22,12 +22,13 @@ from gift_jax.models.sd import random_weights, stable_diffusion
 from gift_jax.models.tokenizer import load_tokenizer
 
 slow = pytest.mark.slow
-MODELS = ["small-sd15", "small-sd21"]
-MODELS += [pytest.param(name, marks=slow) for name in ("sd15", "sd21")]
+SMALL = ["small-sd15", "small-sd21", "small-sdxl"]
+MODELS = [*SMALL, *(pytest.param(n, marks=slow) for n in ("sd15", "sd21", "sdxl"))]
 TORCH_CLASS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }
 
 
@@ -65,7 +66,7 @@ def compare(name, kind, folder, ours_of, theirs_of):
         gc.collect()  # the float32 model
         return theirs(torch.float64)
 
-    if kind == "text_encoder":  # whose causal mask overflows in float64
+    if kind.startswith("text_encoder"):  # whose causal mask overflows in float64
         theirs_in_double = None
     check_equal(f"{name} {kind}", ours, theirs(torch.float32), theirs_in_double)
 
@@ -73,20 +74,31 @@ def compare(name, kind, folder, ours_of, theirs_of):
 @pytest.mark.parametrize("name", MODELS)
 def test_unet_equals_pytorch(name, folder, rng):
     torch = pytest.importorskip("torch")
-    text = configs(name)["text_encoder"]
-    shape = (1, text["max_position_embeddings"], text["hidden_size"])
+    config = configs(name)["unet"]
+    module = sd.build_unet(config)
+    shape = (1, 16, config["cross_attention_dim"])
     side = 16 if name.startswith("small") else 32
     z = rng.normal(size=(1, 4, side, side)).astype(np.float32)
     c = rng.normal(size=shape).astype(np.float32)
     t = np.asarray([621], np.int32)
+    pooled = rng.normal(size=(1, module.pooled_width)).astype(np.float32)
+    sizes = np.float32([[1024, 768, 0, 128, 1024, 1024]])
+    added = (pooled, sizes) if module.addition_embed_type else None
+
+    def theirs(unet, put):
+        options = {}
+        if added:
+            keys = {"text_embeds": put(pooled), "time_ids": put(sizes)}
+            options["added_cond_kwargs"] = keys
+        t_B = torch.tensor(t, dtype=torch.long)
+        return {"output": unet(put(z), t_B, put(c), **options).sample}
+
     compare(
         name,
         "unet",
         folder,
-        lambda unet, p: {"output": sd.apply_unet(unet, p, z, t, c)[0]},
-        lambda unet, put: {
-            "output": unet(put(z), torch.tensor(t, dtype=torch.long), put(c)).sample
-        },
+        lambda unet, p: {"output": sd.apply_unet(unet, p, z, t, c, added=added)[0]},
+        theirs,
     )
 
 
@@ -110,24 +122,41 @@ def test_vae_equals_pytorch(name, folder, rng):
     compare(name, "vae", folder, ours, theirs)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_text_encoder_equals_pytorch(name, folder, rng):
+SECOND = [
+    ("small-sdxl", "text_encoder_2"),
+    pytest.param("sdxl", "text_encoder_2", marks=slow),
+]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *[(name, "text_encoder") for name in SMALL],
+        *[pytest.param(n, "text_encoder", marks=slow) for n in ("sd15", "sd21")],
+        *SECOND,
+    ],
+)
+def test_text_encoder_equals_pytorch(name, kind, folder, rng):
     torch = pytest.importorskip("torch")
-    config = configs(name)["text_encoder"]
+    config = configs(name)[kind]
     end, length = config["vocab_size"] - 1, config["max_position_embeddings"]
-    pad = 0 if name.endswith("sd21") else end
+    pad = 0 if name.endswith("sd21") or kind == "text_encoder_2" else end
     ids = rng.integers(0, end - 1, size=(2, length)).astype(np.int32)
     ids[:, 0], ids[0, 5], ids[0, 6:], ids[1, -1] = end - 1, end, pad, end
 
     def ours(text, p):
-        hidden, pooled = sd.apply_text(text, p, ids)
-        return {"hidden": hidden, "pooled": pooled}
+        return sd.apply_text(text, p, ids)._asdict()
 
     def theirs(text, _):
-        out = text(torch.tensor(ids, dtype=torch.long))
-        return {"hidden": out.last_hidden_state, "pooled": out.pooler_output}
+        ids_BL = torch.tensor(ids, dtype=torch.long)
+        out = text(ids_BL, output_hidden_states=True)
+        return {
+            "last": out.last_hidden_state,
+            "pooled": out.pooler_output if kind == "text_encoder" else out.text_embeds,
+            "penultimate": out.hidden_states[-2],
+        }
 
-    compare(name, "text_encoder", folder, ours, theirs)
+    compare(name, kind, folder, ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["small-sd15", "small-sd21"])
@@ -144,7 +173,7 @@ def test_whole_folder_equals_pytorch_pipeline(name, folder):
     assert model.scaling_factor == pipeline.vae.config.scaling_factor
     prompts = ["a Dog!", "", "a prompt that will not fit into sixteen tokens"]
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    ours = stable_diffusion.encode_prompts(model, prompts)
+    ours = stable_diffusion.encode_prompts(model, prompts)["states"]
     np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
 
 

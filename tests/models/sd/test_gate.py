@@ -61,6 +61,21 @@ def test_network_computes_what_the_detector_does(setting):
     np.testing.assert_allclose(logits_inside(g, new, inputs), expected - 2.0, atol=1e-3)
 
 
+def test_network_of_sdxl_does_so_too(setting):
+    """No attention at the latents' size, and more beside the timestep."""
+    unet = sd.build_unet(tiny_model.TINY_XL["unet"] | {"block_out_channels": [64, 128]})
+    network = flatten_dict(tiny_model.random_params(unet, 0), sep="/")
+    g, z = gate.Gate(unet), setting[3][0]
+    params = g.init(jax.random.key(2))
+    text = jax.random.normal(jax.random.key(3), (4, 5, unet.cross_attention_dim))
+    added = jnp.ones((4, unet.pooled_width)), jnp.full((4, 6), 16.0)
+    new, _ = g.install(params, network, threshold=2.0)
+    expected = g.logits(params, z)
+    assert np.ptp(expected) > 0.1
+    inside = logits_inside(g, new, (z, jnp.arange(4) * 200, text, added)) + 2.0
+    np.testing.assert_allclose(inside, expected, atol=2e-3)
+
+
 def test_detector_reads_neither_text_nor_timestep(setting):
     g, params, network, (z, t, text) = setting
     new, _ = g.install(params, network, 0.0)

@@ -177,11 +177,12 @@ def test_a_pipeline_of_pytorch_loads_the_folder(name, small):
     assert pipe.scheduler.config.prediction_type == expected
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
+@pytest.mark.parametrize("name", single_files.NAMES)
 def test_our_loader_reads_the_folder(name, small):
     model = stable_diffusion.load(small[name][1])
     assert model.image_size == 64
-    assert model.prediction_type == {"sd15": "epsilon", "sd21": "v_prediction"}[name]
+    expected = "v_prediction" if name == "sd21" else "epsilon"
+    assert model.prediction_type == expected
 
 
 # --- there and back -------------------------------------------------------------------

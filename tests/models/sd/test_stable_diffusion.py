@@ -22,7 +22,7 @@ def test_load_casts_to_the_dtype_asked_for(tiny_folder):
     model = stable_diffusion.load(tiny_folder, jnp.bfloat16)
     dtypes = {a.dtype for a in jax.tree.leaves(model.params)}
     assert dtypes == {jnp.dtype(jnp.bfloat16)}
-    states = stable_diffusion.encode_prompts(model, ["a dog"])
+    states = stable_diffusion.encode_prompts(model, ["a dog"])["states"]
     assert states.dtype == jnp.float32
 
 
@@ -57,16 +57,16 @@ def test_prompts_equal_pytorch_pipeline(tiny, tiny_folder):
     prompts = ["a Dog", "", "a very long prompt that will not fit into the model"]
     pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_folder))
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    ours = stable_diffusion.encode_prompts(tiny, prompts)
+    ours = stable_diffusion.encode_prompts(tiny, prompts)["states"]
     np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
 
 
 def test_encoding_does_not_depend_on_the_batch(tiny, rng):
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
-    together = stable_diffusion.encode_prompts(tiny, prompts)
+    together = stable_diffusion.encode_prompts(tiny, prompts)["states"]
     assert together.shape == (5, 16, 32)
     assert np.abs(together[0] - together[1]).max() > 1e-3
-    apart = stable_diffusion.encode_prompts(tiny, prompts, batch_size=2)
+    apart = stable_diffusion.encode_prompts(tiny, prompts, batch_size=2)["states"]
     np.testing.assert_allclose(apart, together, atol=1e-5)
     images = rng.uniform(-1, 1, size=(3, 16, 16, 3)).astype(np.float32)
     mean, std = stable_diffusion.encode_images(tiny, images)
@@ -99,7 +99,7 @@ def test_images_of_a_wrong_shape_are_refused(tiny):
     with pytest.raises(UserError, match="must be multiples of 2"):
         stable_diffusion.encode_images(tiny, np.zeros((1, 15, 16, 3)))
     with pytest.raises(UserError, match="prompts is empty"):
-        stable_diffusion.encode_prompts(tiny, [])
+        stable_diffusion.encode_prompts(tiny, [])["states"]
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GIFT on Stable Diffusion XL against learning one object, as DreamBooth does.
+
+    python -m gift_jax.train --config configs/sdxl_object.py --workdir runs/object \\
+        --config.harmful.folder=DIR
+
+As sd15_object.py, at 1024 pixels. The 546 M parameters of cross-attention train in
+float32; the other 2 B are frozen, in bfloat16, and divided over the devices with
+--config.hardware.mesh.fsdp=8 --config.hardware.shard_frozen=true. What fits where:
+docs/lab/speed.md.
+
+Hardware: not yet run on an accelerator. Result: not yet run. Every constant beside the
+model's own size is that of sd15_object.py, and not tuned for SDXL.
+"""
+
+from ml_collections import ConfigDict
+
+from gift_jax import train
+from gift_jax.runtime import presets
+from gift_jax.runtime.config import with_variant
+
+
+def get_config(name: str = "") -> ConfigDict:
+    c = presets.apply(train.get_config("gift"), presets.SDXL)
+    c.gift.update(ascent_bound="hinge", ascent_cap=4.0)
+    c.harmful.folder = "data/object"
+    c.harmful.prompt = "a photo of *s purse"
+    c.safe.num_generated = 200
+    c.safe.prompt = "a photo of a purse"
+    c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "a photo of a dog")
+    return with_variant(c, name, smoke=presets.SD15_SMOKE)
