@@ -206,7 +206,7 @@ def plan(task: base.Task) -> base.Plan:
 
     def files(params):
         rows = learned_rows(s, model.folder, params)
-        names: Sequence[str] = (s.token,) if len(rows) == 1 else SDXL_NAMES
+        names = [s.token] if len(rows) == 1 else list(SDXL_NAMES)
         arrays = dict(zip(names, rows.values(), strict=True))
         return {"learned_embeds.safetensors": arrays}
 
