@@ -204,10 +204,10 @@ def plan(task: base.Task) -> base.Plan:
 
     words = word_count(model.tokenizer) if s.discrete else 0
 
-    def files(params):
+    def files(params) -> dict[str, base.Flat]:
         rows = learned_rows(s, model.folder, params)
         names = [s.token] if len(rows) == 1 else list(SDXL_NAMES)
-        arrays = dict(zip(names, rows.values(), strict=True))
+        arrays: base.Flat = dict(zip(names, rows.values(), strict=True))
         return {"learned_embeds.safetensors": arrays}
 
     return base.Plan(
