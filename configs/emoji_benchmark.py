@@ -160,6 +160,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.definitions.methods.gift = settings.method(GIFT)
     c.definitions.methods.gift_adversarial = settings.method(ADVERSARIAL)
     c.definitions.methods.gift_gate = settings.method(GATE)
+    c.definitions.methods.gift_gate_style = settings.method(f"{GATE}:style")
     for name, (file, overrides) in (ABLATIONS | TRADE_OFF).items():
         c.definitions.methods[name] = settings.method(file, overrides)
     c.definitions.attacks = settings.every_attack(

@@ -3,6 +3,9 @@
 
     python -m gift_jax.train --config configs/emoji_gift_gate.py --workdir runs/gate
 
+    --config configs/emoji_gift_gate.py:style   of a style, which many things have: more
+                                                channels and steps; colors as they are
+
 Hardware: two CPU cores. Every constant is ours. What it holds against, and what not:
 docs/lab/gate.md.
 """
@@ -34,4 +37,13 @@ def get_config(name: str = "") -> ConfigDict:
         "harmful.generation.steps": 2,
         "safe.generation.steps": 2,
     }
-    return with_variant(c, name, smoke=smoke)
+    style = {
+        "steps": 8000,
+        "gift_gate.share": 0.25,
+        "gift_gate.safe_weight": 2.0,
+        "harmful.color": 0.0,
+        "harmful.rotate": 0.0,
+        "safe.color": 0.0,
+        "safe.rotate": 0.0,
+    }
+    return with_variant(c, name, smoke=smoke, style=style)
