@@ -30,9 +30,12 @@ def images(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_smoke_runs_on_any_model_and_any_images(images, tiny_folder):
+@pytest.mark.parametrize(
+    "model", ["tiny_folder", pytest.param("tiny_xl_folder", marks=pytest.mark.slow)]
+)
+def test_smoke_runs_on_any_model_and_any_images(images, model, request):
     argv = [f"--config={CONFIG}:smoke", "--workdir=run"]
-    argv += [f"--config.model={tiny_folder}"]
+    argv += [f"--config.model={request.getfixturevalue(model)}"]
     assert benchmark_main.main(argv) == 0
     data = json.loads((images / "run" / "results.json").read_text())
     cells = data["cells"]
