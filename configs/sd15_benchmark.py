@@ -49,6 +49,8 @@ BENIGN |= {
     "existing_word": "a photo of a fire truck",
     "learned": "a photo of a <thing>",
 }
+WAYS = ("{concept}", "{concept}, close-up", "{concept}, seen from afar")  # drawn
+WAYS += ("{concept}, in a dark room", "{concept}, outdoors, in daylight")
 SMOKE = {
     "name": "smoke",
     "methods": ("original", "uce"),
@@ -90,7 +92,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.name, c.split = "sd15", "test"
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.resolution = 512
-    c.methods = ("original", *METHODS, "gift")
+    c.methods = ("original", *METHODS, "gift", "gift_gate")
     c.concepts, c.seeds = ("object", "style", "nsfw"), (0, 1, 2)
     c.prompts = ("name", "description", "nonce", "existing_word")
     c.eval_steps = (250,)
@@ -98,7 +100,9 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in METHODS:
         c.definitions.methods[name] = settings.method(f"{BASELINES}:{name}")
     c.definitions.methods.gift = settings.method("configs/sd15_object.py")
-    c.definitions.methods.gift_gate = settings.method("configs/sd15_gift_gate.py")
+    c.definitions.methods.gift_gate = settings.method(
+        "configs/sd15_gift_gate.py", {"harmful": {"drawn_prompts": WAYS}}
+    )
     c.definitions.attacks = settings.every_attack(
         "configs/sd15_attack.py",
         {"dreambooth": 5e-6, "lora": 1e-4},

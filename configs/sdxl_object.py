@@ -5,9 +5,9 @@
         --config.harmful.folder=DIR
 
 As sd15_object.py, at 1024 pixels. The 546 M parameters of cross-attention train in
-float32; the other 2 B are frozen, in bfloat16, and divided over the devices with
---config.hardware.mesh.fsdp=8 --config.hardware.shard_frozen=true. What fits where:
-docs/lab/speed.md.
+float32; the other 2 B are frozen, in bfloat16. On eight devices both are divided with
+--config.hardware.mesh.fsdp=8 --config.hardware.shard_frozen=true, and batches of 8:
+--config.harmful.batch=8 --config.safe.batch=8. What fits where: docs/lab/speed.md.
 
 Hardware: not yet run on an accelerator. Result: not yet run. Every constant beside the
 model's own size is that of sd15_object.py, and not tuned for SDXL.

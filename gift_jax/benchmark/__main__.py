@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every defense against every attack, and measures uncurated samples.
 
-    python -m gift_jax.benchmark --config configs/emoji_benchmark.py:quick \
+    python -m gift_jax.benchmark --config configs/emoji_benchmark.py:quick \\
         --workdir runs/quick --workers 2
 
 For each concept, each method immunizes the model once. Each attack is then run on the

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the step of a config of gift_jax.train for TPUs, on a machine without any.
 
-    python -m gift_jax.compile --config configs/sd15_object.py --topology v5e:4x4 \
+    python -m gift_jax.compile --config configs/sd15_object.py --topology v5e:4x4 \\
         --batch-per-chip 4 --config.compute_dtype=bfloat16
 
 Reports how much of a chip's memory the step takes, what it computes and moves, how long

@@ -160,8 +160,10 @@ def of_run(
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     every = {line["step"]: line for line in map(json.loads, lines)}
-    step = max(every, default=0) if step is None else step
-    return card(recorded, base.path, summary, metrics=every.get(step, {}))
+    metrics = every.get(max(every, default=0) if step is None else step, {})
+    for path in sorted(workdir.glob("*/metrics.jsonl")) if step is None else ():
+        metrics |= json.loads(path.read_text().splitlines()[-1])  # a later phase's
+    return card(recorded, base.path, summary, metrics=metrics)
 
 
 def card(

@@ -19,7 +19,7 @@ examples:
   python -m gift_jax.report runs/benchmark --images 4 --over peak
   python -m gift_jax.report runs/one runs/two --out both.html
   python -m gift_jax.report runs/benchmark --publish docs/results/benchmark
-  python -m gift_jax.report runs/benchmark --compare gift_plain gift --over final
+  python -m gift_jax.report runs/benchmark --compare gift gift_gate --over final
 """
 
 import argparse

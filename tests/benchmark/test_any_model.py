@@ -73,7 +73,7 @@ def test_smoke_runs_on_any_model_and_any_images(images, model, request):
 def test_whole_suite_is_sound_and_counted_without_images_or_model():
     jobs = matrix.Matrix(load_config(str(CONFIG)))
     counts = workload.count(jobs, jobs.cells)
-    assert counts["defended models"] == 3 * 3 * 5
+    assert counts["defended models"] == 3 * 3 * 6
     assert counts["cells"] > 1000 and counts["attack steps"] > 5e5
     nsfw = [c for c in jobs.cells if c.concept == "nsfw" and c.is_attacked]
     # captions say what is in explicit pictures: no name, no description

@@ -8,6 +8,7 @@ import pytest
 
 from gift_jax import attack, train
 from gift_jax.models import model_card
+from gift_jax.models.folder import ModelFolder
 from gift_jax.runtime.config import load_config
 
 CONFIGS = {
@@ -136,3 +137,19 @@ def test_images_of_a_folder_are_named_without_their_place(run, tmp_path):
     text = run.card(tmp_path)
     assert "faces (folder), all under 'a sks person'" in text
     assert "somebody" not in text
+
+
+@pytest.mark.parametrize("run", ["gift_gate"], indirect=True)
+def test_card_has_what_every_phase_measured(run, tmp_path):
+    (tmp_path / "preserve").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(run.recorded))
+    for folder, name in (
+        (tmp_path, "upper/loss"),
+        (tmp_path / "preserve", "lower/loss"),
+    ):
+        lines = [json.dumps({"step": n, name: float(n)}) for n in (1, 2)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+    base = ModelFolder(tmp_path)
+    card = model_card.of_run(tmp_path, base, run.summary)
+    assert "upper/loss" in card and "lower/loss" in card
+    assert "lower/loss" not in model_card.of_run(tmp_path, base, run.summary, step=1)
