@@ -119,12 +119,12 @@ def test_rename_there_and_back(tiny_folder, loras, tmp_path):
         assert convert.main(["rename-lora", *flags]) == 0
     by_diffusers = safetensors.numpy.load_file(theirs)
     assert by_diffusers.keys() == {
-        f"{module}.lora_{half}.weight"
-        for module in (f"unet.{ATTN}", f"text_encoder.{FC1}")
-        for half in "AB"
+        *(f"unet.{ATTN}.lora_{half}.weight" for half in "AB"),
+        f"text_encoder.{FC1}.lora_linear_layer.down.weight",
+        f"text_encoder.{FC1}.lora_linear_layer.up.weight",
     }
     up = arrays[f"lora_te_{FC1.replace('.', '_')}.lora_up.weight"]
-    renamed_up = by_diffusers[f"text_encoder.{FC1}.lora_B.weight"]
+    renamed_up = by_diffusers[f"text_encoder.{FC1}.lora_linear_layer.up.weight"]
     np.testing.assert_allclose(renamed_up, 3 * up, atol=1e-6)  # alpha / rank
     again = safetensors.numpy.load_file(back)
     assert again.keys() == arrays.keys()

@@ -283,5 +283,8 @@ def _written(layer: Layer, by: str) -> dict[str, np.ndarray]:
     A, B = layer.factors()
     if by == "kohya":
         return kohya.state(layer.component, layer.module, A, B, layer.alpha)
-    name = f"{layer.component}.{layer.module}.lora"
-    return {f"{name}_A.weight": A, f"{name}_B.weight": np.float32(layer.scale) * B}
+    name, halves = f"{layer.component}.{layer.module}", ("lora_A", "lora_B")
+    if layer.component != "unet":  # with lora_A, diffusers reads attention layers alone
+        halves = ("lora_linear_layer.down", "lora_linear_layer.up")
+    up = np.float32(layer.scale) * B
+    return {f"{name}.{halves[0]}.weight": A, f"{name}.{halves[1]}.weight": up}
