@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "measure what a model draws, or images drawn elsewhere",
     "benchmark": "try every defense against every attack",
     "report": "turn benchmark folders into one HTML page",
-    "convert": "convert between diffusers folders and Orbax checkpoints; merge LoRA",
+    "convert": "convert model folders and checkpoints; merge LoRA; verify in PyTorch",
     "compile": "compile a training step for TPUs on a machine without any",
     "pretrain": "make the embedded model from the embedded images",
     "demo": "immunize, attack and judge the embedded model in minutes",

@@ -9,6 +9,7 @@
     python -m gift_jax.convert rename-lora    --model DIR_OR_HUB_ID --lora FILE --names kohya --out FILE
     python -m gift_jax.convert from-single-file FILE --out DIR
     python -m gift_jax.convert to-single-file --model DIR_OR_HUB_ID --out FILE
+    python -m gift_jax.convert verify         --model DIR_OR_HUB_ID
 
 A run's checkpoints hold what it trained; the rest comes from the model it started from,
 whose content must still be what it was. A checkpoint made by from-diffusers holds the
@@ -18,8 +19,12 @@ modules' names tell what kohya's underscores stand for.
 
 A single file is a whole Stable Diffusion 1, 2 or XL in one .safetensors by its original
 names. It holds no tokenizer: that comes from --tokenizer.
+
+verify has PyTorch's diffusers load a model, compares every tensor with the files, and
+draws one picture here and there; exit code 1 if they differ.
 """  # noqa: E501 - commands to copy
 
+import argparse
 import pathlib
 
 import numpy as np
@@ -39,7 +44,9 @@ from gift_jax.models.sd.single_file import from_file, to_file
 from gift_jax.models.sd.single_file.families import PREDICTIONS
 from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime import cli, config, files
+from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import verification
 from gift_jax.training import checkpoint, setup
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -168,6 +175,22 @@ def to_single_file(args) -> None:
     logging.info("wrote %s", args.out)
 
 
+def verify(args) -> None:
+    """Prints whether PyTorch loads and draws a model as gift_jax does."""
+    if args.steps < 1:
+        raise UserError(f"--steps={args.steps} must be at least 1")
+    init_jax()
+    line = verification.verify(
+        args.model,
+        AdapterFiles(lora=tuple(args.lora), textual_inversion=tuple(args.embeddings)),
+        revision=args.revision,
+        variant=args.variant,
+        picture=verification.Picture(args.prompt, args.steps) if args.picture else None,
+        without="--no-picture",
+    )
+    print(line)
+
+
 class Run:
     """What a run's checkpoint changed, and in which model.
 
@@ -240,6 +263,8 @@ def _complete(cfg):
         cfg.hardware.processes = config.to_config(setup.Processes)
     if "adapters" not in cfg:  # of an older run
         cfg.adapters = config.to_config(AdapterFiles)
+    if "verify" not in cfg:
+        cfg.verify = "off"
     return cfg
 
 
@@ -263,9 +288,15 @@ def _parser():
     flags = cli.parser(__doc__, "convert")
     commands = flags.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, run, text):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def subcommand(name, run, text, more=""):
+        sub = commands.add_parser(
+            name, help=text, description=text + more, allow_abbrev=False
+        )
         sub.set_defaults(run=run)
+        return sub
+
+    def command(name, run, text):
+        sub = subcommand(name, run, text)
         sub.add_argument("--out", type=pathlib.Path, required=True, help="must be new")
         sub.add_argument(
             "--dtype", choices=tuple(DTYPES), help="of the weights (default: as it is)"
@@ -274,10 +305,7 @@ def _parser():
 
     def from_model(name, run, text):
         sub = command(name, run, text)
-        add = sub.add_argument
-        add("--model", required=True, help="a diffusers folder, hub id or single file")
-        add("--revision", default="", help="of a hub id")
-        add("--variant", default="", help="of the weight files, such as fp16")
+        _add_model(sub)
         return sub
 
     from_model(
@@ -316,7 +344,42 @@ def _parser():
         )
         sub.add_argument("--step", type=int, help="of a run (default: the newest)")
         sub.add_argument("--base", help="where the run's base model lies now")
+    _add_verify(subcommand("verify", verify, *_VERIFY))
     return flags
+
+
+_VERIFY = (
+    "whether PyTorch's diffusers loads and draws a model as gift_jax does",
+    ". Needs pip install 'gift_jax[torch]', and memory for the weights in float32, "
+    "once: 4.3 GB for Stable Diffusion 1.5, 14 GB for SDXL, and what drawing takes. "
+    "Exit code 0: the pictures agree; 1: one line says what does not.",
+)
+
+
+def _add_verify(sub):
+    _add_model(sub)
+    add = sub.add_argument
+    for name, dest, meaning in (
+        ("--lora", "lora", "FILE[:SCALE], a LoRA to add"),
+        ("--textual-inversion", "embeddings", "FILE[:TOKEN], learned embeddings"),
+    ):
+        text = f"{meaning}; every tensor must arrive; repeatable"
+        add(name, dest=dest, action="append", default=[], help=text)
+    add("--prompt", default="", help="(default: a dog, and the words of embeddings)")
+    add("--steps", type=int, default=2, help="of drawing (default %(default)s)")
+    add(
+        "--picture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw one on both sides",
+    )
+
+
+def _add_model(sub):
+    add = sub.add_argument
+    add("--model", required=True, help="a diffusers folder, hub id or single file")
+    add("--revision", default="", help="of a hub id")
+    add("--variant", default="", help="of the weight files, such as fp16")
 
 
 def _add_single_file(sub):

@@ -19,7 +19,7 @@ from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 
 # fields of a job's config that change nothing of its result
-_NO_RESULT = ("hardware", "checkpoints", "log_every")
+_NO_RESULT = ("hardware", "checkpoints", "log_every", "verify")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Matrix:
         """Returns the config of `gift_jax.train` that makes the cell's model."""
         c = self._job("methods", cell.method)
         c.update(dataclasses.asdict(self.model_fields()))
-        c.samples.num = 0
+        c.samples.num, c.verify = 0, "off"
         concept = self.concepts[cell.concept]
         for name, images in (("harmful", concept.defense_data), ("safe", concept.safe)):
             if name in c:
@@ -184,7 +184,7 @@ class Matrix:
         """
         c, concept = self._job("attacks", cell.attack), self.concepts[cell.concept]
         c.update(dataclasses.asdict(self.model_fields(model)))
-        c.samples.num = 0
+        c.samples.num, c.verify = 0, "off"
         side = getattr(concept, cell.side)
         name = side.prompts.name or side.images.prompt
         _fill(

@@ -25,7 +25,7 @@ EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
 FAMILIES = (stable_diffusion,)  # each with PIPELINES, names of classes, and load()
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}  # that an attention needs
-_SMALL_BYTES = 2**30  # of a model's files
+SMALL_BYTES = 2**30  # of a model's files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,12 @@ def cpu_devices_to_draw(name: str) -> int:
     Each holds the weights: a large model, which keeps all cores busy anyway, is left
     on one.
     """
-    folder = local_folder(name)
-    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    return num_cores() if 0 < size < _SMALL_BYTES else 1
+    return num_cores() if 0 < weight_bytes(local_folder(name)) < SMALL_BYTES else 1
+
+
+def weight_bytes(folder: pathlib.Path) -> int:
+    """Returns the size of a model folder's weight files; 0 if there are none."""
+    return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 
 def load_model(

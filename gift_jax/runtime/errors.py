@@ -40,6 +40,13 @@ class NonFiniteError(RuntimeError, CommandExit):
     exit_code = 3
 
 
+class VerificationError(RuntimeError, CommandExit):
+    """PyTorch's libraries do not load what is in a model's files, or draw it so."""
+
+    def __init__(self, message: str):
+        super().__init__(escaped(message))
+
+
 class StoppedBySignal(CommandExit):
     """A signal ended the run, after a checkpoint if there was progress to save.
 

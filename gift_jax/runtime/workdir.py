@@ -15,8 +15,9 @@ from gift_jax.runtime.config import flatten
 from gift_jax.runtime.errors import UserError
 
 # Fields, and groups of fields, that a resumed run may change without becoming another
-# run: its length, the pace of its logs and checkpoints, and the hardware.
-RESUMABLE_FIELDS = ("steps", "log_every", "checkpoints", "hardware")
+# run: its length, the pace of its logs and checkpoints, the hardware, and what is
+# looked at after it.
+RESUMABLE_FIELDS = ("steps", "log_every", "checkpoints", "hardware", "verify")
 RESUMABLE_FIELDS += ("checkpoint_every", "cpu_devices")  # of configs without groups
 
 _LOCK = ".lock"

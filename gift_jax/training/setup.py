@@ -85,6 +85,12 @@ class Run(load.ModelFields):
     seed: int = config.number(0, low=0, doc="of everything that the run draws")
     steps: int = config.number(1000, low=0, doc="of the whole run")
     log_every: int = config.number(20, low=1, doc="steps between two lines of metrics")
+    verify: str = config.choice(
+        "auto",
+        ("auto", "on", "off"),
+        "that PyTorch loads and draws the export alike; auto: if it is installed, a "
+        "failure is a warning; on: a failure is exit code 1",
+    )
     checkpoints: Checkpoints = config.group(Checkpoints)
     hardware: Hardware = config.group(Hardware)
 

@@ -146,9 +146,7 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
                     "another file of unet_tensors too; leave one of them out"
                 )
             changes[path] = [change]
-    for text in fields.lora:
-        name, scale = _split_scale(text)
-        file = _file("lora", name)
+    for file, scale in loras(fields):
         sources.append(_Source("LoRA", file, f"scale {scale:g}"))
         for path, change in lora_files.read(file, targets, scale).items():
             changes.setdefault(path, []).append(change)
@@ -168,9 +166,7 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
                     f"{root}: the tokenizer has {vocabulary} tokens, but the text "
                     f"encoder {rows} rows; they are of different models"
                 )
-    for text in fields.textual_inversion:
-        name, token = _split_token(text)
-        file = _file("textual_inversion", name, _EMBEDDINGS)
+    for file, token in embeddings(fields):
         widths = {path: width for path, (_, width) in tables.items()}
         token, vectors = _read_embeddings(file, token, widths)
         _add_word(tokenizer, file, token, len(next(iter(vectors.values()))))
@@ -209,6 +205,20 @@ def _torch_table() -> str:
 
 
 # --- what a field names ---------------------------------------------------------------
+
+
+def loras(fields: AdapterFiles) -> list[tuple[Path, float]]:
+    """Returns (file, scale) of each LoRA; UserError for a file that is not there."""
+    named = map(_split_scale, fields.lora)
+    return [(_file("lora", name), scale) for name, scale in named]
+
+
+def embeddings(fields: AdapterFiles) -> list[tuple[Path, str]]:
+    """Returns (file, token or "") of each textual inversion, see `loras`."""
+    named = map(_split_token, fields.textual_inversion)
+    return [
+        (_file("textual_inversion", name, _EMBEDDINGS), token) for name, token in named
+    ]
 
 
 def _file(field: str, name: str, in_folder: str = "") -> Path:

@@ -83,6 +83,13 @@ class Layer(NamedTuple):
         )
         return A, B
 
+    def update(self, scale: float = 1.0) -> np.ndarray:
+        """Returns scale alpha / rank B A, float32 "O I", a convolution's axes in I."""
+        A, B = self.factors()
+        # a convolution's up is 1x1, so that it is a product too
+        delta = B.reshape(len(B), -1) @ A.reshape(len(A), -1)
+        return np.float32(scale * self.scale) * delta
+
 
 def read(file: Path, targets: Targets, scale: float) -> dict[str, Change]:
     """Returns {Flax path: float32 W, as PyTorch lays it out -> W + scale B A}.
@@ -93,7 +100,7 @@ def read(file: Path, targets: Targets, scale: float) -> dict[str, Change]:
     Raises: UserError naming the file and its first tensor that does not fit.
     """
     layers = read_layers(file, targets)
-    return {layer.path: _change(layer, scale * layer.scale) for layer in layers}
+    return {layer.path: _change(layer, scale) for layer in layers}
 
 
 def read_layers(file: Path, targets: Targets) -> list[Layer]:
@@ -247,13 +254,7 @@ def _misfit_of_alpha(half, names, shape):
 
 
 def _change(layer: Layer, scale: float) -> Change:
-    def change(W: np.ndarray) -> np.ndarray:
-        A, B = layer.factors()
-        # a convolution's up is 1x1, so that it is a product too
-        delta = B.reshape(len(B), -1) @ A.reshape(len(A), -1)
-        return W + np.float32(scale) * delta.reshape(W.shape)
-
-    return change
+    return lambda W: W + layer.update(scale).reshape(W.shape)
 
 
 def write(file: Path, layers: Sequence[Layer], by: str, dtype: str = "F32") -> None:

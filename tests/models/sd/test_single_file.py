@@ -389,6 +389,17 @@ def test_a_single_file_is_a_model_and_converted_once(
     assert load.cpu_devices_to_draw(str(file)) > 0
 
 
+@pytest.mark.parametrize("name", single_files.NAMES)
+def test_pytorch_reads_a_file_as_the_cache_has_it(small, cache, capsys, name):
+    """By diffusers' own conversion, without the network."""
+    pytest.importorskip("diffusers")
+    argv = ["verify", f"--model={small[name][0]}", "--no-picture"]
+    assert convert.main(argv) == 0
+    line, count = capsys.readouterr().out, 4 if name == "sdxl" else 3
+    assert line.startswith(f"verified: {count} components load in diffusers")
+    assert line.endswith("; no picture: --no-picture\n")
+
+
 def test_another_content_is_another_model(small, cache, tmp_path):
     file = tmp_path / "a.safetensors"
     shutil.copyfile(small["sd15"][0], file)
