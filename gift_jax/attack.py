@@ -21,7 +21,9 @@ from ml_collections import ConfigDict
 from gift_jax.attacks import base
 from gift_jax.data.cache import DataGroup, cached_source
 from gift_jax.models import load, model_card, safetensors_io
+from gift_jax.models.sd.adapters import AdapterFiles
 from gift_jax.runtime import cli, config, processes, workdir
+from gift_jax.sampling import verification
 from gift_jax.sampling.generated import load_group
 from gift_jax.sampling.images import Samples, check_samples, save_image_grid
 from gift_jax.state import Step, init_state
@@ -97,8 +99,22 @@ Look = Callable[[int, Any], None]
 
 
 def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
-    """Attacks cfg.model; returns the folder of the exported model."""
+    """Attacks cfg.model; returns the folder of the exported model.
+
+    Raises: VerificationError for config.verify=on, if PyTorch does not load it alike.
+    """
     settings = resolve(cfg)
+    verification.check_field(settings.verify)
+    added = _attack(cfg, settings, folder)  # its models are then no longer in memory
+    settings = dataclasses.replace(settings, revision=cfg.revision)
+    verification.verify_run(settings, folder / "export", added)
+    return folder / "export"
+
+
+def _attack(
+    cfg: ConfigDict, settings: AttackRun, folder: pathlib.Path
+) -> AdapterFiles | None:
+    """Writes all of a run's folder; returns its files for the base model, if any."""
     attack, samples = base.load(settings.attack), settings.samples
 
     def look(step, model):
@@ -108,9 +124,9 @@ def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
 
     at_steps = samples.at_steps if samples.num else ()
     plan, params = train(cfg, folder, at_steps=at_steps, look=look)
-    model = plan.model
+    model, files = plan.model, plan.files(params)
     if processes.is_main_process():
-        for name, arrays in plan.files(params).items():
+        for name, arrays in files.items():
             notes = plan.metadata.get(name)
             safetensors_io.write_float32(folder / name, arrays, notes)
     changed = attack.changed(settings.settings, model.folder, params)
@@ -119,7 +135,12 @@ def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     if samples.num:
         path = folder / "samples" / "after.png"
         _save_samples(model.updated(changed), settings, path)
-    return folder / "export"
+    paths = {"lora": [], "textual_inversion": []}
+    for name in files:
+        is_lora = name.startswith("lora/")
+        paths["lora" if is_lora else "textual_inversion"].append(str(folder / name))
+    added = AdapterFiles(**{field: tuple(names) for field, names in paths.items()})
+    return added or None
 
 
 def train(

@@ -80,7 +80,7 @@ def run(args) -> pathlib.Path:
 
 def _immunize(workdir, args) -> pathlib.Path:
     cfg = load_config(DEFENSE_CONFIG + args.variant)
-    cfg.harmful.names = (args.harmful,)
+    cfg.harmful.names, cfg.verify = (args.harmful,), "off"
     return train.run(cfg, workdir / "gift")
 
 
@@ -90,7 +90,7 @@ def _attack(
     cfg = load_config(ATTACK_CONFIG + args.variant)
     cfg.model = "emoji-sd" if base == "original" else str(folder)
     cfg.data.names, cfg.data.template = (concept,), template
-    cfg.samples.num = 0
+    cfg.samples.num, cfg.verify = 0, "off"
     name = f"attack_{base}_{concept}".replace(" ", "_")
     if not captions.check_template("template", template) & captions.OF_CONCEPT:
         name += "_nonce"

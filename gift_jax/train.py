@@ -23,6 +23,7 @@ from gift_jax.models import load, model_card
 from gift_jax.models.trainable import TRAINABLE_SETS
 from gift_jax.runtime import cli, config, processes, workdir
 from gift_jax.runtime.errors import UserError
+from gift_jax.sampling import verification
 from gift_jax.sampling.generated import load_group
 from gift_jax.sampling.images import Samples, check_samples, save_image_grid
 from gift_jax.state import init_state
@@ -104,8 +105,19 @@ def resolve(cfg: Any, *, with_data: bool = True) -> TrainRun:
 
 
 def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
-    """Immunizes cfg.model; returns the folder of the exported model."""
+    """Immunizes cfg.model; returns the folder of the exported model.
+
+    Raises: VerificationError for config.verify=on, if PyTorch does not load it alike.
+    """
     settings = resolve(cfg)
+    verification.check_field(settings.verify)
+    _immunize(cfg, settings, folder)  # whose models are then no longer in memory
+    verification.verify_run(settings, folder / "export")
+    return folder / "export"
+
+
+def _immunize(cfg: ConfigDict, settings: TrainRun, folder: pathlib.Path) -> None:
+    """Writes all of a run's folder."""
     defense = base.load(settings.method)
     mesh = setup.make_run_mesh(settings, settings.data)
     cfg.revision = load.pin_revision(settings, folder)
@@ -126,7 +138,6 @@ def run(cfg: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     if settings.samples.num:
         path = folder / "samples" / "after.png"
         _save_samples(model.updated(trained), settings, path)
-    return folder / "export"
 
 
 def _task(run: TrainRun, defense: base.Defense, model) -> base.Task:

@@ -178,6 +178,7 @@ def run_and_time(workdir: str, config_file: str, steps: int) -> dict:
             f"--workdir={workdir}",
             f"--config.steps={steps}",
             "--config.samples.num=0",
+            "--config.verify=off",
         ]
     )
     loop_s = ends[-1] - ends[0]

@@ -103,6 +103,18 @@ def asked_of_hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def log_lines(monkeypatch):
+    """What is logged as information, which the tests hush."""
+    lines = []
+
+    def info(text, *args, **_):  # Orbax logs a dict
+        lines.append(text % args if args else str(text))
+
+    monkeypatch.setattr(logging, "info", info)
+    return lines
+
+
+@pytest.fixture
 def rng():
     """NumPy's generator, seeded alike in every test."""
     return np.random.default_rng(0)

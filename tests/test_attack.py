@@ -12,6 +12,7 @@ from command_runs import (
     INVERSION,
     LORA,
     NO_SAMPLES,
+    NOT_VERIFIED,
     TEXT_FILE,
     changed,
     logged,
@@ -122,6 +123,27 @@ def test_resumed_attack_is_a_straight_one_and_draws_each_sample_once(
     assert samples(resumed) == samples(lora_run)
 
 
+@pytest.mark.parametrize("which", ["lora_run", "inversion_run"])
+def test_pytorch_reads_what_a_run_writes(
+    request, run_attack, tmp_path, log_lines, which
+):
+    """Of a finished run that is called again: its export, and its files on the base."""
+    pytest.importorskip("peft")
+    pytest.importorskip("diffusers")
+    run = shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
+    if which == "lora_run":
+        run_attack(run, *LORA, "--config.verify=on")
+    else:
+        config = "emoji_attack.py:textual_inversion_smoke"
+        flags = *INVERSION, "--config.verify=on"
+        run_attack(run, *flags, config=config, prompt="a <thing>")
+    of_export, of_files = (line for line in log_lines if "verified: 3 comp" in line)
+    assert "pictures differ by at most" in of_export
+    added = " and 12 LoRA layers and 12 LoRA layers"
+    added = added if which == "lora_run" else " and 2 vectors of <thing>"
+    assert f"components{added} load in" in of_files
+
+
 # --- DreamBooth -----------------------------------------------------------------------
 
 
@@ -143,7 +165,7 @@ def test_dreambooth_changes_the_whole_unet_and_nothing_else_and_adds_the_prior(
     argv = [f"--config={CONFIGS / 'sd15_attack.py'}:dreambooth_prior_smoke"]
     argv += [f"--config.model={tiny_folder}", f"--workdir={tmp_path / 'run'}"]
     argv += ["--config.data.batch=2", "--config.prior.batch=2"]  # two devices
-    assert attack.main([*argv, NO_SAMPLES]) == 0
+    assert attack.main([*argv, NO_SAMPLES, NOT_VERIFIED]) == 0
     line = logged(tmp_path / "run")[0]
     parts = line["attack/instance_loss"], line["attack/prior_loss"]
     assert abs(parts[0] - parts[1]) > 1e-3

@@ -15,6 +15,7 @@ from command_runs import (
     CONFIGS,
     IMMUNIZED,
     NO_SAMPLES,
+    NOT_VERIFIED,
     UNET_FILE,
     changed,
     files,
@@ -49,6 +50,15 @@ def test_run_fills_its_folder(immunized):
         with Image.open(run / "samples" / name) as image:
             assert image.size[0] > 16
     stable_diffusion.load(run / "export")
+
+
+def test_pytorch_draws_the_export_alike(run_train, immunized, tmp_path, log_lines):
+    """Of a finished run that is called again, with another value of the field."""
+    pytest.importorskip("diffusers")
+    run = shutil.copytree(immunized, tmp_path / "run")
+    run_train(run, *IMMUNIZED, "--config.verify=on", embedded=True)
+    (line,) = [line for line in log_lines if line.startswith("export: verified: 3 ")]
+    assert "pictures differ by at most" in line
 
 
 def test_export_differs_from_the_base_in_the_trained_tensors_only(
@@ -131,7 +141,7 @@ def test_sd15_config_trains_on_what_the_model_draws(
     monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
     argv = [f"--config={CONFIGS / name}.py:smoke", f"--config.model={tiny_folder}"]
     argv += ["--config.harmful.batch=2", "--config.safe.batch=2"]  # two devices
-    argv += [NO_SAMPLES, f"--workdir={tmp_path / 'run'}"]
+    argv += [NO_SAMPLES, NOT_VERIFIED, f"--workdir={tmp_path / 'run'}"]
     assert train.main(argv) == 0
     assert changed(tiny_folder, tmp_path / "run" / "export")
     assert len(list((tmp_path / "cache" / "generated").rglob("*.png"))) == 2
@@ -203,7 +213,7 @@ def test_gate_is_in_the_export_as_pytorch_computes_it(tmp_path, monkeypatch):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
     base = tiny_model.write_tiny(tmp_path / "base", unet=GATED_UNET)
     argv = [f"--config={CONFIGS}/emoji_gift_gate.py:smoke", f"--config.model={base}"]
-    argv += [NO_SAMPLES, f"--workdir={tmp_path / 'run'}"]
+    argv += [NO_SAMPLES, NOT_VERIFIED, f"--workdir={tmp_path / 'run'}"]
     assert train.main(argv) == 0
     detected = [line["step"] for line in logged(tmp_path / "run")]
     preserved = [line["step"] for line in logged(tmp_path / "run" / "preserve")]

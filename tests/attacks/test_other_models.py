@@ -33,7 +33,7 @@ def run(name, workdir, model, images, *flags):
     """Runs a variant of the emoji's attack on images in a folder."""
     argv = [f"--config={CONFIGS / 'emoji_attack.py'}:{name}_smoke"]
     argv += [f"--workdir={workdir}", f"--config.model={model}"]
-    argv += ["--config.samples.num=0", *flags]
+    argv += ["--config.samples.num=0", "--config.verify=off", *flags]
     if name != "interpolation":
         argv += ["--config.data.names=()", f"--config.data.folder={images}"]
         argv += ["--config.data.prompt=a sks thing"]

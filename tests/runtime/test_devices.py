@@ -32,6 +32,7 @@ def trained(tiny_folder, tmp_path_factory, pytestconfig):
         argv = [sys.executable, "-m", "gift_jax.train", f"--workdir={workdir}"]
         argv += ["--config=configs/emoji_gift.py:smoke", f"--config.steps={STEPS}"]
         argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
+        argv += ["--config.verify=off"]
         argv += [f"--config.hardware.cpu_devices={devices}", "--config.log_every=20"]
         for group in ("harmful", "safe"):
             argv += [f"--config.{group}.names=()", f"--config.{group}.prompt=a {group}"]

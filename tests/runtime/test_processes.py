@@ -78,6 +78,7 @@ def train(popen, tiny_folder, pictures, pytestconfig):
         argv += [f"--config.steps={steps}", "--config.upper.warmup_frac=0"]
         argv += ["--config.upper.schedule=constant"]  # does not depend on the steps
         argv += [f"--config.model={tiny_folder}", "--config.samples.num=0"]
+        argv += ["--config.verify=off"]
         argv += ["--config.harmful.names=()", "--config.harmful.prompt=a picture"]
         argv += [f"--config.harmful.folder={pictures}"]
         argv += ["--config.checkpoints.every=2"]

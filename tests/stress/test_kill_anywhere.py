@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("GIFT_JAX_KILLS", "8"))
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-QUICK = ["--config.steps=12", "--config.log_every=1"]
+QUICK = ["--config.steps=12", "--config.log_every=1", "--config.verify=off"]
 QUICK += ["--config.checkpoints.every=3", "--config.checkpoints.keep=2"]
 FLAGS = {
     "train": ["--config=configs/emoji_gift.py:smoke", *QUICK],
