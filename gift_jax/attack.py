@@ -6,9 +6,10 @@
 
 By LoRA, DreamBooth, textual inversion or another of config.attack. Writes the same
 folder as gift_jax.train; export/ is the model with the attack merged. Besides, for
-those who add it to the base model elsewhere: LoRA writes lora/pytorch_lora_weights.safetensors, for
-diffusers' load_lora_weights, and lora/kohya.safetensors, by the names that most other
-programs read; textual inversion learned_embeds.safetensors, for load_textual_inversion.
+those who add it to the base model elsewhere: LoRA writes
+lora/pytorch_lora_weights.safetensors, for diffusers' load_lora_weights, and
+lora/kohya.safetensors, by the names that most other programs read; textual inversion
+learned_embeds.safetensors, for load_textual_inversion.
 """
 
 import dataclasses
