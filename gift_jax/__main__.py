@@ -17,6 +17,7 @@ COMMANDS = {
     "report": "turn benchmark folders into one HTML page",
     "convert": "convert model folders and checkpoints; merge LoRA; verify in PyTorch",
     "compile": "compile a training step for TPUs on a machine without any",
+    "doctor": "say what is installed, what fits, and what is wrong",
     "pretrain": "make the embedded model from the embedded images",
     "demo": "immunize, attack and judge the embedded model in minutes",
 }
