@@ -41,8 +41,8 @@ SIZES = {  # of architectures.MODELS
     "sdxl": Size("SDXL at 1024", 2_567_463_684, 545_670_400, 817_720_320, vae_bytes=4),
 }
 OPTIMIZERS = {"gift": 2, "gift_gate, phase 2": 1}  # that hold moments at a time
-ACTIVATIONS = {  # docs/lab/speed.md, "TPU, compiled without one"
-    "sd15": "2.80 GB with 4 examples, 0.57 GB with remat=block (TPU compiler, v5e)"
+ACTIVATIONS = {  # docs/lab/speed.md, "TPU, compiled without one": all temporaries
+    "sd15": "for gift 2.80 GB of 4 examples, 0.57 GB with remat=block (TPU compiler)"
 }
 
 
