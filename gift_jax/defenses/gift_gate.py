@@ -184,6 +184,7 @@ DEFENSE = base.Defense(
     plan=plan,
     steps=_steps,
     trainable=("all",),
-    worst_case="100% after an attack that first removes unusually large weights; 33% "
-    "without that, after LoRA at a third of the usual rate under a made-up word",
+    worst_case="100% after an attack that first removes unusually large weights; 38% "
+    "without that, after textual inversion of a category of things, of single things "
+    "33%",
 )
