@@ -117,7 +117,7 @@ def walked(tiny):
 def test_trajectory_ends_where_the_sampler_does(tiny, walked):
     cond, empty, cached = walked
     sample = sampler.make_sampler(tiny, "ddim", 6, 4.0, decode=False)
-    end = sample(tiny.params["unet"], None, cond["states"], empty["states"], KEY)
+    end = sample(tiny.params["unet"], None, cond, empty, KEY)
     assert cached["z"].shape == (3, 6, *tiny.latent_shape)
     assert relative_error(cached["end"], end) < 1e-5
     noise = sampler.initial_latents(KEY, 3, tiny.latent_shape)
