@@ -8,7 +8,7 @@ weights are needed, and nothing is computed. Arguments and results are those of 
 device. Temporaries are an upper bound for a GPU or a TPU: XLA's CPU compiler computes
 bfloat16 in float32 and fuses less. For TPUs there is a real account: gift-jax compile.
 
-Prints one JSON object. SDXL takes about 15 minutes and 10 GB on two CPU cores.
+Prints one JSON object. SDXL takes about five minutes on two CPU cores.
 """
 
 import json
