@@ -124,14 +124,9 @@ SMOKE_OF = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    variant = name.removesuffix("smoke").removesuffix("_") or "lora"
-    if variant not in VARIANTS:
-        choices = ", ".join(VARIANTS)
-        raise ValueError(
-            f"unknown variant {name!r}; choices: {choices}, smoke, NAME_smoke"
-        )
+    variant, is_smoke = presets.split_smoke(name, VARIANTS, "lora")
     kind, overrides = VARIANTS[variant]
     c = presets.apply(attack.get_config(kind), EMOJI, overrides)
-    if not name.endswith("smoke"):
+    if not is_smoke:
         return c
     return presets.apply(c, SMOKE | SMOKE_OF.get(variant, {}))

@@ -50,12 +50,7 @@ SMOKE = presets.SD15_SMOKE | {"esd.trajectories": 2, "esd.steps": 4}
 
 
 def get_config(name: str = "") -> ConfigDict:
-    variant = name.removesuffix("smoke").removesuffix("_") or "esd"
-    if variant not in VARIANTS:
-        choices = ", ".join(VARIANTS)
-        raise ValueError(
-            f"unknown variant {name!r}; choices: {choices}, smoke, NAME_smoke"
-        )
+    variant, is_smoke = presets.split_smoke(name, VARIANTS, "esd")
     method, overrides = VARIANTS[variant]
     c = presets.apply(train.get_config(method), presets.SD15, DATA, overrides)
-    return presets.apply(c, SMOKE) if name.endswith("smoke") else c
+    return presets.apply(c, SMOKE) if is_smoke else c

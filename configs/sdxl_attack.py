@@ -68,12 +68,7 @@ SMOKE = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    variant = name.removesuffix("smoke").removesuffix("_") or "lora"
-    if variant not in VARIANTS:
-        choices = ", ".join(VARIANTS)
-        raise ValueError(
-            f"unknown variant {name!r}; choices: {choices}, smoke, NAME_smoke"
-        )
+    variant, is_smoke = presets.split_smoke(name, VARIANTS, "lora")
     kind, overrides = VARIANTS[variant]
     c = presets.apply(attack.get_config(kind), SDXL, overrides)
-    return presets.apply(c, SMOKE) if name.endswith("smoke") else c
+    return presets.apply(c, SMOKE) if is_smoke else c

@@ -91,9 +91,7 @@ def to_diffusers(args) -> None:
 
 def to_unet_state(args) -> None:
     """Writes the tensors that a run changed, by their diffusers names, in one file."""
-    if args.out.suffix != ".safetensors":
-        raise UserError(f"--out={args.out} must end in .safetensors")
-    _check_new(args.out)
+    _check_new_safetensors(args.out)
     run, dtype = Run(args.checkpoint, args.step, args.base), DTYPES.get(args.dtype)
     parts = weights.by_component(run.changed)
     if any(parts[name] for name in weights.TEXT_ENCODERS):
@@ -141,9 +139,7 @@ def merge_lora(args) -> None:
 
 def rename_lora(args) -> None:
     """Writes a LoRA file by other names."""
-    if args.out.suffix != ".safetensors":
-        raise UserError(f"--out={args.out} must end in .safetensors")
-    _check_new(args.out)
+    _check_new_safetensors(args.out)
     root = existing(model_folder(args.model, args.revision, args.variant))
     layers = read_lora(args.lora, root, args.variant)
     lora_files.write(args.out, layers, args.names, DTYPES.get(args.dtype, "F32"))
@@ -166,9 +162,7 @@ def from_single_file(args) -> None:
 
 def to_single_file(args) -> None:
     """Writes a diffusers folder as a single file."""
-    if args.out.suffix != ".safetensors":
-        raise UserError(f"--out={args.out} must end in .safetensors")
-    _check_new(args.out)
+    _check_new_safetensors(args.out)
     folder = model_folder(args.model, args.revision, args.variant)
     dtype = DTYPES.get(args.dtype)
     to_file.convert(folder, args.out, variant=args.variant, dtype=dtype)
@@ -282,6 +276,12 @@ def _find_base(cfg, base):
 def _check_new(out: pathlib.Path) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"--out={out} exists; choose another, or delete it first")
+
+
+def _check_new_safetensors(out: pathlib.Path) -> None:
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out={out} must end in .safetensors")
+    _check_new(out)
 
 
 def _parser():

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg, args = cli.parse_config(argv, flags, "train")
     at_least("--batch", args.batch, 1)
     for group in base.load(cfg.method).groups:
-        cfg[group].update(tpu._NO_DATA | {"batch": args.batch})
+        cfg[group].update(tpu.NO_DATA | {"batch": args.batch})
     init_jax()
     run = train.resolve(cfg)
     mesh = sharding.make_mesh(jax.devices()[:1])

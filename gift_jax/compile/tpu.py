@@ -35,7 +35,7 @@ CHIPS = {  # Google Cloud's pages "TPU v4", "v5e", "v5p" and "v6e (Trillium)"
     "v5p": Chip(95 * 2**30, 459e12, 2765e9),
     "v6e": Chip(32 * 2**30, 918e12, 1640e9),
 }
-_NO_DATA = {  # a source that needs no files: a step does not depend on what is in it
+NO_DATA = {  # a source that needs no files: a step does not depend on what is in it
     "names": (),
     "folder": "",
     "tfds": "",
@@ -211,7 +211,7 @@ def report(
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     groups = base.load(cfg.method).groups
     for group in groups:
-        cfg[group].update(_NO_DATA)
+        cfg[group].update(NO_DATA)
         if batch_per_chip:
             cfg[group].batch = batch_per_chip * parts
     run = train.resolve(cfg)

@@ -48,8 +48,8 @@ def _packages(report):
 def _jax(report):
     devices = report["devices"]["jax"]
     if is_unknown(devices):
-        chosen = report["environment"].get("JAX_PLATFORMS")
-        fix = f"unset JAX_PLATFORMS, which is {chosen}, or " if chosen else ""
+        platforms = report["environment"].get("JAX_PLATFORMS")
+        fix = f"unset JAX_PLATFORMS, which is {platforms}, or " if platforms else ""
         yield f"JAX has no devices: {devices}; {fix}install the extra for this machine"
 
 
@@ -58,9 +58,9 @@ def _gpu(report):
     if driver == "none" or is_unknown(driver) or not _has_only_cpu(report):
         return
     here = f"an NVIDIA driver ({driver}) is here, but JAX has only the CPU"
-    chosen = report["environment"].get("JAX_PLATFORMS")
-    if chosen:
-        yield f"{here}, as JAX_PLATFORMS={chosen} says; unset it"
+    platforms = report["environment"].get("JAX_PLATFORMS")
+    if platforms:
+        yield f"{here}, as JAX_PLATFORMS={platforms} says; unset it"
         return
     major = re.match(r"\d+", driver)
     is_old = bool(major) and int(major[0]) < CUDA13_DRIVER
@@ -80,9 +80,9 @@ def _tpu(report):
     if not report["devices"]["tpu_chip"] or not _has_only_cpu(report):
         return
     here = "a TPU is here, but JAX has only the CPU"
-    chosen = report["environment"].get("JAX_PLATFORMS")
-    if chosen:
-        yield f"{here}, as JAX_PLATFORMS={chosen} says; unset it"
+    platforms = report["environment"].get("JAX_PLATFORMS")
+    if platforms:
+        yield f"{here}, as JAX_PLATFORMS={platforms} says; unset it"
     elif report["extras"]["tpu"] != MISSING:
         yield f"{here}; end the process that uses it (lsof /dev/accel0)"
     else:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values that several config files share, as overrides of "a.b": value."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,6 +20,21 @@ def apply(config: ConfigDict, *presets: Mapping[str, Any]) -> ConfigDict:
         }
         config.update_from_flattened_dict(fields)
     return config
+
+
+def split_smoke(name: str, variants: Collection[str], default: str) -> tuple[str, bool]:
+    """Returns (variant, whether its smoke run) of "", "NAME", "smoke" or "NAME_smoke".
+
+    Args: default: the variant of "" and "smoke".
+    Raises: ValueError for an unknown one.
+    """
+    variant = name.removesuffix("smoke").removesuffix("_") or default
+    if variant not in variants:
+        choices = ", ".join(variants)
+        raise ValueError(
+            f"unknown variant {name!r}; choices: {choices}, smoke, NAME_smoke"
+        )
+    return variant, name.endswith("smoke")
 
 
 _EMOJI_PAIRS = {

@@ -186,8 +186,8 @@ def _parse(name: str, modules: Mapping[str, Mapping[str, str]]) -> _Half | None:
     if prefix := kohya.prefix_of(name):
         layer, _, end = name.partition(".")
         component = kohya.COMPONENTS[prefix]
-        known = modules.get(component, {})
-        module = known.get(layer.removeprefix(prefix), layer)
+        module_of = modules.get(component, {})
+        module = module_of.get(layer.removeprefix(prefix), layer)
         return _Half(component, module, kohya.HALVES[end])
     component, rest = _component(name.removeprefix(_PEFT))
     rest = rest.replace(".processor.", ".")

@@ -17,6 +17,7 @@ import numpy as np
 
 from gift_jax.models import safetensors_io, weights
 from gift_jax.models.folder import class_names
+from gift_jax.models.sd.adapters import SDXL_NAMES
 from gift_jax.models.sd.lora_files import Layer
 from gift_jax.models.tokenizer import vector_names
 from gift_jax.runtime.errors import UserError, VerificationError, one_line, shown
@@ -157,9 +158,9 @@ def _check_dtypes(pipe: Any, root: Path) -> None:
         component: str(getattr(pipe, component).dtype).removeprefix("torch.")
         for component in weights.components(root)
     }
-    others = [name for name in dtypes if dtypes[name] != dtypes["unet"]]
-    if others:
-        name = others[0]
+    misfits = [name for name in dtypes if dtypes[name] != dtypes["unet"]]
+    if misfits:
+        name = misfits[0]
         raise VerificationError(
             f"{root}: PyTorch loads {name} in {dtypes[name]}, but the unet in "
             f"{dtypes['unet']}, which stops a pipeline; have dtype or torch_dtype of "
@@ -297,7 +298,7 @@ def _load_words(pipe: Any, file: Path, token: str, *, several: bool) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+    for name, end in zip(SDXL_NAMES, ("", "_2"), strict=True):
         pipe.load_textual_inversion(
             tensors[name],
             token=token,

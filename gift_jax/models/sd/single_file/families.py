@@ -131,9 +131,9 @@ def check_header(file: Path, metadata: Mapping[str, str], family: Family) -> Non
     What it names beside the three families is not judged.
     """
     stated = metadata.get(ARCHITECTURE, "")
-    others = {f.architecture for f in FAMILIES.values()} - {family.architecture}
-    others |= {"stable-diffusion-3", "stable-diffusion-v3", "flux"}
-    if stated.lower().startswith(tuple(others)) or "refiner" in stated:
+    misfits = {f.architecture for f in FAMILIES.values()} - {family.architecture}
+    misfits |= {"stable-diffusion-3", "stable-diffusion-v3", "flux"}
+    if stated.lower().startswith(tuple(misfits)) or "refiner" in stated:
         raise UserError(
             f"{one_line(file)}: its header says {ARCHITECTURE}={shown(stated)}, but "
             f"its tensors are those of {family.label}; copy the file again, or delete "

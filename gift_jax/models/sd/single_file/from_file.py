@@ -107,13 +107,13 @@ class SingleFile:
 
     def __init__(self, file: Path, options: Options):
         self.file = file
-        found = safetensors_io.read_header(file)
+        header = safetensors_io.read_header(file)
         metadata = safetensors_io.read_metadata(file)
-        found = {_OLD_CLIP.sub(r"\1text_model.\2", n): e for n, e in found.items()}
-        self.family = families.family_of(file, found)
+        header = {_OLD_CLIP.sub(r"\1text_model.\2", n): e for n, e in header.items()}
+        self.family = families.family_of(file, header)
         families.check_header(file, metadata, self.family)
-        self._entries = _averaged(file, found, options.ema)
-        has_vae = any(name.startswith(tensors.VAE) for name in found)
+        self._entries = _averaged(file, header, options.ema)
+        has_vae = any(name.startswith(tensors.VAE) for name in header)
         if not has_vae and not options.vae:
             raise UserError(
                 f"{one_line(file)}: holds no VAE ({tensors.VAE}...); name a folder or "
@@ -125,17 +125,17 @@ class SingleFile:
             {name: entry.shape for name, entry in self._entries.items()},
             self.family,
             families.prediction_type(
-                file, metadata, found, self.family, options.prediction
+                file, metadata, header, self.family, options.prediction
             ),
             has_vae=has_vae and not options.vae,
             resolution=single_configs.resolution(metadata),
-            zero_snr=families.ZERO_SNR_KEY in found,
+            zero_snr=families.ZERO_SNR_KEY in header,
         )
         self._check_channels()
         self.tensors = single_configs.all_tensors(self.configs, self.family)
         for rows in self.tensors.values():
-            rows[:] = [t for t in rows if t.original in found or not t.optional]
-        self._check_complete(found)
+            rows[:] = [t for t in rows if t.original in header or not t.optional]
+        self._check_complete(header)
 
     def tables(self, dtype: str | None) -> dict[str, Table]:
         """Returns {component: what to write}; dtype: of every weight, None: its own."""
@@ -159,7 +159,7 @@ class SingleFile:
                 f"{latents}, those of latents alone; take the plain model"
             )
 
-    def _check_complete(self, found: Mapping[str, Entry]) -> None:
+    def _check_complete(self, header: Mapping[str, Entry]) -> None:
         """Raises UserError for a tensor that is missing, unknown or of a wrong kind."""
         label, file = self.family.label, one_line(self.file)
         rows = [tensor for part in self.tensors.values() for tensor in part]
@@ -170,7 +170,9 @@ class SingleFile:
                 f"{file}: misses {missing[0]} and {len(missing) - 1} other tensors of "
                 f"a {label}; the file is incomplete, or of another model"
             )
-        unknown = sorted(name for name in found.keys() - expected if self._counts(name))
+        unknown = sorted(
+            name for name in header.keys() - expected if self._counts(name)
+        )
         if unknown:
             raise UserError(
                 f"{file}: {one_line(unknown[0])} and {len(unknown) - 1} others are no "
@@ -209,26 +211,26 @@ class SingleFile:
         return not _USELESS.fullmatch(name)
 
 
-def _averaged(file: Path, found: Mapping[str, Entry], ema: bool) -> dict[str, Entry]:
+def _averaged(file: Path, header: Mapping[str, Entry], ema: bool) -> dict[str, Entry]:
     """Returns the tensors, with --ema those of the UNet from their running averages."""
-    has_ema = any(name.startswith(f"{_EMA}diffusion_model") for name in found)
+    has_ema = any(name.startswith(f"{_EMA}diffusion_model") for name in header)
     if has_ema and not ema:
         logging.info("%s: its EMA weights are not taken; --ema takes them", file)
     if not ema:
-        return dict(found)
+        return dict(header)
     if not has_ema:
         raise UserError(
             f"--ema: {one_line(file)} holds no EMA weights ({_EMA}...); leave it out"
         )
-    entries = dict(found)
-    for name in found:
+    entries = dict(header)
+    for name in header:
         if name.startswith(tensors.UNET):
             average = _EMA + name.removeprefix("model.").replace(".", "")
-            if average not in found:
+            if average not in header:
                 raise UserError(
                     f"--ema: {one_line(file)} has no {one_line(average)}; leave it out"
                 )
-            entries[name] = found[average]
+            entries[name] = header[average]
     return entries
 
 
