@@ -45,8 +45,17 @@ Update = Callable[[Any, Any, Any, Any, jax.Array], tuple[Any, Any, Metrics]]
 
 
 def init_state(params: Mapping[str, jax.Array], opt: dict[str, Any], *, ema=False):
-    """Returns a State at step 0; with ema=True the average starts at the parameters."""
-    params = dict(params)
+    """Returns a State at step 0; with ema=True the average starts at the parameters.
+
+    Without weak types, such as those of `jnp.full(3, 1.0)`: the first steps would lose
+    them, and each loss is another compilation of the step.
+    """
+
+    def strong(a):
+        is_weak = isinstance(a, jax.Array) and a.weak_type
+        return jax.lax.convert_element_type(a, a.dtype) if is_weak else a
+
+    params, opt = jax.tree.map(strong, (dict(params), opt))
     average = jax.tree.map(jnp.array, params) if ema else {}
     return State(jnp.zeros((), jnp.int32), params, opt, average)
 

@@ -36,8 +36,8 @@ def init_jax(cpu_devices: int = 1) -> None:
     if cpu_devices < 1:
         raise UserError(f"cpu_devices={cpu_devices} must be at least 1; try 1")
     if cpu_devices > 1:
-        # XLA's threads: each device would otherwise have one for every core
-        os.environ.setdefault("NPROC", str(max(1, num_cores() // cpu_devices)))
+        # XLA's threads, of all devices: one for each, which may wait there for others
+        os.environ.setdefault("NPROC", str(max(num_cores(), cpu_devices)))
         try:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError:  # JAX has started already

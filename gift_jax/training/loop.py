@@ -118,11 +118,13 @@ def run(
         bar = stack.enter_context(progress.bar(options.name, options.steps, start))
         if start == 0:
             _run_callbacks(callbacks, 0, state, log)
-        began = time.perf_counter()
+        began, waits = time.perf_counter(), _shares_threads(state.step)
 
         for step in range(start, options.steps):
             batch = place(next(batches))
             step_fn = compile_step(step_fn, (state, frozen, batch, key))
+            if waits:
+                jax.block_until_ready(state.step)
             state, metrics = step_fn(state, frozen, batch, key)
             log.watch(state.step, metrics)
             if step == start:
@@ -166,6 +168,16 @@ def compile_step(step_fn: Step, args: tuple | None = None) -> Step:
     shardings = jax.tree.map(lambda a: a.sharding, args)
     out = shardings[0], shardings[3]  # metrics, like the key, whole on every device
     return jax.jit(step_fn, donate_argnums=0, in_shardings=shardings, out_shardings=out)
+
+
+def _shares_threads(array: jax.Array) -> bool:
+    """Whether an array lies on several devices that are one CPU.
+
+    Two steps at once may then wait for each other forever: each sums over the devices
+    in a thread that the other needs.
+    """
+    devices = array.sharding.device_set
+    return len(devices) > 1 and all(d.platform == "cpu" for d in devices)
 
 
 def _stop_requested(flag: signals.SignalFlag, done: int) -> bool:

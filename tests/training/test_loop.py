@@ -63,6 +63,16 @@ def quadratic(state, frozen, batch, key):
     return new, {"train/loss": loss}
 
 
+def test_a_step_is_compiled_once_whatever_types_the_parameters_have():
+    """Weak types, of `jnp.full(3, 1.0)`, would be lost by the first steps."""
+    params = {"w": jnp.full(3, 1.0)}
+    opt = {"train": TX.init(params)}
+    state = init_state(params, opt)
+    assert params["w"].weak_type
+    assert any(a.weak_type for a in jax.tree.leaves(opt))
+    assert not any(a.weak_type for a in jax.tree.leaves(state))
+
+
 def broken_after(steps):
     """The same step, with a NaN loss at one step and in all parameters after it."""
 
@@ -140,6 +150,33 @@ def latest_checkpoint(workdir):
 
 def assert_same_state(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# --- steps ----------------------------------------------------------------------------
+
+
+def slow(state, frozen, batch, key):
+    """The same step, after work that takes longer than handing over the next."""
+    work = jax.lax.fori_loop(0, 60, lambda _, a: jnp.tanh(a @ a), jnp.ones((300, 300)))
+    new, metrics = quadratic(state, frozen, batch, key)
+    return new.replace(step=new.step + (work[0, 0] > 2).astype(jnp.int32)), metrics
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_devices_that_share_threads_take_one_step_after_the_other(tmp_path, count):
+    """Two steps at once can wait for each other's threads forever."""
+    were_done, compiled = [], []
+
+    def step(*args):
+        if not compiled:
+            compiled.append(loop.compile_step(slow, args))
+        were_done.append(args[0].step.is_ready())
+        return compiled[0](*args)
+
+    step.lower = None  # it is compiled already, for `loop.run`
+    run(tmp_path, 8, step=step, devices=count, log_every=8, checkpoint_every=0)
+    assert len(were_done) == 8
+    assert all(were_done[2:]) == (count == 2)  # one device: handed over before
 
 
 # --- callbacks ------------------------------------------------------------------------
