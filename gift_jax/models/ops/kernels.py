@@ -17,7 +17,6 @@ CHOICES = {
     "remat": ("none", "block", "full"),
 }
 _FLASH_TOKENS = 1024  # from so many on; at 256 XLA's own moves nearly as few bytes
-_FLASH_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,12 @@ class Kernels:
             by_device = {"tpu": "flash", "gpu": "cudnn", "cpu": "chunked"}
             choice = by_device.get(self.device, "plain")
         if choice == "flash":
-            least, block = _FLASH_TOKENS, _FLASH_BLOCK
-            if not is_auto:
-                least = block = attention.LANES
-            has_kernel = N == M and least <= N and N % block == 0
+            least = _FLASH_TOKENS if is_auto else attention.LANES
+            small_blocks = N % attention.LANES == 0 and N % attention.FLASH_BLOCK
+            has_kernel = N == M and least <= N and not (is_auto and small_blocks)
         elif choice == "cudnn":
-            # of an odd number of rows (77 of text) JAX refuses the gradient
-            even = N % 2 == 0 and M % 2 == 0
+            # of 77 keys for more queries JAX refuses the gradient
+            even = N == M or (N % 2 == 0 and M % 2 == 0)
             has_kernel = even and q.dtype.itemsize == 2 and D % 8 == 0 and D <= 128
         else:
             has_kernel = True

@@ -136,6 +136,36 @@ def test_flash_equals_plain(rng, monkeypatch, parts):
         assert 0 < distance(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [130, 515])
+def test_flash_pads_tokens_that_lanes_do_not_divide(rng, tokens):
+    """As of image and text together: 4,096 and 333."""
+    qkv = draw(rng, tokens=tokens, keys=tokens, size=64)
+    kernels = Kernels("flash")
+    assert kernels.attention_for(*qkv[:2]) == "flash"
+    ours = value_and_grads(kernels, qkv)
+    for a, b in zip(ours, value_and_grads(Kernels("plain"), qkv), strict=True):
+        assert a.shape == b.shape and 0 < distance(a, b) < 1e-5
+
+
+def test_cudnn_pads_an_odd_number_of_tokens(rng, monkeypatch):
+    """Its arguments, computed by XLA, which masks as it does."""
+    calls, attend = [], jax.nn.dot_product_attention
+
+    def spy(*qkv, implementation, **lengths):
+        calls.append(qkv[0].shape[1])
+        assert implementation == "cudnn"
+        return attend(*qkv, **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    for tokens in (63, 64):
+        qkv = draw(rng, "bfloat16", tokens=tokens, keys=tokens)
+        exact = value_and_grads(Kernels("plain"), [a.astype("float32") for a in qkv])
+        kernels = Kernels("cudnn", platform="gpu")
+        for a, b in zip(value_and_grads(kernels, qkv), exact, strict=True):
+            assert a.shape == b.shape and distance(a, b) < 6e-3
+    assert calls == [64, 64]
+
+
 @pytest.mark.parametrize("size", [40, 64])
 def test_flash_is_as_exact_as_plain_in_bfloat16(rng, size):
     qkv = draw(rng, "bfloat16", tokens=256, keys=256, size=size)
@@ -181,12 +211,12 @@ def test_gradient_is_traced_where_cudnn_has_none(rng, monkeypatch, choice):
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_000)
     kernels = Kernels(choice, platform="gpu")
     kinds = []
-    for keys in (64, 77):
-        qkv = draw(rng, "bfloat16", tokens=256, keys=keys, size=40)
+    for tokens, keys in ((256, 64), (333, 333), (256, 77)):
+        qkv = draw(rng, "bfloat16", tokens=tokens, keys=keys, size=40)
         kinds.append(kernels.attention_for(*qkv[:2]))
         shapes = jax.eval_shape(functools.partial(value_and_grads, kernels), qkv)
         assert [a.shape for a in shapes] == [a.shape for a in (qkv[0], *qkv)]
-    assert kinds == ["cudnn", "plain"]
+    assert kinds == ["cudnn", "cudnn", "plain"]
     with pytest.raises(NotImplementedError, match="Q 256, KV 77"):
         jax.eval_shape(jax.grad(_sum_of_cudnn), *qkv)
 
@@ -200,9 +230,12 @@ def _sum_of_cudnn(*qkv):
     [
         ("tpu", 4096, 4096, "bfloat16", "flash"),
         ("tpu", 4096, 77, "bfloat16", "plain"),
+        ("tpu", 4429, 4429, "bfloat16", "flash"),
+        ("tpu", 2304, 2304, "bfloat16", "plain"),
         ("tpu", 256, 256, "bfloat16", "plain"),
         ("gpu", 256, 256, "bfloat16", "cudnn"),
         ("cuda", 256, 256, "bfloat16", "cudnn"),
+        ("gpu", 4429, 4429, "bfloat16", "cudnn"),
         ("gpu", 256, 77, "bfloat16", "plain"),  # its gradient is refused
         ("gpu", 256, 77, "float32", "plain"),
         ("cpu", 4096, 4096, "float32", "chunked"),
