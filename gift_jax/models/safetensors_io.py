@@ -55,12 +55,14 @@ _LEAVES = {
     "var": "running_var",
 }
 
+_NUMBERED = ("linear_", "wi_")  # beginnings of names that end in a number there, too
+
 
 def torch_name(path):
     """Returns the PyTorch name of a Flax path "a/b_0/kernel"."""
     *modules, leaf = path.split("/")
     parts = [
-        m if m.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", m) for m in modules
+        m if m.startswith(_NUMBERED) else re.sub(r"_(\d+)$", r".\1", m) for m in modules
     ]
     if parts and re.search(r"(en|de)coder/mid_block/attentions_\d+/", path):
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

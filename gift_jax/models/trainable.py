@@ -2,6 +2,7 @@
 """Which of a UNet's parameters train."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -21,18 +22,19 @@ TRAINABLE_SETS = {
 }
 
 
-def select_trainable(unet_params, rule) -> tuple[dict[str, Any], dict[str, Any]]:
+def select_trainable(
+    params, rule, sets: Mapping[str, Any] = TRAINABLE_SETS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters into (trainable, frozen), each a flat dict "a/b/c" -> array.
 
-    Args: unet_params: nested dict, or already flat. rule: of `RULES`.
+    Args: params: of a denoiser, nested dict, or already flat. rule: of `sets`. sets:
+      those of its family.
     Raises: UserError for an unknown rule, or one that selects nothing.
     """
-    if rule not in TRAINABLE_SETS:
-        raise UserError(
-            f"partition={rule!r} must be one of {', '.join(TRAINABLE_SETS)}"
-        )
-    flat = flatten_dict(unet_params, sep="/")
-    trains = {path: _first_match(TRAINABLE_SETS[rule], path) for path in flat}
+    if rule not in sets:
+        raise UserError(f"partition={rule!r} must be one of {', '.join(sets)}")
+    flat = flatten_dict(params, sep="/")
+    trains = {path: _first_match(sets[rule], path) for path in flat}
     trainable = {path: flat[path] for path in flat if trains[path]}
     frozen = {path: flat[path] for path in flat if not trains[path]}
     if not trainable:

@@ -32,19 +32,20 @@ from gift_jax.models.sd.unet import (
 )
 from gift_jax.models.sd.vae import VAE, build_vae
 
-_LAYERS = whole(1, 1000)
-_WIDTH = whole(1, 2**20)
-_SIDE = whole(1, 2**14)
+LAYERS = whole(1, 1000)
+WIDTH = whole(1, 2**20)
+SIDE = whole(1, 2**14)
 _SILU = only("silu", "swish")
 # What training scripts add to the config of averaged weights; diffusers ignores them.
-_EMA = frozenset(
+EMA = frozenset(
     ("decay", "inv_gamma", "min_decay", "optimization_step", "power")
     + ("update_after_step", "use_ema_warmup")
 )
-_DIFFUSERS = {"_use_default_values": only([])}  # keys that the file has in vain
+DIFFUSERS = {"_use_default_values": only([])}  # keys that the file has in vain
 
 
-def _defaults(cls) -> dict:
+def defaults(cls) -> dict:
+    """Returns {field: its default} of a dataclass."""
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
@@ -105,9 +106,9 @@ def _unet_conflict(values) -> str:
 
 
 _UNET_RULES = {
-    "sample_size": either(_SIDE, entries(_SIDE, 2), only(None)),
-    "in_channels": _WIDTH,
-    "out_channels": _WIDTH,
+    "sample_size": either(SIDE, entries(SIDE, 2), only(None)),
+    "in_channels": WIDTH,
+    "out_channels": WIDTH,
     "center_input_sample": flag(),
     "flip_sin_to_cos": flag(),
     "freq_shift": number(),
@@ -115,24 +116,24 @@ _UNET_RULES = {
     "mid_block_type": only("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "up_block_types": entries(only("CrossAttnUpBlock2D", "UpBlock2D")),
     "only_cross_attention": either(flag(), entries(flag())),
-    "block_out_channels": entries(_WIDTH),
-    "layers_per_block": either(_LAYERS, entries(_LAYERS)),
+    "block_out_channels": entries(WIDTH),
+    "layers_per_block": either(LAYERS, entries(LAYERS)),
     "downsample_padding": only(0, 1),
     "act_fn": _SILU,
-    "norm_num_groups": _WIDTH,
+    "norm_num_groups": WIDTH,
     "norm_eps": number(0),
-    "cross_attention_dim": either(_WIDTH, entries(_WIDTH)),
-    "transformer_layers_per_block": either(_LAYERS, entries(_LAYERS)),
-    "attention_head_dim": either(_WIDTH, entries(_WIDTH)),
+    "cross_attention_dim": either(WIDTH, entries(WIDTH)),
+    "transformer_layers_per_block": either(LAYERS, entries(LAYERS)),
+    "attention_head_dim": either(WIDTH, entries(WIDTH)),
     "use_linear_projection": flag(),
-    "time_embedding_dim": either(_WIDTH, only(None)),
+    "time_embedding_dim": either(WIDTH, only(None)),
     "time_embedding_act_fn": only(None, *EMBEDDING_ACTIVATIONS),
     "timestep_post_act": only(None, *EMBEDDING_ACTIVATIONS),
     "conv_in_kernel": only(1, 3, 5, 7),
     "conv_out_kernel": only(1, 3, 5, 7),
     "addition_embed_type": only(None, "text_time"),
-    "addition_time_embed_dim": either(_WIDTH, only(None)),
-    "projection_class_embeddings_input_dim": either(_WIDTH, only(None)),
+    "addition_time_embed_dim": either(WIDTH, only(None)),
+    "projection_class_embeddings_input_dim": either(WIDTH, only(None)),
     # with one value alone:
     "attention_type": only("default"),
     "class_embed_type": only(None),
@@ -151,7 +152,7 @@ _UNET_RULES = {
     "time_cond_proj_dim": only(None),
     "time_embedding_type": only("positional"),
 }
-_UNET_HARMLESS = _EMA | {  # used with another value of a key above alone
+_UNET_HARMLESS = EMA | {  # used with another value of a key above alone
     "addition_embed_type_num_heads",
     "cross_attention_norm",
     "mid_block_only_cross_attention",
@@ -165,18 +166,18 @@ _VAE_RULES = {
     "out_channels": only(3),
     "down_block_types": entries(only("DownEncoderBlock2D")),
     "up_block_types": entries(only("UpDecoderBlock2D")),
-    "block_out_channels": entries(_WIDTH),
-    "layers_per_block": _LAYERS,
+    "block_out_channels": entries(WIDTH),
+    "layers_per_block": LAYERS,
     "act_fn": _SILU,
-    "latent_channels": _WIDTH,
-    "norm_num_groups": _WIDTH,
-    "sample_size": either(_SIDE, entries(_SIDE)),
+    "latent_channels": WIDTH,
+    "norm_num_groups": WIDTH,
+    "sample_size": either(SIDE, entries(SIDE)),
     "scaling_factor": number(0),
     "use_quant_conv": flag(),
     "use_post_quant_conv": flag(),
     "mid_block_add_attention": flag(),
+    "shift_factor": either(number(), only(None)),
     # with one value alone:
-    "shift_factor": only(None, 0),
     "latents_mean": only(None),
     "latents_std": only(None),
 }
@@ -197,11 +198,11 @@ def _text_conflict(values) -> str:
 
 _TEXT_RULES = {
     "vocab_size": whole(),
-    "hidden_size": _WIDTH,
-    "intermediate_size": _WIDTH,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _WIDTH,
-    "max_position_embeddings": _WIDTH,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": WIDTH,
+    "max_position_embeddings": WIDTH,
     "hidden_act": only(*ACTIVATIONS),
     "layer_norm_eps": number(0),
     "eos_token_id": whole(0),
@@ -209,7 +210,7 @@ _TEXT_RULES = {
     "attention_dropout": only(0, None),
     "use_attention_mask": only(False, None),
 }
-_TEXT_HARMLESS = frozenset(  # what every config of transformers may have
+TEXT_HARMLESS = frozenset(  # what every config of transformers may have
     """
     add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
@@ -236,8 +237,8 @@ def _text_kind(build, fields, rules, architecture) -> Kind:
         {"architectures": [architecture], "model_type": "clip_text_model"},
         Keys(
             rules,
-            _TEXT_HARMLESS - rules.keys(),
-            _defaults(fields),
+            TEXT_HARMLESS - rules.keys(),
+            defaults(fields),
             _text_conflict,
             complete=True,
         ),
@@ -256,9 +257,9 @@ KINDS = {
         "diffusion_pytorch_model",
         {"_class_name": "UNet2DConditionModel"},
         Keys(
-            _UNET_RULES | _DIFFUSERS,
+            _UNET_RULES | DIFFUSERS,
             _UNET_HARMLESS,
-            _defaults(UNet),
+            defaults(UNet),
             _unet_conflict,
             complete=True,
         ),
@@ -268,9 +269,9 @@ KINDS = {
         "diffusion_pytorch_model",
         {"_class_name": "AutoencoderKL"},
         Keys(
-            _VAE_RULES | _DIFFUSERS,
-            _EMA | {"force_upcast"},
-            _defaults(VAE) | _VAE_BLOCKS,
+            _VAE_RULES | DIFFUSERS,
+            EMA | {"force_upcast"},
+            defaults(VAE) | _VAE_BLOCKS | {"shift_factor": None},
             _blocks_conflict,
             complete=True,
         ),
@@ -282,7 +283,7 @@ KINDS = {
     "text_encoder_2": _text_kind(
         build_projected_text,
         ProjectedCLIPTextConfig,
-        _TEXT_RULES | {"projection_dim": _WIDTH},
+        _TEXT_RULES | {"projection_dim": WIDTH},
         "CLIPTextModelWithProjection",
     ),
 }

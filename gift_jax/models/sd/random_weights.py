@@ -109,8 +109,8 @@ def write(out, configs: dict, dtype: str = "float32", seed: int = 0, shard_mib=0
         for number in ("", "_2") if is_xl else ("",):
             pad = configs[f"pad_token{number}"]
             write_tokenizer(temp / f"tokenizer{number}", size, length, pad)
-        _write_json(temp / "scheduler" / "scheduler_config.json", configs["scheduler"])
-        _write_json(temp / "model_index.json", index)
+        write_json(temp / "scheduler" / "scheduler_config.json", configs["scheduler"])
+        write_json(temp / "model_index.json", index)
     return out
 
 
@@ -119,7 +119,7 @@ def write_component(
 ):
     """Writes one component's config.json and safetensors; see `write`."""
     tensors, stem = random_tensors(kind, model_config), KINDS[kind].stem
-    _write_json(directory / "config.json", model_config)
+    write_json(directory / "config.json", model_config)
     shards = list(_shards(tensors, dtype, shard_mib * 2**20))
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
@@ -129,7 +129,7 @@ def write_component(
         owner = {name: f for f, s in zip(names, shards, strict=True) for name in s}
         total = sum(_size(tensor, dtype) for tensor in tensors.values())
         text = {"metadata": {"total_size": total}, "weight_map": owner}
-        _write_json(directory / f"{stem}.safetensors.index.json", text)
+        write_json(directory / f"{stem}.safetensors.index.json", text)
     length = model_config.get("max_position_embeddings")
     for i, (file, shard) in enumerate(zip(names, shards, strict=True)):
         is_text = kind in weights.TEXT_ENCODERS
@@ -187,7 +187,7 @@ def write_tokenizer(directory, size=514, max_length=77, pad_token=architectures.
     words = characters + [c + "</w>" for c in characters]
     words += [f"<|placeholder {i}|>" for i in range(len(words), size - 2)]
     words += [architectures.START, architectures.END]
-    _write_json(directory / "vocab.json", {word: i for i, word in enumerate(words)})
+    write_json(directory / "vocab.json", {word: i for i, word in enumerate(words)})
     (directory / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -199,8 +199,8 @@ def write_tokenizer(directory, size=514, max_length=77, pad_token=architectures.
         "eos_token": architectures.END,
         "unk_token": architectures.END,
     }
-    _write_json(directory / "tokenizer_config.json", settings)
-    _write_json(directory / "special_tokens_map.json", marks | {"pad_token": pad_token})
+    write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "special_tokens_map.json", marks | {"pad_token": pad_token})
 
 
 def _byte_characters() -> list[str]:
@@ -209,7 +209,8 @@ def _byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
 
 
-def _write_json(path, value):
+def write_json(path, value):
+    """Writes a JSON file, and the folders that it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

@@ -102,33 +102,46 @@ def tokenize(
     Args: path: of the model, for errors.
     Raises: UserError for an id that a text encoder has no row for.
     """
-    # half a surrogate pair, as of bytes on a command line, is no text
-    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
-    prompts = [every_vector(tokenizers[0], prompt) for prompt in prompts]
-    ids = []
-    for tokenizer, module in zip(tokenizers, encoders.modules, strict=True):
-        encoded = tokenizer(
-            list(prompts), padding="max_length", max_length=max_length, truncation=True
-        )
-        ids_BL = np.asarray(encoded["input_ids"], np.int32)
-        rows = module.config.vocab_size
-        if ids_BL.size and ids_BL.max() >= rows:
-            raise UserError(
-                f"{path}: the tokenizer gives id {ids_BL.max()}, but the text encoder "
-                f"has {rows} rows; they are of different models"
-            )
-        ids.append(ids_BL)
-    cut = [
-        prompt
-        for prompt, row in zip(prompts, ids[0], strict=True)
-        if _is_truncated(tokenizers[0], prompt, row, max_length)
+    prompts = [every_vector(tokenizers[0], prompt) for prompt in as_text(prompts)]
+    ids = [
+        padded_ids(tokenizer, module.config.vocab_size, max_length, prompts, path)
+        for tokenizer, module in zip(tokenizers, encoders.modules, strict=True)
     ]
-    if cut:
-        logging.warning("cut to %d tokens: %s", max_length, shown(cut[0]))
+    warn_of_cut(tokenizers[0], ids[0], prompts)
     return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
 
 
-def _is_truncated(tokenizer, prompt, ids, max_length):
-    if ids[-2] == tokenizer.pad_token_id:  # room was left
-        return False
-    return len(tokenizer(prompt, verbose=False)["input_ids"]) > max_length
+def as_text(prompts: Sequence[str]) -> list[str]:
+    """Returns prompts without half a surrogate pair, as of bytes on a command line."""
+    return [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
+
+
+def padded_ids(
+    tokenizer: Any, rows: int, max_length: int, prompts: list[str], path: Path | None
+) -> np.ndarray:
+    """Returns int32 "B L" token ids, padded and cut to L.
+
+    Args: rows: of the token table. path: of the model, for errors.
+    Raises: UserError for an id that has no row.
+    """
+    encoded = tokenizer(
+        prompts, padding="max_length", max_length=max_length, truncation=True
+    )
+    ids_BL = np.asarray(encoded["input_ids"], np.int32)
+    if ids_BL.size and ids_BL.max() >= rows:
+        raise UserError(
+            f"{path}: the tokenizer gives id {ids_BL.max()}, but the text encoder "
+            f"has {rows} rows; they are of different models"
+        )
+    return ids_BL
+
+
+def warn_of_cut(tokenizer: Any, ids_BL: np.ndarray, prompts: Sequence[str]) -> None:
+    """Logs the first prompt that has more tokens than L."""
+    length = ids_BL.shape[1]
+    for prompt, row in zip(prompts, ids_BL, strict=True):
+        if row[-2] == tokenizer.pad_token_id:  # room was left
+            continue
+        if len(tokenizer(prompt, verbose=False)["input_ids"]) > length:
+            logging.warning("cut to %d tokens: %s", length, shown(prompt))
+            return

@@ -120,7 +120,12 @@ class Coder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder; its fields but the last two are diffusers' config.json's."""
+    """The autoencoder; its fields but the last two are diffusers' config.json's.
+
+    Attributes: scaling_factor, shift_factor: what a denoiser sees of latents z is
+      (z - shift_factor) scaling_factor. use_quant_conv, use_post_quant_conv: without
+      them the latents are the coders' own, as in Stable Diffusion 3.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -130,6 +135,7 @@ class VAE(nn.Module):
     norm_num_groups: int = GROUPS
     sample_size: int = 32
     scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -172,13 +178,14 @@ class VAE(nn.Module):
 
 def build_vae(config: dict, dtype=jnp.float32, kernels: Kernels | None = None) -> VAE:
     """Returns the module of a diffusers `vae/config.json` dict."""
+    config = config | {"shift_factor": config.get("shift_factor") or 0.0}
     return from_config(VAE, config, dtype=dtype, kernels=kernels or Kernels())
 
 
 def apply_vae_encode(vae: VAE, params, x_BCHW):
     """Returns (mean, logvar) of the posterior, "B C h w" each, not yet scaled.
 
-    Args: x_BCHW: "B 3 H W" in [-1, 1]. The caller multiplies by `scaling_factor`.
+    Args: x_BCHW: "B 3 H W" in [-1, 1]. The caller shifts and scales, see `VAE`.
     """
     return vae.apply({"params": params}, x_BCHW, method=vae.encode)
 
