@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from gift_jax.data import pairs
 from gift_jax.data.cache import DataGroup, cached_source
 from gift_jax.defenses import base
-from gift_jax.models import load, model_card
+from gift_jax.models import load, mmdit, model_card
 from gift_jax.models.trainable import TRAINABLE_SETS
 from gift_jax.runtime import cli, config, processes, workdir
 from gift_jax.runtime.errors import UserError
@@ -38,7 +38,9 @@ class TrainFields(setup.Run):
     kind: str = config.choice("train", ("train",), "the command that it is for")
     method: str = config.value("gift", "a name of defenses/, or a module's dotted path")
     trainable: str = config.choice(
-        "cross_attention", tuple(TRAINABLE_SETS), "the parameters that change"
+        "cross_attention",
+        tuple(TRAINABLE_SETS | mmdit.TRAINABLE_SETS),
+        "the parameters that change",
     )
     samples: Samples = config.group(Samples)
 

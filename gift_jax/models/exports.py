@@ -59,6 +59,8 @@ def _kind_of(flat):
         ("text_model", "text_encoder"),
         ("decoder", "vae"),
         ("down_blocks_0", "unet"),
+        ("transformer_blocks_0", "transformer"),
+        ("shared", "text_encoder_3"),
     ):
         if top in tops:
             return kind

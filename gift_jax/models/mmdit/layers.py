@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of Stable Diffusion 3's transformer (MMDiT), whose numbers are PyTorch's.
+
+Axes: B batch, C channels, H height, W width, N positions of an image, L text tokens,
+T the timestep's and pooled text's features.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gift_jax.models.ops.activations import ACTIVATIONS
+from gift_jax.models.ops.kernels import Kernels
+from gift_jax.models.ops.layers import Conv
+from gift_jax.models.sd.layers import TimestepEmbedding, timestep_features
+
+EPS = 1e-6  # of every norm
+TIME_WIDTH = 256  # of a timestep's features
+_GELU = ACTIVATIONS["gelu_pytorch_tanh"]
+
+
+class RMSNorm(nn.Module):
+    """x over the root mean square of its last axis, scaled; computed in float32.
+
+    Attributes: dtype: of the result.
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4; diffusers `RMSNorm`,
+      transformers `T5LayerNorm`.
+    """
+
+    eps: float = EPS
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(mean_square + self.eps)
+        scale = scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return y.astype(self.dtype) * scale
+
+
+# --- inputs ---------------------------------------------------------------------------
+
+
+def position_table(width: int, side: int, base: int):
+    """Returns sines and cosines of the places in a square, float32 "1 side^2 width".
+
+    Args: base: the sides of the images that it is made for: places lie that far apart.
+    Source: diffusers `get_2d_sincos_pos_embed`.
+    """
+    frequency = 1e4 ** -(np.arange(width // 4) / (width / 4))
+    place = np.arange(side, dtype=np.float32) / np.float32(side / base)
+    phase = place.astype(np.float64)[:, None] * frequency
+    wave = np.concatenate([np.sin(phase), np.cos(phase)], axis=1).astype(np.float32)
+    shape = side, side, width // 2
+    column = jnp.broadcast_to(wave[None], shape)
+    row = jnp.broadcast_to(wave[:, None], shape)
+    return jnp.concatenate([column, row], axis=-1).reshape(1, side * side, width)
+
+
+class PatchEmbed(nn.Module):
+    """An image's patches with their places in the middle of a table.
+
+    The table is part of the weights on disk, and never trained.
+
+    Attributes: size: of a patch, in latents. table_side: patches that the table has
+      along a side. base: see `position_table`.
+    """
+
+    width: int
+    size: int
+    table_side: int
+    base: int
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    @nn.compact
+    def __call__(self, z_BHWC):
+        """Returns "B N C", N patches row by row.
+
+        Raises: ValueError for latents of another size than the table has.
+        """
+        fields = self.width, self.size, self.size, 0, True, self.dtype, self.kernels
+        x_BHWC = Conv(*fields, name="proj")(z_BHWC)
+        B, H, W, C = x_BHWC.shape
+        side = self.table_side
+        whole = H * self.size, W * self.size
+        if z_BHWC.shape[1:3] != whole or max(H, W) > side:
+            raise ValueError(
+                f"latents of {z_BHWC.shape[1]}x{z_BHWC.shape[2]}; must be multiples of "
+                f"patch_size={self.size}, and at most {side * self.size}"
+            )
+        table = self.param("pos_embed", lambda _: position_table(C, side, self.base))
+        top, left = (side - H) // 2, (side - W) // 2
+        places = table.reshape(1, side, side, C)[:, top : top + H, left : left + W]
+        x_BHWC = (x_BHWC + places).astype(self.dtype)
+        return x_BHWC.reshape(B, H * W, C)
+
+
+class TimeTextEmbed(nn.Module):
+    """The timestep and the pooled text, added, "B T"."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, t_B, pooled_BP):
+        def embed(name):
+            return TimestepEmbedding(self.width, self.dtype, name=name)
+
+        features = timestep_features(t_B, TIME_WIDTH, True, 0)
+        time_BT = embed("timestep_embedder")(features)
+        return time_BT + embed("text_embedder")(pooled_BP)
+
+
+# --- the joint block ------------------------------------------------------------------
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates of a norm and its layer, of the timestep: "B 1 C" each.
+
+    Attributes: count: of them.
+    """
+
+    count: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, time_BT):
+        width = self.count * time_BT.shape[-1]
+        dense = nn.Dense(width, dtype=self.dtype, name="linear")
+        return jnp.split(dense(nn.silu(time_BT))[:, None], self.count, axis=-1)
+
+
+def normalize(x_BNC, kernels: Kernels):
+    """Returns x normalized over channels, without parameters, in x's type."""
+    width = x_BNC.shape[-1]
+    one, zero = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
+    y_BNC = kernels.layer_norm(x_BNC.astype(jnp.float32), one, zero, EPS)
+    return y_BNC.astype(x_BNC.dtype)
+
+
+def modulate(x_BNC, shift_B1C, scale_B1C):
+    """Returns x (1 + scale) + shift."""
+    return x_BNC * (1 + scale_B1C) + shift_B1C
+
+
+class JointAttention(nn.Module):
+    """Attention of image and text to both, or of an image to itself.
+
+    Attributes: heads: of attention. qk_norm: whether queries and keys are normalized.
+      text_output: whether the text's result is projected too; else nothing uses it.
+    Source: Esser et al. 2024 (arXiv:2403.03206), figure 2b; diffusers
+      `JointAttnProcessor2_0`.
+    """
+
+    heads: int
+    qk_norm: bool = False
+    text_output: bool = True
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    @nn.compact
+    def __call__(self, x_BNC, c_BLC=None):
+        """Returns (of the image "B N C", of the text "B L C"; L is 0 without text)."""
+        B, N, C = x_BNC.shape
+
+        def dense(name):
+            return nn.Dense(C, dtype=self.dtype, name=name)
+
+        def project(x, names, norms):
+            q, k, v = (
+                dense(n)(x).reshape(B, -1, self.heads, C // self.heads) for n in names
+            )
+            if self.qk_norm:
+                q, k = (
+                    RMSNorm(EPS, self.dtype, name=name)(a)
+                    for name, a in zip(norms, (q, k), strict=True)
+                )
+            return q, k, v
+
+        parts = [project(x_BNC, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))]
+        if c_BLC is not None:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj")
+            parts.append(project(c_BLC, names, ("norm_added_q", "norm_added_k")))
+        qkv = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        out = self.kernels.attend(*qkv).reshape(B, -1, C)
+        image_BNC, text_BLC = dense("to_out_0")(out[:, :N]), out[:, N:]
+        if c_BLC is not None and self.text_output:
+            text_BLC = dense("to_add_out")(text_BLC)
+        return image_BNC, text_BLC
+
+
+class Projection(nn.Module):
+    """A dense layer and a GELU, approximated by a tanh."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BNC):
+        return _GELU(nn.Dense(self.width, dtype=self.dtype, name="proj")(x_BNC))
+
+
+class FeedForward(nn.Module):
+    """Two dense layers, of each token by itself."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BNC):
+        width = x_BNC.shape[-1]
+        h = Projection(4 * width, self.dtype, name="net_0")(x_BNC)
+        return nn.Dense(width, dtype=self.dtype, name="net_2")(h)
+
+
+class JointBlock(nn.Module):
+    """Joint attention and a feed-forward of each stream, modulated by the timestep.
+
+    Attributes: heads, qk_norm: see `JointAttention`. dual: whether the image attends to
+      itself besides, as in the first layers of SD 3.5 medium. is_last: whether the text
+      is read for the last time, and left as it is.
+    Source: Esser et al. 2024 (arXiv:2403.03206), figure 2b; diffusers
+      `JointTransformerBlock`.
+    """
+
+    heads: int
+    qk_norm: bool = False
+    dual: bool = False
+    is_last: bool = False
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    @nn.compact
+    def __call__(self, x_BNC, c_BLC, time_BT):
+        """Returns both streams, "B N C" and "B L C"."""
+
+        def modulation(count, name):
+            return Modulation(count, self.dtype, name=name)(time_BT)
+
+        def attention(name):
+            fields = self.heads, self.qk_norm, not self.is_last
+            return JointAttention(*fields, self.dtype, self.kernels, name=name)
+
+        def feed_forward(name, x, shift, scale, gate):
+            h = modulate(normalize(x, self.kernels), shift, scale)
+            return x + gate * FeedForward(self.dtype, name=name)(h)
+
+        shift, scale, gate, *others = modulation(9 if self.dual else 6, "norm1")
+        mlp, second = others[:3], others[3:]
+        text = modulation(2 if self.is_last else 6, "norm1_context")
+        text_shift, text_scale = reversed(text) if self.is_last else text[:2]
+        normal_BNC = normalize(x_BNC, self.kernels)
+        image_BNC, text_BLC = attention("attn")(
+            modulate(normal_BNC, shift, scale),
+            modulate(normalize(c_BLC, self.kernels), text_shift, text_scale),
+        )
+        x_BNC = x_BNC + gate * image_BNC
+        if self.dual:
+            shift, scale, gate = second
+            own_BNC, _ = attention("attn2")(modulate(normal_BNC, shift, scale))
+            x_BNC = x_BNC + gate * own_BNC
+        x_BNC = feed_forward("ff", x_BNC, *mlp)
+        if self.is_last:
+            return x_BNC, c_BLC
+        gate, *mlp = text[2:]
+        c_BLC = c_BLC + gate * text_BLC
+        return x_BNC, feed_forward("ff_context", c_BLC, *mlp)
