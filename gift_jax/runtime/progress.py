@@ -4,7 +4,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
 
@@ -78,6 +78,38 @@ class Clock:
         seconds = (time.monotonic() - self._began) / self._done
         left = _clock(seconds * (self._total - self._done))
         return f"{self._done} of {self._total}, {left} left"
+
+
+class Timetable:
+    """Estimates the time left of parts whose times are known of another machine.
+
+    Compilation, which no rate foretells, is in them.
+
+    Args: seconds: of each part, in order, on that machine. What the parts that are done
+      have taken says how fast this one is; a part that was done before counts as none.
+    """
+
+    def __init__(self, seconds: Sequence[float]):
+        self._seconds, self._done = list(seconds), -1
+        self._began = time.monotonic()
+        self._expected = self._taken = 0.0
+
+    def next(self) -> str:
+        """Begins the next part; returns "part 3 of 10, about 2:10 left"."""
+        now = time.monotonic()
+        if self._done >= 0:
+            taken, expected = now - self._began, self._seconds[self._done]
+            if taken > 0.1 * expected:
+                self._taken += taken
+                self._expected += expected
+        self._done, self._began = self._done + 1, now
+        return f"part {self._done + 1} of {len(self._seconds)}, {self.left()} left"
+
+    def left(self) -> str:
+        """Returns "about 2:10" for the part that runs and those after it."""
+        pace = self._taken / self._expected if self._expected else 1.0
+        rest = sum(self._seconds[max(0, self._done) :])
+        return f"about {_clock(pace * rest)}"
 
 
 def _rich_bar():

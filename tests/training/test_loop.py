@@ -179,6 +179,20 @@ def test_devices_that_share_threads_take_one_step_after_the_other(tmp_path, coun
     assert all(were_done[2:]) == (count == 2)  # one device: handed over before
 
 
+def test_time_left_of_parts_counts_their_known_times_and_this_machines_pace(
+    monkeypatch,
+):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    table = progress.Timetable([10.0, 100.0, 30.0, 60.0])
+    assert table.left() == "about 3:20"
+    assert table.next() == "part 1 of 4, about 3:20 left"
+    now[0] = 20.0  # half as fast as where the times are from
+    assert table.next() == "part 2 of 4, about 6:20 left"
+    now[0] = 20.1  # it was done already, and says nothing of the machine
+    assert table.next() == "part 3 of 4, about 3:00 left"
+
+
 # --- callbacks ------------------------------------------------------------------------
 
 
