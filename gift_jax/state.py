@@ -55,9 +55,9 @@ def init_state(params: Mapping[str, jax.Array], opt: dict[str, Any], *, ema=Fals
         is_weak = isinstance(a, jax.Array) and a.weak_type
         return jax.lax.convert_element_type(a, a.dtype) if is_weak else a
 
-    params, opt = jax.tree.map(strong, (dict(params), opt))
-    average = jax.tree.map(jnp.array, params) if ema else {}
-    return State(jnp.zeros((), jnp.int32), params, opt, average)
+    strong_params, opt = jax.tree.map(strong, (dict(params), opt))
+    average = jax.tree.map(jnp.array, strong_params) if ema else {}
+    return State(jnp.zeros((), jnp.int32), strong_params, opt, average)
 
 
 def merge_params(trainable: Mapping, frozen: Mapping) -> dict[str, Any]:
