@@ -37,9 +37,9 @@ from gift_jax.defenses import base as defenses_base
 from gift_jax.models import exports, model_card, safetensors_io, weights
 from gift_jax.models import orbax as orbax_model
 from gift_jax.models.folder import ModelFolder, existing
-from gift_jax.models.load import model_folder
+from gift_jax.models.load import family_of, model_folder, read_adapters
 from gift_jax.models.sd import lora_files
-from gift_jax.models.sd.adapters import AdapterFiles, read_adapters, read_lora
+from gift_jax.models.sd.adapters import AdapterFiles, read_lora
 from gift_jax.models.sd.single_file import from_file, to_file
 from gift_jax.models.sd.single_file.families import PREDICTIONS
 from gift_jax.models.trainable import select_trainable
@@ -240,7 +240,8 @@ class Run:
         else:
             method = defenses_base.load(run.method)
             paths = [path for path in params if path in self.base_entries()]
-            selected = select_trainable(dict.fromkeys(paths), run.trainable)[0]
+            sets = family_of(self.base).trainable_sets
+            selected = select_trainable(dict.fromkeys(paths), run.trainable, sets)[0]
             self.changed = method.exported(params, tuple(selected))
         self.changed = base_folder.adapted_params() | self.changed
         self.tokenizer = self.tokenizer or base_folder.added_tokenizer()

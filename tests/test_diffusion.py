@@ -16,7 +16,7 @@ from gift_jax.diffusion import (
     squared_error,
     timesteps,
 )
-from gift_jax.models.sd import stable_diffusion
+from gift_jax.models.sd.scheduler_config import alphas_cumprod
 from gift_jax.state import merge_params
 
 KEY = jax.random.key(7)
@@ -89,7 +89,7 @@ def test_noised_latents_and_targets_equal_pytorch(cls, name, zero_snr, rng):
     config = {"num_train_timesteps": 1000, **changes}
     t = np.asarray([0, 1, 20, 250, 500, 750, 980, 998, 999])
     z, eps = rng.normal(size=(2, len(t), 4, 8, 8)).astype(np.float32)
-    abar_T = stable_diffusion.alphas_cumprod(config)
+    abar_T = alphas_cumprod(config)
     noise = Ddpm(np.float32(abar_T), "v_prediction")
     ours = {"noised": noise.noised(z, eps, t)}
     if hasattr(scheduler, "get_velocity"):

@@ -16,7 +16,7 @@ from command_runs import TEXT_FILE, UNET_FILE, tensors
 
 from gift_jax import convert
 from gift_jax.models import exports, load
-from gift_jax.models.sd import pytorch, stable_diffusion
+from gift_jax.models.sd import pytorch
 from gift_jax.runtime.errors import UserError, VerificationError
 from gift_jax.sampling import verification
 from gift_jax.training import setup
@@ -177,13 +177,13 @@ def test_a_tensor_that_is_read_otherwise(tiny_folder, monkeypatch):
 
 @needs_torch
 def test_pictures_that_differ(tiny_folder, monkeypatch):
-    own = stable_diffusion.load
+    own = load.load_model
 
     def brighter(*args, **how):
         model = own(*args, **how)
         return model.replace(scaling_factor=model.scaling_factor * 0.5)
 
-    monkeypatch.setattr(stable_diffusion, "load", brighter)
+    monkeypatch.setattr(load, "load_model", brighter)
     fails(r"the pictures of gift_jax and PyTorch differ by \d+/255", tiny_folder)
 
 

@@ -18,8 +18,8 @@ from gift_jax.benchmark import store, table, workload
 from gift_jax.benchmark.evaluation import Evaluator
 from gift_jax.benchmark.matrix import Cell, Matrix
 from gift_jax.benchmark.summary import ORIGINAL
+from gift_jax.models.folder import read_scheduler
 from gift_jax.models.load import load_named, model_folder
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
@@ -89,7 +89,7 @@ def _check_samples(matrix: Matrix) -> None:
     """Raises UserError if the model's scheduler cannot draw the samples."""
     fields, samples = matrix.fields, matrix.fields.samples
     folder = model_folder(fields.model, fields.revision, fields.variant)
-    config = stable_diffusion.read_scheduler(folder)
+    config = read_scheduler(folder)
     check_scheduler(config, "config.samples", samples.steps, samples.scheduler)
 
 

@@ -20,9 +20,7 @@ from gift_jax.compile.fit import DoesNotFit
 from gift_jax.compile.hlo import Chip, account
 from gift_jax.defenses import base
 from gift_jax.diffusion import squared_error
-from gift_jax.models import hub
-from gift_jax.models.load import DTYPES, kernels_of, local_folder
-from gift_jax.models.sd import architectures, stable_diffusion
+from gift_jax.models import load
 from gift_jax.runtime.errors import UserError
 from gift_jax.runtime.versions import versions
 from gift_jax.state import init_state, merge_params
@@ -75,23 +73,17 @@ def devices_of(topology: str) -> list:
         ) from error
 
 
-def abstract_model(run) -> stable_diffusion.StableDiffusion:
+def abstract_model(run):
     """Returns the model that a config names, without its weights.
-
-    Of the published models nothing is downloaded; of another hub id only its configs.
 
     Args: run: has model, revision, compute_dtype and resolution.
     """
-    name = run.model
-    if name in architectures.IDS:
-        configs = architectures.MODELS[architectures.IDS[name]]
-    elif not local_folder(name).exists() and hub.is_id(name):
-        folder = hub.fetch(name, run.revision, wanted=("*.json", "*/*.json"))
-        configs = stable_diffusion.read_configs(folder)
-    else:
-        configs = stable_diffusion.read_configs(local_folder(name))
-    dtype = DTYPES[run.compute_dtype]
-    return stable_diffusion.abstract_model(configs, dtype, run.resolution)
+    return load.abstract_model(
+        run.model,
+        run.compute_dtype,
+        revision=run.revision,
+        resolution=run.resolution,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +106,7 @@ def train_step(run: train.TrainRun, mesh, phase: int = 1):
     if defense.plan is None or defense.draws_first:
         why = "takes no steps" if defense.plan is None else "draws before its steps"
         raise UserError(f"config.method={run.method} {why}; try another method")
-    model = abstract_model(run).with_kernels(kernels_of(run, mesh))
+    model = abstract_model(run).with_kernels(load.kernels_of(run, mesh))
     data = dict.fromkeys(defense.groups, _Pairs())
     plans = []
 
@@ -149,7 +141,7 @@ def unet_step(run: train.TrainRun, mesh, batch_size: int):
 
     What goes in is (trainable parameters, frozen parameters, batch).
     """
-    model = abstract_model(run).with_kernels(kernels_of(run, mesh))
+    model = abstract_model(run).with_kernels(load.kernels_of(run, mesh))
     denoiser = model.denoiser
 
     def loss(trainable, frozen, batch):

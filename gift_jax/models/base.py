@@ -35,6 +35,27 @@ class Split:
     frozen: Flat
 
 
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What `models.load` asks of a model family.
+
+    Attributes: pipelines: classes in model_index.json whose folders are its own.
+      published: {hub id: its components' configs}, for what needs no files.
+      load: (folder, dtype, *, variant, resolution) -> the model. read_configs: folder
+      -> its components' configs and the scheduler's. abstract_model: (such configs,
+      dtype, resolution) -> the model, its parameters shapes. read_adapters: (the files
+      that are named, folder, variant) -> what they change. trainable_sets: see `Model`.
+    """
+
+    pipelines: tuple[str, ...]
+    published: Mapping[str, Mapping[str, Any]]
+    load: Callable[..., Any]
+    read_configs: Callable[[Path], dict[str, Any]]
+    abstract_model: Callable[..., Any]
+    read_adapters: Callable[..., Any]
+    trainable_sets: Mapping[str, TrainableRules]
+
+
 class Gate(Protocol):
     """A detector of noised latents that lies inside the denoiser and closes it."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -28,3 +29,21 @@ def map_batches(fn: Callable[[Any], Any], arrays: Any, size: int) -> Any:
         result = fn(jax.tree.map(lambda array, rows=rows: array[rows], arrays))
         parts.append(jax.tree.map(np.asarray, result))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+
+
+def map_powers_of_two(fn: Callable[[Any], Any], array: np.ndarray, most: int) -> Any:
+    """Returns fn(array) of a jitted fn, computed `most` rows at a time.
+
+    The last batch is filled up with zeros to the next power of two, so that few
+    programs serve every number of rows.
+
+    Args: fn: array "B ..." -> pytree of arrays "B ...". array: "N ...", N >= 1.
+    """
+    outputs = []
+    for start in range(0, len(array), most):
+        part = array[start : start + most]
+        size = min(most, 1 << (len(part) - 1).bit_length())
+        pad = [(0, size - len(part))] + [(0, 0)] * (array.ndim - 1)
+        out, count = fn(np.pad(part, pad)), len(part)
+        outputs.append(jax.tree.map(lambda a, count=count: a[:count], out))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 
 from gift_jax.models import safetensors_io, weights
@@ -126,3 +127,20 @@ def pipeline(root: Path) -> str:
             "of diffusers (custom ones are not run)"
         )
     return name
+
+
+def read_scheduler(path) -> dict[str, Any]:
+    """Returns a folder's scheduler_config.json, of the class that diffusers loads."""
+    root = existing(path)
+    config = safetensors_io.read_json(root / "scheduler" / "scheduler_config.json")
+    loaded = class_names(root).get("scheduler")
+    if loaded is None:
+        return config
+    written = config.get("_class_name", loaded)
+    if written != loaded:
+        logging.info(
+            "scheduler: %s, as model_index.json says; its file is of %s",
+            loaded,
+            written,
+        )
+    return config | {"_class_name": loaded}

@@ -12,17 +12,19 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gift_jax.models import hub, safetensors_io
+from gift_jax.models.base import Family
 from gift_jax.models.folder import existing, pipeline
+from gift_jax.models.latent_diffusion import LatentDiffusion
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
-from gift_jax.models.sd.adapters import AdapterFiles, read_adapters
+from gift_jax.models.sd.adapters import AdapterFiles
 from gift_jax.models.sd.single_file import cache
 from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores
 from gift_jax.runtime.errors import UserError, choice, shown
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
-FAMILIES = (stable_diffusion,)  # each with PIPELINES, names of classes, and load()
+FAMILIES = (stable_diffusion.FAMILY,)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}  # that an attention needs
 SMALL_BYTES = 2**30  # of a model's files
@@ -106,16 +108,16 @@ def load_model(
     variant: str = "",
     resolution: int = 0,
     added: AdapterFiles | None = None,
-) -> stable_diffusion.StableDiffusion:
+) -> LatentDiffusion:
     """Returns a model, its parameters and arithmetic in `dtype`.
 
     Args: name: a diffusers folder, a single file, "emoji-sd", or a hub id, of which
-      `revision` is fetched. variant, resolution: see `stable_diffusion.load`. added:
-      files to merge into it.
+      `revision` is fetched. variant: see `parts.read`. resolution: pixels, square; 0 is
+      the model's own. added: files to merge into it.
     """
     choice("config.compute_dtype", dtype, tuple(DTYPES))
     folder = existing(model_folder(name, revision, variant))
-    model = _family(folder).load(
+    model = family_of(folder).load(
         folder, DTYPES[dtype], variant=variant, resolution=resolution
     )
     if added:
@@ -124,7 +126,7 @@ def load_model(
     return model
 
 
-def load_named(fields: ModelFields) -> stable_diffusion.StableDiffusion:
+def load_named(fields: ModelFields) -> LatentDiffusion:
     """Returns the model that a config's fields name, with the files they add."""
     return load_model(
         fields.model,
@@ -136,13 +138,44 @@ def load_named(fields: ModelFields) -> stable_diffusion.StableDiffusion:
     )
 
 
-def _family(folder: pathlib.Path) -> Any:
-    """Returns the module of the family that a folder's model is of."""
+def abstract_model(
+    name: str, dtype: str = "float32", *, revision: str = "", resolution: int = 0
+) -> LatentDiffusion:
+    """Returns a model without its weights: its parameters are shapes.
+
+    Of the published models nothing is downloaded; of another hub id only its configs.
+
+    Args: see `load_model`.
+    """
+    for family in FAMILIES:
+        if name in family.published:
+            configs = family.published[name]
+            return family.abstract_model(configs, DTYPES[dtype], resolution)
+    folder = local_folder(name)
+    if not folder.exists() and hub.is_id(name):
+        folder = hub.fetch(name, revision, wanted=("*.json", "*/*.json"))
+    family = family_of(existing(folder))
+    configs = family.read_configs(folder)
+    return family.abstract_model(configs, DTYPES[dtype], resolution)
+
+
+def read_adapters(fields: AdapterFiles, folder: pathlib.Path, variant: str = "") -> Any:
+    """Returns what files change of a model folder, see `sd.adapters.read_adapters`."""
+    return family_of(folder).read_adapters(fields, folder, variant)
+
+
+def family_of(folder: pathlib.Path) -> Family:
+    """Returns the family that a folder's model is of, by its pipeline's class.
+
+    A folder that names none is of the first.
+
+    Raises: UserError for a class of no family.
+    """
     name = pipeline(folder)
     for family in FAMILIES:
-        if not name or name in family.PIPELINES:
+        if not name or name in family.pipelines:
             return family
-    names = ", ".join(name for family in FAMILIES for name in family.PIPELINES)
+    names = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise UserError(
         f"{folder / 'model_index.json'}: _class_name={shown(name)} is not supported; "
         f"must be one of {names}"

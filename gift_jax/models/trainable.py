@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a UNet's parameters train."""
+"""Which of a denoiser's parameters train, by the names that configs know."""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +7,11 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from gift_jax.models.base import TrainableRules
 from gift_jax.runtime.errors import UserError
 
-# Each rule is a list of (pattern, trains?); the first pattern found in a path decides.
+# Of a UNet. Each rule is a list of (pattern, trains?); the first pattern found in a
+# path decides.
 TRAINABLE_SETS = {
     "cross_attention": [(r"/attn2/to_(q|k|v|out_0)/", True), (r"", False)],
     "cross_attention_kv": [(r"/attn2/to_(k|v)/", True), (r"", False)],
@@ -23,12 +25,11 @@ TRAINABLE_SETS = {
 
 
 def select_trainable(
-    params, rule, sets: Mapping[str, Any] = TRAINABLE_SETS
+    params, rule: str, sets: Mapping[str, TrainableRules] = TRAINABLE_SETS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters into (trainable, frozen), each a flat dict "a/b/c" -> array.
 
-    Args: params: of a denoiser, nested dict, or already flat. rule: of `sets`. sets:
-      those of its family.
+    Args: params: the denoiser's, nested or flat. rule: of `sets`, a family's.
     Raises: UserError for an unknown rule, or one that selects nothing.
     """
     if rule not in sets:

@@ -144,18 +144,18 @@ def joined_path(component, path):
     return f"{component}/{path}" if component == "text_encoder_2" else path
 
 
-def by_component(flat):
-    """Returns {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}.
+def by_component(flat, denoiser="unet"):
+    """Returns {denoiser: ..., "text_encoder": ..., "text_encoder_2": ...}.
 
-    Args: flat: {path, see `joined_path`: array}.
+    Args: flat: {path, see `joined_path`: array}. denoiser: the component's name.
     """
-    parts = {component: {} for component in ("unet", *TEXT_ENCODERS)}
+    parts = {component: {} for component in (denoiser, *TEXT_ENCODERS)}
     for path, array in flat.items():
         if path.startswith("text_encoder_2/"):
             parts["text_encoder_2"][path.removeprefix("text_encoder_2/")] = array
         else:
             is_text = path.startswith("text_model/")
-            parts["text_encoder" if is_text else "unet"][path] = array
+            parts["text_encoder" if is_text else denoiser][path] = array
     return parts
 
 

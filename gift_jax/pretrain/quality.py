@@ -18,7 +18,6 @@ from gift_jax.data import augment, captions
 from gift_jax.data.sources import emoji
 from gift_jax.metrics import judge as judges
 from gift_jax.models.load import EMBEDDED, load_model
-from gift_jax.models.sd import stable_diffusion
 from gift_jax.runtime import cli, files
 from gift_jax.sampling import grid
 from gift_jax.sampling.images import Samples, draw_images
@@ -94,8 +93,8 @@ def vae_quality(model, data) -> dict:
     for first in range(0, len(data.images), _BATCH):
         images = data.images[first : first + _BATCH]
         x_BHWC = images.astype(np.float32) / 127.5 - 1.0
-        mean, _ = stable_diffusion.encode_images(model, x_BHWC, _BATCH)
-        decoded = stable_diffusion.decode_latents(model, mean, _BATCH)
+        mean, _ = model.encode_images(x_BHWC, _BATCH)
+        decoded = np.asarray(model.decode(mean, _BATCH))
         squares = np.square(np.clip(decoded, -1.0, 1.0) - x_BHWC)
         errors.append(np.mean(squares, axis=(1, 2, 3)))
     error = np.concatenate(errors)

@@ -15,7 +15,8 @@ from gift_jax.data import captions, pipeline
 from gift_jax.data.sources import emoji
 from gift_jax.models import exports, sd, vision
 from gift_jax.models.params import init_params
-from gift_jax.models.sd import architectures, stable_diffusion
+from gift_jax.models.sd import architectures
+from gift_jax.models.sd.scheduler_config import alphas_cumprod
 from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.pretrain import clip as clip_stage
 from gift_jax.pretrain import quality
@@ -112,7 +113,7 @@ class Stages:
 
         params = _init(model, cfg.seed + 3)
         loss_fn = unet_stage.make_loss(model, cfg.unet)
-        abar = stable_diffusion.alphas_cumprod(unet_stage.SCHEDULER)
+        abar = alphas_cumprod(unet_stage.SCHEDULER)
         frozen = {"text": text, "empty": empty, "abar": abar.astype(np.float32)}
         params = self._train("unet", params, loss_fn, source, frozen, decay)
         return config, params

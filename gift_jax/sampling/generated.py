@@ -98,7 +98,7 @@ def generate_images(
         "steps": how.steps,
         "guidance": float(how.guidance),
         "scheduler": how.scheduler or "the model's own",
-        "dtype": jnp.dtype(model.unet.dtype).name,
+        "dtype": jnp.dtype(model.dtype).name,
         "size": model.image_size,
     }
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"

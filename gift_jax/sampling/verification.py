@@ -13,13 +13,12 @@ import numpy as np
 from absl import logging
 
 from gift_jax.models import load, weights
-from gift_jax.models.folder import existing
-from gift_jax.models.sd import pytorch, stable_diffusion
+from gift_jax.models.folder import existing, read_scheduler
+from gift_jax.models.sd import pytorch
 from gift_jax.models.sd.adapters import (
     AdapterFiles,
     embeddings,
     loras,
-    read_adapters,
     read_lora,
 )
 from gift_jax.models.sd.single_file import cache
@@ -70,7 +69,7 @@ def verify(
     path = Path(model).expanduser()
     single_file = path if cache.is_single_file(path) else None
     with pytorch.quiet(), _mistakes_as_failures(), _hushed():
-        adapters = read_adapters(added, root, variant)
+        adapters = load.read_adapters(added, root, variant)
         pipe = pytorch.load(root, variant, single_file, as_float32=as_float32)
         line = _add(pipe, root, variant, files, adapters)
         if picture is None:
@@ -106,7 +105,7 @@ def _add(pipe, root, variant, files, adapters) -> str:
 def _draw_theirs(pipe, root, adapters, picture) -> np.ndarray:
     """Returns float32 "H W 3" in [0, 1]."""
     # sizes and noise, without the weights of this side
-    model = stable_diffusion.abstract_model(stable_diffusion.read_configs(root))
+    model = load.abstract_model(str(root))
     return pytorch.draw(
         pipe,
         root,
@@ -163,7 +162,7 @@ def _noise(shape, picture: Picture) -> np.ndarray:
 
 def _scheduler(root: Path, picture: Picture) -> str:
     """Returns "": the folder's own scheduler, or "ddim" if that one draws noise."""
-    config = stable_diffusion.read_scheduler(root)
+    config = read_scheduler(root)
     table = schedules.schedule(config, "", picture.steps)
     return "ddim" if schedules.is_stochastic(table) else ""
 

@@ -17,6 +17,7 @@ from gift_jax import train
 from gift_jax.compile import child as compile_child
 from gift_jax.compile import fit, hlo, tpu
 from gift_jax.defenses import base
+from gift_jax.models import load
 from gift_jax.models.load import EMBEDDED
 from gift_jax.runtime import cli, devices
 from gift_jax.runtime.config import load_config
@@ -98,7 +99,7 @@ def _pictures(tmp_path):
 
 
 def test_published_models_need_no_files(monkeypatch):
-    monkeypatch.setattr(tpu.hub, "fetch", None)
+    monkeypatch.setattr(load.hub, "fetch", None)
     cfg = load_config(str(ROOT / "configs" / "sd15_object.py")).unlock()
     model = tpu.abstract_model(cfg)
     unet = sum(a.size for a in jax.tree.leaves(model.params["unet"]))

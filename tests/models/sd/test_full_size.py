@@ -173,7 +173,7 @@ def test_whole_folder_equals_pytorch_pipeline(name, folder):
     assert model.scaling_factor == pipeline.vae.config.scaling_factor
     prompts = ["a Dog!", "", "a prompt that will not fit into sixteen tokens"]
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    ours = stable_diffusion.encode_prompts(model, prompts)["states"]
+    ours = model.encode_text(prompts)["states"]
     np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
 
 
