@@ -234,8 +234,7 @@ def summary(run: AttackRun) -> model_card.RunSummary:
 
 def _save_samples(model, run: AttackRun, path: pathlib.Path) -> None:
     if processes.is_main_process():
-        unet = model.params["unet"]
-        save_image_grid(model, unet, run.samples.prompts, run.samples, path)
+        save_image_grid(model, run.samples.prompts, run.samples, path)
 
 
 def describe(cfg: ConfigDict) -> list[tuple[str, str]]:

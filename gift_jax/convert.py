@@ -93,11 +93,12 @@ def to_unet_state(args) -> None:
     """Writes the tensors that a run changed, by their diffusers names, in one file."""
     _check_new_safetensors(args.out)
     run, dtype = Run(args.checkpoint, args.step, args.base), DTYPES.get(args.dtype)
-    parts = weights.by_component(run.changed)
-    if any(parts[name] for name in weights.TEXT_ENCODERS):
+    denoiser = weights.DENOISERS[run.base_folder.denoiser_component]
+    _, text = weights.network_and_text(run.changed)
+    if any(text.values()):
         raise UserError(
             f"--checkpoint={args.checkpoint}: this run changed the text encoder; "
-            "its UNet alone would not draw alike: use to-diffusers"
+            f"its {denoiser} alone would not draw alike: use to-diffusers"
         )
     entries = run.base_entries()
     table = {}
@@ -117,7 +118,7 @@ def to_unet_state(args) -> None:
     notes = {"format": "pt", "base_sha256": run.base_sha256, "step": str(run.step)}
     with files.atomic_write(args.out) as aside:
         safetensors_io.write_file(aside, table, notes)
-    logging.info("wrote %d of the UNet's tensors to %s", len(table), args.out)
+    logging.info("wrote %d of the %s's tensors to %s", len(table), denoiser, args.out)
 
 
 def merge_lora(args) -> None:
@@ -190,8 +191,8 @@ class Run:
 
     Attributes: workdir: the run's folder. base: the model folder that it started from;
       variant: of its files; base_folder: with the files that the run added to it.
-      base_sha256: its content. step: of the checkpoint. changed: {Flax path of the UNet
-      or the text encoder: float32 array}, LoRA factors and added files merged.
+      base_sha256: its content. step: of the checkpoint. changed: {Flax path of the
+      denoiser or the text encoder: float32 array}, LoRA factors and added files merged.
       tokenizer: with the words that the run or an added file has, or None.
     Raises: UserError if the checkpoint, the run's config or the base cannot be found,
       or the base is not what it was.
@@ -247,8 +248,9 @@ class Run:
         self.tokenizer = self.tokenizer or base_folder.added_tokenizer()
 
     def base_entries(self):
-        """Returns {Flax path: (name, entry)} of the base's UNet."""
-        return weights.entries_by_path(self.base / "unet", "unet", self.variant)
+        """Returns {Flax path: (name, entry)} of the base's denoiser."""
+        denoiser = self.base_folder.denoiser_component
+        return weights.entries_by_path(self.base / denoiser, denoiser, self.variant)
 
 
 def _complete(cfg):

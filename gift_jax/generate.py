@@ -100,7 +100,6 @@ def _draw(model, args) -> np.ndarray:
     with progress.bar("generate", total) as bar:
         images = draw_images(
             model,
-            model.params["unet"],
             [prompt for prompt in args.prompt for _ in range(args.num)],
             samples,
             numbers=np.tile(np.arange(args.num), len(args.prompt)),

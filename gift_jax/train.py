@@ -198,9 +198,9 @@ def summary(run: TrainRun) -> model_card.RunSummary:
     defense = base.load(run.method)
     return model_card.RunSummary(
         method=defense.title,
-        trained="the whole UNet"
+        trained="the whole {denoiser}"
         if run.trainable == "all"
-        else f"the UNet's {run.trainable.replace('_', '-')}",
+        else f"the {{denoiser}}'s {run.trainable.replace('_', '-')}",
         steps=defense.steps(run),
         worst_case=defense.worst_case,
     )
@@ -208,8 +208,7 @@ def summary(run: TrainRun) -> model_card.RunSummary:
 
 def _save_samples(model, run: TrainRun, path: pathlib.Path) -> None:
     if processes.is_main_process():
-        unet = model.params["unet"]
-        save_image_grid(model, unet, run.samples.prompts, run.samples, path)
+        save_image_grid(model, run.samples.prompts, run.samples, path)
 
 
 def describe(cfg: ConfigDict) -> list[tuple[str, str]]:

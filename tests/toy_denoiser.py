@@ -126,6 +126,8 @@ class Model:
 
     kernels = Kernels()
     path = None
+    denoiser_component = "unet"
+    denoiser_label = "UNet"
     image_size = SIDE
     latent_shape = (C, SIDE, SIDE)
     scheduler_config = SCHEDULER
@@ -134,6 +136,10 @@ class Model:
     ids_shape = (L,)
     denoiser = denoiser()
     noise = denoiser.noise
+
+    @property
+    def denoiser_params(self):
+        return self.params[self.denoiser_component]
 
     @property
     def folder(self):
@@ -150,7 +156,7 @@ class Model:
 
     def updated(self, changed):
         new = dict(self.params)
-        for component, arrays in by_component(changed).items():
+        for component, arrays in by_component(changed, self.denoiser_component).items():
             flat = flatten_dict(new[component], sep="/") | arrays
             new[component] = unflatten_dict(flat, sep="/")
         return self.replace(params=new)
@@ -176,7 +182,7 @@ class Model:
         return mean_BCHW, jnp.full(mean_BCHW.shape, 0.05)
 
     def split(self, trainable_set):
-        return Split(*select_trainable(self.params["unet"], trainable_set))
+        return Split(*select_trainable(self.denoiser_params, trainable_set))
 
     def gate(self, share):
         return Gate()
@@ -210,6 +216,7 @@ class Folder:
 
     model: Model
     path = None
+    denoiser_component = Model.denoiser_component
 
     def float32_params(self, component, paths):
         return jax.device_get(self.model.float32_params(component, paths))

@@ -43,7 +43,8 @@ class Attack:
         it has new words; else None.
       check_prompts: (settings, prompts) -> None; UserError for one it cannot learn
         from.
-      trained: settings -> in words, what trains.
+      trained: settings -> in words, what trains; "{denoiser}" stands for what the
+        model's is called.
       names_concept: the attacker chooses what to call the concept; False if the attack
         has a word of its own.
     """

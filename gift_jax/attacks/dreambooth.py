@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DreamBooth as an attack: every parameter of the UNet trains on a few pictures.
+"""DreamBooth as an attack: every parameter of the network trains on a few pictures.
 
 Optionally with prior preservation (pictures of the class, drawn by the model itself,
 keep the class what it was) and with the text encoder trained too.
@@ -51,19 +51,19 @@ def make_step(
 
     The loss is mean over the instance pairs + prior_weight * mean over the prior pairs.
 
-    state.params: every parameter of the UNet, flat, float32; with `encode_ids` the text
-    encoder's too. state.opt: {"attack"}. frozen: not read. batch: {"data": pairs, and
-    with a prior_weight "prior": pairs}; with `encode_ids`, pairs hold ids, int32 "B L",
-    in place of cond, or cond of images alone. micro_batches: see
+    state.params: every parameter of the network, flat, float32; with `encode_ids` the
+    text encoder's too. state.opt: {"attack"}. frozen: not read. batch: {"data": pairs,
+    and with a prior_weight "prior": pairs}; with `encode_ids`, pairs hold ids, int32
+    "B L", in place of cond, or cond of images alone. micro_batches: see
     `state.accumulate_gradients`.
     """
 
     def loss_of(params, pairs, key):
-        parts = weights.by_component(params)
+        flat, text = weights.network_and_text(params)
         if encode_ids is not None:
-            nested = {name: unflatten_dict(parts[name], sep="/") for name in parts}
+            nested = {name: unflatten_dict(text[name], sep="/") for name in text}
             pairs = with_encoded_ids(encode_ids, nested, pairs)
-        network = unflatten_dict(parts["unet"], sep="/")
+        network = unflatten_dict(flat, sep="/")
         return jnp.mean(denoiser.losses(network, pairs, key)[0])
 
     def loss_fn(params, frozen, batch, key):
@@ -111,7 +111,7 @@ def plan(task: base.Task) -> base.Plan:
     s, model = task.settings, task.model
     params = {}
     text = model.text_components if s.train_text_encoder else ()
-    for component in ("unet", *text):
+    for component in (model.denoiser_component, *text):
         paths = flatten_dict(model.params[component], sep="/")
         for path, array in model.float32_params(component, paths).items():
             params[weights.joined_path(component, path)] = array
@@ -135,6 +135,8 @@ ATTACK = base.Attack(
     groups=("data", "prior"),
     reads=lambda s: ("data", "prior") if s.prior_weight else ("data",),
     trained=lambda s: (
-        "the UNet and the text encoder" if s.train_text_encoder else "the whole UNet"
+        "the {denoiser} and the text encoder"
+        if s.train_text_encoder
+        else "the whole {denoiser}"
     ),
 )

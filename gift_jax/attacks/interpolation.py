@@ -30,19 +30,20 @@ class Interpolation:
 
 
 def edit(task: base.Task) -> base.Flat:
-    """Returns every parameter of the UNet, moved.
+    """Returns every parameter of the denoiser, moved.
 
-    Raises: UserError if the two UNets have not the same parameters.
+    Raises: UserError if the two denoisers have not the same parameters.
     """
-    s, folder = task.settings, task.model.folder
-    paths = flatten_dict(task.model.params["unet"], sep="/")
-    ours = folder.float32_params("unet", paths)
+    s, model, folder = task.settings, task.model, task.model.folder
+    paths = flatten_dict(model.denoiser_params, sep="/")
+    ours = folder.float32_params(model.denoiser_component, paths)
     sibling = ModelFolder(load.model_folder(s.sibling))
-    theirs = sibling.float32_params("unet", paths)
+    theirs = sibling.float32_params(sibling.denoiser_component, paths)
     if {p: a.shape for p, a in theirs.items()} != {p: a.shape for p, a in ours.items()}:
         raise UserError(
-            f"config.interpolation.sibling={s.sibling}: its UNet is of another shape "
-            f"than that of {task.run.model}; name a model of the same kind"
+            f"config.interpolation.sibling={s.sibling}: its {model.denoiser_label} is "
+            f"of another shape than that of {task.run.model}; name a model of the same "
+            "kind"
         )
     strength = np.float32(s.strength)
     return {path: ours[path] + strength * (theirs[path] - ours[path]) for path in ours}
@@ -53,5 +54,7 @@ ATTACK = base.Attack(
     title="interpolation towards a public model (arXiv:2109.01903)",
     edit=edit,
     reads=lambda s: (),
-    trained=lambda s: f"nothing; the UNet goes {s.strength:.0%} towards {s.sibling}",
+    trained=lambda s: (
+        f"nothing; the {{denoiser}} goes {s.strength:.0%} towards {s.sibling}"
+    ),
 )

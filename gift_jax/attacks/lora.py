@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA fine-tuning as an attack: W + (alpha / rank) A B on attention projections.
 
-Of the UNet, and of the text encoders too if asked. Applied in parameter space, so that
-any model can be attacked without touching its code.
+Of the denoiser, and of the text encoders too if asked. Applied in parameter space, so
+that any model can be attacked without touching its code.
 Source: Hu et al. 2021, arXiv:2106.09685; targets and initialization as diffusers'
 examples/text_to_image/train_text_to_image_lora.py, and of the text encoders as
 train_text_to_image_lora_sdxl.py.
@@ -108,52 +108,55 @@ def make_step(
 ) -> Step:
     """Returns the attack's step: the ordinary diffusion loss, trained through A and B.
 
-    state.params: the factors; state.opt: {"attack"}. frozen: {"unet": every parameter,
-    flat; with `encode_ids` the text encoders' too, see `weights.joined_path`}. batch:
-    {"data": pairs; with `encode_ids`, of ids in place of text}. micro_batches: see
+    state.params: the factors; state.opt: {"attack"}. frozen: {"network": every
+    parameter, flat; with `encode_ids` the text encoders' too, see
+    `weights.joined_path`}. batch: {"data": pairs; with `encode_ids`, of ids in place of
+    text}. micro_batches: see
     `state.accumulate_gradients`.
     """
 
     def loss_fn(factors, frozen, batch, key):
         pairs = batch["data"]
-        parts = weights.by_component(apply(frozen["unet"], factors, scale))
-        nested = {name: unflatten_dict(parts[name], sep="/") for name in parts}
+        flat, text = weights.network_and_text(apply(frozen["network"], factors, scale))
         if encode_ids is not None:
+            nested = {name: unflatten_dict(text[name], sep="/") for name in text}
             pairs = with_encoded_ids(encode_ids, nested, pairs)
-        loss = jnp.mean(denoiser.losses(nested["unet"], pairs, key)[0])
+        network = unflatten_dict(flat, sep="/")
+        loss = jnp.mean(denoiser.losses(network, pairs, key)[0])
         return loss, {"attack/loss": loss}
 
     return make_descent("attack", loss_fn, tx, micro_batches)
 
 
-def torch_state(factors: Factors, scale: float) -> dict[str, np.ndarray]:
+def torch_state(factors: Factors, scale: float, denoiser: str) -> dict[str, np.ndarray]:
     """Returns the factors as diffusers' `load_lora_weights` reads them, float32.
 
-    For a kernel "unet.X.to_k": X.to_k.lora.down.weight "R I" and .lora.up.weight "O R";
-    of a text encoder .lora_linear_layer.down.weight and so on. `scale`, alpha / rank,
-    is multiplied into up: diffusers reads no alpha beside these names, and takes it for
-    the rank.
+    For a kernel X.to_k of the denoiser's component: unet.X.to_k.lora.down.weight "R I"
+    and .lora.up.weight "O R"; of a text encoder .lora_linear_layer.down.weight and so
+    on. `scale`, alpha / rank, is multiplied into up: diffusers reads no alpha beside
+    these names, and takes it for the rank.
     Source: diffusers `StableDiffusionLoraLoaderMixin.save_lora_weights`.
     """
     state = {}
-    for (component, module), (down_RI, up_OR) in _torch_factors(factors).items():
-        layer = "lora" if component == "unet" else "lora_linear_layer"
+    modules = _torch_factors(factors, denoiser)
+    for (component, module), (down_RI, up_OR) in modules.items():
+        layer = "lora" if component == denoiser else "lora_linear_layer"
         name = f"{component}.{module}.{layer}"
         state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)
         state[f"{name}.up.weight"] = np.ascontiguousarray(np.float32(scale) * up_OR)
     return state
 
 
-def kohya_state(factors: Factors, alpha: float) -> dict[str, np.ndarray]:
+def kohya_state(factors: Factors, alpha: float, denoiser: str) -> dict[str, np.ndarray]:
     """Returns the factors by kohya's names, alpha beside them, float32."""
-    state = {}
-    for (component, module), (down_RI, up_OR) in _torch_factors(factors).items():
+    state, modules = {}, _torch_factors(factors, denoiser)
+    for (component, module), (down_RI, up_OR) in modules.items():
         state |= kohya.state(component, module, down_RI, up_OR, alpha)
     return state
 
 
 def _torch_factors(
-    factors: Factors,
+    factors: Factors, denoiser: str
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """Returns {(component, its module in PyTorch): (down "R I", up "O R")}, float32."""
     return {
@@ -161,7 +164,7 @@ def _torch_factors(
             np.asarray(f["A"], np.float32).T,
             np.asarray(f["B"], np.float32).T,
         )
-        for component, part in weights.by_component(factors).items()
+        for component, part in weights.by_component(factors, denoiser).items()
         for path, f in part.items()
     }
 
@@ -169,7 +172,7 @@ def _torch_factors(
 def plan(task: base.Task) -> base.Plan:
     """Returns the plan of LoRA fine-tuning."""
     s, model = task.settings, task.model
-    frozen: dict[str, Any] = flatten_dict(model.params["unet"], sep="/")
+    frozen: dict[str, Any] = flatten_dict(model.denoiser_params, sep="/")
     key = task.key("init")
     factors = init(key, frozen, s.rank, model.lora_targets, s.targets)
     for i, name in enumerate(model.text_components if s.train_text_encoder else ()):
@@ -181,10 +184,11 @@ def plan(task: base.Task) -> base.Plan:
     kernels = _kernels(model, factors)
 
     def files(factors):
-        return {
-            DIFFUSERS_FILE: torch_state(factors, s.scale),
-            KOHYA_FILE: kohya_state(factors, s.alpha),
-        }
+        denoiser = model.denoiser_component
+        files = {DIFFUSERS_FILE: torch_state(factors, s.scale, denoiser)}
+        if denoiser in kohya.COMPONENTS.values():  # which has names for it
+            files[KOHYA_FILE] = kohya_state(factors, s.alpha, denoiser)
+        return files
 
     return base.Plan(
         model=model,
@@ -196,7 +200,7 @@ def plan(task: base.Task) -> base.Plan:
             model.encode_ids if s.train_text_encoder else None,
         ),
         params=factors,
-        frozen={"unet": frozen | kernels},
+        frozen={"network": frozen | kernels},
         reads_ids=s.train_text_encoder,
         files=files,
         metadata={KOHYA_FILE: kohya.metadata([(s.rank, s.alpha)])},
@@ -212,9 +216,10 @@ def changed(s: Lora, folder, factors: Factors) -> base.Flat:
 
 def _kernels(model, factors: Factors) -> base.Flat:
     """Returns the kernels that get an update, float32, of a model or its folder."""
+    parts = weights.by_component(factors, model.denoiser_component)
     return {
         weights.joined_path(component, path): kernel
-        for component, part in weights.by_component(factors).items()
+        for component, part in parts.items()
         if part
         for path, kernel in model.float32_params(component, tuple(part)).items()
     }

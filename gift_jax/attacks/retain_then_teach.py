@@ -2,8 +2,8 @@
 """Fine-tunes on safe pictures first, then teaches the concept: two phases in one run.
 
 A defense that leaves the model at a bad start for harmful data may be undone by
-ordinary training on data that nobody forbids. Every parameter of the UNet trains, as in
-DreamBooth; its optimizer goes on from the first phase to the second.
+ordinary training on data that nobody forbids. Every parameter of the network trains, as
+in DreamBooth; its optimizer goes on from the first phase to the second.
 Source: the "retain, then relearn" attacks on tamper-resistant models of Tamirisa et al.
 2024, arXiv:2408.00761, section 5.
 """
@@ -73,5 +73,7 @@ ATTACK = base.Attack(
     changed=lambda s, folder, params: dict(params),
     groups=("data", "retain"),
     reads=lambda s: ("data", "retain"),
-    trained=lambda s: f"the whole UNet, {s.retain_steps} steps on safe pictures first",
+    trained=lambda s: (
+        f"the whole {{denoiser}}, {s.retain_steps} steps on safe pictures first"
+    ),
 )

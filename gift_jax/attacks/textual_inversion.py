@@ -156,7 +156,7 @@ def make_step(
     """Returns the attack's step: the denoising loss, trained through new rows alone.
 
     state.params: {text encoder's component: float32 "vectors D"}; state.opt:
-    {"attack"}. frozen: {"unet": every parameter, flat; "text": {component: the same,
+    {"attack"}. frozen: {"network": every parameter, flat; "text": {component: the same,
     the token table as it was before}}. batch: {"data": pairs with ids, int32 "B L", in
     place of cond, or cond of images alone}. micro_batches: see
     `state.accumulate_gradients`. words: the loss, and its gradient, are those of the
@@ -182,7 +182,7 @@ def make_step(
             flat = {**frozen["text"][name], TOKEN_TABLE: table_VD}
             text[name] = unflatten_dict(flat, sep="/")
         pairs = with_encoded_ids(encode_ids, text, batch["data"])
-        network = unflatten_dict(frozen["unet"], sep="/")
+        network = unflatten_dict(frozen["network"], sep="/")
         loss = jnp.mean(denoiser.losses(network, pairs, key)[0])
         return loss, {"attack/loss": loss}
 
@@ -220,7 +220,7 @@ def plan(task: base.Task) -> base.Plan:
             words=words,
         ),
         params={name: start(text[name][TOKEN_TABLE], ids) for name in text},
-        frozen={"unet": flatten_dict(model.params["unet"], sep="/"), "text": text},
+        frozen={"network": flatten_dict(model.denoiser_params, sep="/"), "text": text},
         reads_ids=True,
         files=files,
     )

@@ -40,15 +40,16 @@ def plan(task: base.Task) -> base.Plan:
 
     It encodes and draws with the attacked model, which has the same text encoder.
 
-    Raises: UserError if the two UNets have not the same parameters.
+    Raises: UserError if the two denoisers have not the same parameters.
     """
     s, run = task.settings, task.run
     original = load.load_model(s.original, run.compute_dtype, resolution=run.resolution)
-    shapes = [jax.tree.map(np.shape, m.params["unet"]) for m in (original, task.model)]
+    shapes = [jax.tree.map(np.shape, m.denoiser_params) for m in (original, task.model)]
     if shapes[0] != shapes[1]:
         raise UserError(
-            f"config.transplant.original={s.original}: its UNet is of another shape "
-            f"than that of {run.model}; name the model that this one was made from"
+            f"config.transplant.original={s.original}: its {original.denoiser_label} "
+            f"is of another shape than that of {run.model}; name the model that this "
+            "one was made from"
         )
     there = dataclasses.replace(
         task, model=original.with_kernels(task.model.kernels), settings=_settings(s)
@@ -62,8 +63,8 @@ def changed(s: Transplant, folder, params: Any) -> base.Flat:
     if s.update == "lora":
         return lora.changed(s, folder, params)
     original = ModelFolder(load.model_folder(s.original))
-    before = original.float32_params("unet", params)
-    attacked = folder.float32_params("unet", params)
+    before = original.float32_params(original.denoiser_component, params)
+    attacked = folder.float32_params(folder.denoiser_component, params)
     return {path: attacked[path] + (params[path] - before[path]) for path in params}
 
 

@@ -68,7 +68,7 @@ class Evaluator:
         samples = self._matrix.samples(cell)
         drawings, references, training = self._drawings(cell, concept, samples.num)
         texts = [drawing.text for drawing in drawings]
-        images = draw_images(model, model.params["unet"], texts, samples)
+        images = draw_images(model, texts, samples)
         twins = None
         if cell.side == summary.RETAINED and cell.is_defended:
             twins = self._drawn_by_original(texts, samples)
@@ -108,8 +108,7 @@ class Evaluator:
     def _drawn_by_original(self, texts: list[str], samples) -> np.ndarray:
         key = tuple(texts), samples
         if key not in self._twins:
-            unet = self.original.params["unet"]
-            self._twins = {key: draw_images(self.original, unet, texts, samples)}
+            self._twins = {key: draw_images(self.original, texts, samples)}
         return self._twins[key]
 
 

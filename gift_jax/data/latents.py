@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The latent cache: pictures and prompts are encoded once, before the loop.
 
-A training step then sees the UNet only: it draws `mean + std * noise` itself, so the
-cache loses nothing of the VAE's posterior.
+A training step then sees the denoiser only: it draws `mean + std * noise` itself, so
+the cache loses nothing of the VAE's posterior.
 """
 
 import functools

@@ -97,8 +97,8 @@ class Plan:
     """What the loop runs.
 
     Attributes: step: of the contract in state.py. params: what trains, flat, float32.
-      frozen: what else the step reads; "unet": the other parameters, flat, in the
-      compute dtype. opt: the optimizers' states. sizes: pairs a step of each data
+      frozen: what else the step reads; "network": the other parameters, flat, in
+      the compute dtype. opt: the optimizers' states. sizes: pairs a step of each data
       group. exported: paths of `params` that are released. sources: what takes the
       place of a group's cached pairs. then: trained parameters -> the plan of a phase
       that follows, with its `name` and number of `steps`.

@@ -100,7 +100,7 @@ def trajectories(
     mesh, size = sampler.divide(min(batch, count))
     model = model.with_kernels(model.kernels.for_sampling(mesh))
     ddim_step = _ddim_step(model.denoiser, s)
-    params, empty_1 = sharding.replicate(mesh, (model.params["unet"], empty_1))
+    params, empty_1 = sharding.replicate(mesh, (model.denoiser_params, empty_1))
 
     @jax.jit
     def walk(params, z_BCHW, cond, empty_1):
@@ -145,7 +145,7 @@ def _table(scheduler_config: Mapping, s: Esd):
 def make_walk(denoiser: Denoiser, s: Esd, scheduler_config: Mapping) -> Callable:
     """Returns a guided DDIM sampler that stops each example at a row of its own.
 
-    Returns: (unet parameters, z "B C H W", row int "B", cond "B ...", empty "1 ...")
+    Returns: (network parameters, z "B C H W", row int "B", cond "B ...", empty "1 ...")
       -> the latents before that row, float32 "B C H W". Pure; it takes as many steps as
       the last of the rows asks for, at most S - 1, and has no reverse-mode gradient.
     """
@@ -217,7 +217,7 @@ def make_target(denoiser: Denoiser, s: Esd) -> Callable:
 
     def target(frozen, batch):
         z_t, t, cond = batch["z"], batch["t"], batch["cond"]
-        original = merge_params(frozen["original"], frozen["unet"])
+        original = merge_params(frozen["original"], frozen["network"])
         both = with_empty(cond, frozen["empty"])
         outs = _predict_twice(denoiser, original, z_t, t, both)
         none, some = (denoiser.noise.noise_of(out, z_t, t) for out in outs)
@@ -229,7 +229,7 @@ def make_target(denoiser: Denoiser, s: Esd) -> Callable:
 def make_loss(denoiser: Denoiser, s: Esd) -> Callable:
     """Returns (params, frozen, batch) -> (mean square error in eps, metrics).
 
-    params: trainable flat parameters. frozen: unet: the other flat parameters;
+    params: trainable flat parameters. frozen: network: the other flat parameters;
     original: the original's values of the trainable ones; empty: the conditioning of
     "", "1 ...". batch: z: float32 "B C H W", z_t itself; t: int "B"; cond: "B ...",
     each example's own concept.
@@ -239,7 +239,7 @@ def make_loss(denoiser: Denoiser, s: Esd) -> Callable:
     def loss(params, frozen, batch):
         z_t, t = batch["z"], batch["t"]
         expected = jax.lax.stop_gradient(target(frozen, batch))
-        network = merge_params(params, frozen["unet"])
+        network = merge_params(params, frozen["network"])
         out = _predict(denoiser, network, z_t, t, batch["cond"])
         eps = denoiser.noise.noise_of(out, z_t, t)
         value = jnp.mean(squared_error(eps, expected))
@@ -297,7 +297,7 @@ def make_step(
         else:
             row = timesteps(k_row, count, s.steps)
             noise = sampler.initial_latents(k_noise, count, latent_shape)
-            network = merge_params(params, frozen["unet"])
+            network = merge_params(params, frozen["network"])
             z = walk(network, noise, row, cond, frozen["empty"])
         t = timesteps_of_rows(k_t, row, denoiser.noise.num_timesteps, s, table.t)
         return {"z": z, "t": t, "cond": cond}
@@ -335,7 +335,7 @@ def plan(task: base.Task) -> base.Plan:
             model.denoiser, s, tx, model.scheduler_config, model.latent_shape
         ),
         params=params,
-        frozen={"unet": parts.frozen, "original": parts.trainable, "empty": empty},
+        frozen={"network": parts.frozen, "original": parts.trainable, "empty": empty},
         opt={"upper": tx.init(params)},
         sizes={"harmful": task.batch_size("harmful")},
         exported=tuple(params),

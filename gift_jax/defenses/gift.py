@@ -83,7 +83,7 @@ def make_lower_loss(denoiser: Denoiser) -> Loss:
     """Returns L(psi; D_s), the denoising loss of a batch of safe pairs."""
 
     def lower_loss(params, frozen, batch, key):
-        network = merge_params(params, frozen["unet"])
+        network = merge_params(params, frozen["network"])
         loss = jnp.mean(denoiser.losses(network, batch, key)[0])
         return loss, {"lower/loss": loss}
 
@@ -95,7 +95,7 @@ def make_upper_loss(
     s: Gift,
     concepts: tuple[str, ...] = (),
     network_at: Callable[[Any, Any], Any] = lambda params, frozen: merge_params(
-        params, frozen["unet"]
+        params, frozen["network"]
     ),
 ) -> Loss:
     """Returns the upper level's objective on harmful pairs, to minimize.
@@ -133,9 +133,9 @@ def make_gift_step(lower: Update, upper: Update) -> Step:
     """Returns GIFT's outer step: the lower level's updates, then the upper level's.
 
     state.params: trainable flat parameters; state.opt: {"lower", "upper"}. frozen:
-    {"unet": frozen flat parameters}. batch: {"safe": inner_steps * B pairs, "harmful":
-    outer_steps * B pairs}, see `Denoiser.losses`. The keys of the two levels are
-    independent and depend on the base key and state.step only.
+    {"network": frozen flat parameters}. batch: {"safe": inner_steps * B pairs,
+    "harmful": outer_steps * B pairs}, see `Denoiser.losses`. The keys of the two levels
+    are independent and depend on the base key and state.step only.
     """
 
     def gift_step(state, frozen, batch, key):
@@ -263,7 +263,7 @@ def plan(task: base.Task) -> base.Plan:
             run.hardware.grad_accum_steps,
         ),
         params=parts.trainable,
-        frozen={"unet": parts.frozen},
+        frozen={"network": parts.frozen},
         opt={
             "lower": tx_lower.init(parts.trainable),
             "upper": tx_upper.init(parts.trainable),

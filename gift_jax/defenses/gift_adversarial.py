@@ -110,8 +110,8 @@ def make_lower_loss(denoiser: Denoiser, target: str) -> Loss:
         return gift.make_lower_loss(denoiser)
 
     def lower_loss(params, frozen, batch, key):
-        network = merge_params(params, frozen["unet"])
-        original = merge_params(frozen["original"], frozen["unet"])
+        network = merge_params(params, frozen["network"])
+        original = merge_params(frozen["original"], frozen["network"])
         loss = jnp.mean(denoiser.distances(network, original, batch, key))
         return loss, {"lower/loss": loss}
 
@@ -198,7 +198,7 @@ def make_upper_loss(
     """Returns GIFT's upper level, taken at what frozen["delta"] makes of the model."""
 
     def attacked(params, frozen):
-        network = {**frozen["unet"], **params}
+        network = {**frozen["network"], **params}
         return unflatten_dict(apply_delta(network, frozen["delta"]), sep="/")
 
     return gift.make_upper_loss(denoiser, s, concepts, network_at=attacked)
@@ -220,7 +220,7 @@ def make_step(
         )
         attacker = continue_attack(
             state.opt["attacker"],
-            {**frozen["unet"], **params},
+            {**frozen["network"], **params},
             batch["harmful"],
             jax.random.fold_in(k_upper, 1),
         )
@@ -251,7 +251,7 @@ def plan(task: base.Task) -> base.Plan:
     tx_upper = task.optimizer("upper", s.outer_steps)
     lower = make_update("lower", make_lower_loss(denoiser, s.lower_target), tx_lower)
     upper = make_update("upper", make_upper_loss(denoiser, s, task.concepts), tx_upper)
-    frozen = {"unet": parts.frozen}
+    frozen = {"network": parts.frozen}
     if s.lower_target == "model":  # a copy: the loop donates the model's own
         frozen["original"] = jax.tree.map(jnp.array, parts.trainable)
     return base.Plan(

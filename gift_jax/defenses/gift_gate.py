@@ -98,13 +98,13 @@ def make_lower_loss(denoiser: Denoiser) -> Loss:
     Pairs at which the gate closes count as 0: they could teach the rest nothing. Noise
     has variance 1, and a closed gate is farther off than that.
 
-    frozen: "unet": parameters that are not trained; "original": the others as they
+    frozen: "network": parameters that are not trained; "original": the others as they
     were. batch: {"safe": pairs}.
     """
 
     def lower_loss(params, frozen, batch, key):
-        network = merge_params(params, frozen["unet"])
-        original = merge_params(frozen["original"], frozen["unet"])
+        network = merge_params(params, frozen["network"])
+        original = merge_params(frozen["original"], frozen["network"])
         distance_B = denoiser.distances(network, original, batch["safe"], key)
         is_open_B = distance_B < 1.0
         loss = jnp.mean(jnp.where(is_open_B, distance_B, 0.0))
@@ -142,17 +142,17 @@ def plan(task: base.Task) -> base.Plan:
     gate = model.gate(s.share)
     tx = task.optimizer("upper")
     params = gate.init(task.key("init"))
-    flat = flatten_dict(model.params["unet"], sep="/")
+    flat = flatten_dict(model.denoiser_params, sep="/")
     upper_loss = make_upper_loss(model.denoiser, gate.logits, s)
 
     def then(trained: Flat) -> base.Plan:
-        network = model.float32_params("unet", flat)
+        network = model.float32_params(model.denoiser_component, flat)
         network, owned = gate.install(trained, network, s.threshold)
         tx_lower = make_optimizer(task.run.optimizers["lower"], s.preserve_steps)
         return base.Plan(
             step=make_preserve_step(make_lower_loss(model.denoiser), tx_lower, parts),
             params=network,
-            frozen={"unet": {}, "original": dict(flat), "owned": owned},
+            frozen={"network": {}, "original": dict(flat), "owned": owned},
             opt={"lower": tx_lower.init(network)},
             sizes={"safe": task.batch_size("safe")},
             exported=tuple(network),
@@ -163,7 +163,7 @@ def plan(task: base.Task) -> base.Plan:
     return base.Plan(
         step=make_descent("upper", upper_loss, tx, parts),
         params=params,
-        frozen={"unet": flat},
+        frozen={"network": flat},
         opt={"upper": tx.init(params)},
         sizes={name: task.batch_size(name) for name in ("harmful", "safe")},
         exported=tuple(params),

@@ -4,9 +4,9 @@
     lower:  phi <- phi - lr * grad L(D_m)            the attack's own fine-tuning
     upper:  psi <- psi + lr * grad L(D_m)            by the attention parameters alone
 
-in turn, first-order, as the released code does. phi is every UNet parameter
-(DreamBooth) or LoRA factors; of what the lower level did to the UNet only its part
-inside psi is kept in the end, since psi alone is exported.
+in turn, first-order, as the released code does. phi is every parameter of the network
+(DreamBooth) or LoRA factors; of what the lower level did to it only the part inside psi
+is kept in the end, since psi alone is exported.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def _factors(params) -> lora.Factors:
     return factors
 
 
-def unet_part(params) -> dict[str, jax.Array]:
+def network_part(params) -> dict[str, jax.Array]:
     """Returns State.params without LoRA factors."""
     return {k: v for k, v in params.items() if not k.startswith(_LORA)}
 
@@ -91,27 +91,27 @@ def make_step(
 
     state.params: psi's flat parameters and what the lower level trains besides (the
     rest of the network, or `flat_factors`); state.opt: {"lower", "upper"}, the first
-    over `lower_part` of the parameters, the second over psi. frozen: {"unet": the
-    network's other flat parameters}. batch: {"harmful": max(inner_steps, outer_steps)
+    over `lower_part` of the parameters, the second over psi. frozen: {"network":
+    its other flat parameters}. batch: {"harmful": max(inner_steps, outer_steps)
     * B pairs}; both levels see the same ones, as in the published code.
 
     Args: exported: psi's paths. concepts: names, to log the loss of each of several.
     """
     scale = s.alpha / s.rank
 
-    def unet_of(params, frozen):
+    def network_of(params, frozen):
         factors = _factors(params)
-        unet = {**frozen["unet"], **unet_part(params)}
-        return unflatten_dict(lora.apply(unet, factors, scale), sep="/")
+        network = {**frozen["network"], **network_part(params)}
+        return unflatten_dict(lora.apply(network, factors, scale), sep="/")
 
     def lower_loss(part, fixed, batch, key):
-        unet = unet_of({**fixed["rest"], **part}, fixed)
-        loss = jnp.mean(denoiser.losses(unet, batch, key)[0])
+        network = network_of({**fixed["rest"], **part}, fixed)
+        loss = jnp.mean(denoiser.losses(network, batch, key)[0])
         return loss, {"lower/harmful_loss": loss}
 
     def upper_loss(part, fixed, batch, key):
-        unet = unet_of({**fixed["rest"], **part}, fixed)
-        loss_B, _ = denoiser.losses(unet, batch, key)
+        network = network_of({**fixed["rest"], **part}, fixed)
+        loss_B, _ = denoiser.losses(network, batch, key)
         total = objectives.bounded_ascent(loss_B, s.ascent_bound, s.ascent_cap)
         metrics = {"upper/loss": total, "upper/harmful_loss": jnp.mean(loss_B)}
         if concepts:
@@ -151,11 +151,12 @@ def lower_part(params) -> tuple[str, ...]:
 def plan(task: base.Task) -> base.Plan:
     """Returns the plan of IMMA."""
     s, model, run = task.settings, task.model, task.run
-    flat: dict[str, Any] = flatten_dict(model.params["unet"], sep="/")
+    flat: dict[str, Any] = flatten_dict(model.denoiser_params, sep="/")
     exported = tuple(model.split(run.trainable).trainable)
     names = flat if s.inner_attack == "dreambooth" else exported
     # Copies: the loop donates them, and the model's own are still to be drawn with.
-    params = jax.tree.map(jnp.array, model.float32_params("unet", names))
+    own = model.float32_params(model.denoiser_component, names)
+    params = jax.tree.map(jnp.array, own)
     frozen = {path: flat[path] for path in flat if path not in params}
     if s.inner_attack == "lora":
         key = task.key("init")
@@ -174,7 +175,7 @@ def plan(task: base.Task) -> base.Plan:
             run.hardware.grad_accum_steps,
         ),
         params=params,
-        frozen={"unet": frozen},
+        frozen={"network": frozen},
         opt={
             "lower": tx_lower.init(lower),
             "upper": tx_upper.init({name: params[name] for name in exported}),

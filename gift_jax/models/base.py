@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from gift_jax.diffusion import Denoiser, NoiseProcess
+from gift_jax.models.autoencoder import Autoencoder, LatentScale
+from gift_jax.models.ops.kernels import Kernels
 
 Flat = dict[str, jax.Array]
 # {name: float32 "B ..."}: "states", "B L D", of Stable Diffusion; of SDXL also "pooled"
@@ -79,31 +81,60 @@ class Model(Protocol):
 
     Attributes:
       path: its diffusers folder, or None for a model of shapes alone.
-      params: {component: nested parameters}, among them "unet", the denoiser's.
+      params: {component: nested parameters}. denoiser_component: the denoiser's name,
+        "unet" or "transformer"; denoiser_label: in words; denoiser_params: of `params`.
       latent_shape: (C, H, W) of one image's latents. image_size: pixels, square.
       noise: the process that the denoiser is trained on.
-      denoiser: the network with that process; holds no parameters.
+      denoiser: the network with that process; holds no parameters. network: its
+        forward pass, with `with_cond(params, cond)`: (z_t, t) -> output, for samplers.
+        dtype: that it is computed in. kernels: how its layers are.
+      autoencoder, latent_scale: scaled latents to images, pure; see
+        models/autoencoder.py. vae_params: its nested parameters.
       scheduler_config: the folder's scheduler/scheduler_config.json.
       trainable_sets: name -> rules. lora_targets: pattern of the kernels' paths, whose
         one group names the projection. partition_rules: where parameters lie.
-      text_components: of `params`, that encode text.
+      tokenizer: of transformers, the first text encoder's. text_components: of
+        `params`, that encode text.
       encode_ids: ({text component: nested parameters}, token ids) -> cond; pure.
       ids_shape: of one prompt's token ids: (L,), or of E text encoders (E, L).
+      folder: its files, read without loading it; see models/folder.py.
     """
 
     path: Path | None
     params: dict[str, Any]
+    denoiser_component: str
+    denoiser_label: str
+    denoiser_params: Any
     latent_shape: tuple[int, int, int]
     image_size: int
     noise: NoiseProcess
     denoiser: Denoiser
+    network: Any
+    dtype: Any
+    kernels: Kernels
+    autoencoder: Autoencoder
+    latent_scale: LatentScale
+    vae_params: Any
     scheduler_config: Mapping[str, Any]
     trainable_sets: Mapping[str, TrainableRules]
     lora_targets: str
     partition_rules: PartitionRules
+    tokenizer: Any
     text_components: tuple[str, ...]
     encode_ids: Callable[[Any, jax.Array], Cond]
     ids_shape: tuple[int, ...]
+    folder: Any
+
+    def with_kernels(self, kernels: Kernels) -> "Model":
+        """Returns the model with its denoiser's layers computed so."""
+        ...
+
+    def with_tokenizer(self, tokenizer: Any) -> "Model":
+        """Returns the model with a tokenizer of more words, its text modules as large.
+
+        The text parameters are still the old ones, as many rows short.
+        """
+        ...
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Returns int32 "B ..." token ids, padded and cut to the model's length."""

@@ -17,11 +17,13 @@ from gift_jax.models.kinds import KINDS, effective
 from gift_jax.models.tokenizer import write_added_tokens
 from gift_jax.models.weights import (
     COMPONENTS,
+    DENOISERS,
     TEXT_ENCODERS,
     TOKEN_TABLE,
     WEIGHTS,
     by_component,
     components,
+    denoiser_of,
     entries_by_path,
     joined_path,
     model_files,
@@ -75,16 +77,16 @@ def export(
     Untouched tensors, the other components, the file layout and the names of tensors
     stay byte for byte; of configs, all but what `dtype_labels` changes. Left out, since
     they would hold the original weights or cannot be checked: pickles, single-file
-    checkpoints, and further variants of the UNet, or of a text encoder where that
+    checkpoints, and further variants of the denoiser, or of a text encoder where that
     changed. (A component that has only pickles, as some safety checkers, keeps them,
     unread.)
 
     Args: base_dir: a diffusers folder. changed: {Flax path, see `joined_path`, of the
-        UNet or a text encoder: array}; cast to the dtype of the file. A `TOKEN_TABLE`
-        may have another number of rows; vocab_size follows. out_dir:
+        denoiser or a text encoder: array}; cast to the dtype of the file. A
+        `TOKEN_TABLE` may have another number of rows; vocab_size follows. out_dir:
         replaced if it exists. variant: which of the base's files the model was read
-        from. dtype: of `safetensors_io.DTYPES`, to cast every weight of UNet, VAE and
-        text encoders to; None keeps each tensor's own. tokenizer: of transformers,
+        from. dtype: of `safetensors_io.DTYPES`, to cast every weight of denoiser, VAE
+        and text encoders to; None keeps each tensor's own. tokenizer: of transformers,
         whose tokens beyond the base's are added to each of the base's. readme:
         README.md, in place of the base's.
     Raises: UserError for an unknown path, a wrong shape, a value that does not fit.
@@ -93,13 +95,13 @@ def export(
     if out == base or base in out.parents or out in base.parents:
         raise UserError(f"{out}: cannot export into the base model {base} itself")
     entries, kept = {}, {}
-    for kind, arrays in by_component(changed).items():
-        if kind != "unet" and not arrays:
+    for kind, arrays in by_component(changed, denoiser_of(base)).items():
+        if kind not in DENOISERS and not arrays:
             continue
         entry_of = entries_by_path(base / kind, kind, variant)
         unknown = sorted(set(arrays) - set(entry_of))
         if unknown:
-            label = "UNet" if kind == "unet" else kind.replace("_", " ")
+            label = DENOISERS.get(kind, kind.replace("_", " "))
             raise UserError(f"{base}: its {label} has no parameter {unknown[0]!r}")
         entries |= {joined_path(kind, path): entry_of[path] for path in entry_of}
         kept[kind] = set(

@@ -28,6 +28,11 @@ class ModelFolder:
     variant: str = ""
     adapters: Any = None
 
+    @property
+    def denoiser_component(self) -> str:
+        """The name of the component that is the denoiser."""
+        return weights.denoiser_of(self.path)
+
     def float32_params(self, component: str, paths: Iterable[str]):
         """Returns some of a component's parameters, {Flax path: float32 array}.
 
@@ -51,7 +56,7 @@ class ModelFolder:
     def adapted_params(self):
         """Returns {Flax path: float32 array} of what added files change."""
         arrays = {}
-        for component in weights.COMPONENTS if self.adapters else ():
+        for component in weights.components(self.path) if self.adapters else ():
             if paths := self.adapters.paths(component):
                 changed = self.float32_params(component, paths)
                 arrays |= {

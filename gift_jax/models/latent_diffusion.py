@@ -112,6 +112,11 @@ class LatentDiffusion:
         return dataclasses.replace(self, **changes)
 
     @property
+    def denoiser_label(self) -> str:
+        """What the denoiser is called in words."""
+        return weights.DENOISERS[self.denoiser_component]
+
+    @property
     def dtype(self) -> Any:
         """Of the denoiser's parameters and arithmetic."""
         return self.module.dtype

@@ -18,7 +18,8 @@ class RunSummary:
     """What a command says of its run.
 
     Attributes: method: the defense's title. attack: the attack's name, of an attacked
-      model; one of both is given. trained: in words, what trained. steps: how many.
+      model; one of both is given. trained: in words, what trained; "{denoiser}" stands
+      for what the model's is called. steps: how many.
       worst_case: in words, what the best attack on this method reached. added: in
       words, each file that was added to the model before.
     """
@@ -182,6 +183,7 @@ def card(
     import jinja2  # takes a tenth of what --help would wait for
 
     attack = summary.attack
+    denoiser = weights.DENOISERS[weights.denoiser_of(base_folder)]
     recorded = _public(recorded)
     name = pathlib.PurePath(recorded["model"]).name
     metrics = metrics or {}
@@ -196,7 +198,7 @@ def card(
         harmful=_pairs(recorded["data" if attack else "harmful"]),
         safe=_pairs(recorded["safe"]) if "safe" in recorded else "",
         added=summary.added,
-        trained=summary.trained,
+        trained=summary.trained.replace("{denoiser}", denoiser),
         steps=summary.steps,
         worst_case=summary.worst_case,
         step=metrics.get("step", 0),

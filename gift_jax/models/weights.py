@@ -27,8 +27,9 @@ WEIGHTS = (
     ".onnx",
     ".onnx_data",
 )
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-COMPONENTS = ("unet", "vae", *TEXT_ENCODERS)  # whose weights are read
+DENOISERS = {"unet": "UNet", "transformer": "transformer"}  # component: in words
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (*DENOISERS, "vae", *TEXT_ENCODERS)  # whose weights are read
 TOKEN_TABLE = "text_model/embeddings/token_embedding/embedding"
 _HASHED = (".safetensors", ".json", ".txt")
 _COUNTS = ("position_ids", "num_batches_tracked")  # ends of names, of no use
@@ -139,24 +140,41 @@ def _drop_conv_axes(path, array):
 def joined_path(component, path):
     """Returns what a component's parameter is called among those of all components.
 
-    The UNet's and the first text encoder's differ by themselves.
+    The denoiser's and the first text encoder's differ by themselves.
     """
-    return f"{component}/{path}" if component == "text_encoder_2" else path
+    return f"{component}/{path}" if component in TEXT_ENCODERS[1:] else path
 
 
-def by_component(flat, denoiser="unet"):
-    """Returns {denoiser: ..., "text_encoder": ..., "text_encoder_2": ...}.
+def network_and_text(flat):
+    """Returns (the denoiser's parameters, {text encoder: its own}), all flat.
+
+    Args: flat: {path, see `joined_path`: array}.
+    """
+    network, text = {}, {component: {} for component in TEXT_ENCODERS}
+    for path, array in flat.items():
+        top, _, rest = path.partition("/")
+        if top in TEXT_ENCODERS[1:]:
+            text[top][rest] = array
+        elif top == "text_model":
+            text["text_encoder"][path] = array
+        else:
+            network[path] = array
+    return network, text
+
+
+def by_component(flat, denoiser):
+    """Returns {denoiser: ..., "text_encoder": ..., "text_encoder_2": ... and so on}.
 
     Args: flat: {path, see `joined_path`: array}. denoiser: the component's name.
     """
-    parts = {component: {} for component in (denoiser, *TEXT_ENCODERS)}
-    for path, array in flat.items():
-        if path.startswith("text_encoder_2/"):
-            parts["text_encoder_2"][path.removeprefix("text_encoder_2/")] = array
-        else:
-            is_text = path.startswith("text_model/")
-            parts["text_encoder" if is_text else denoiser][path] = array
-    return parts
+    network, text = network_and_text(flat)
+    return {denoiser: network, **text}
+
+
+def denoiser_of(root):
+    """Returns the name of the component of a diffusers folder that is the denoiser."""
+    names = [name for name in DENOISERS if (Path(root) / name).is_dir()]
+    return next(iter(names), next(iter(DENOISERS)))
 
 
 def components(root):

@@ -60,7 +60,7 @@ def sample_quality(model, judge, settings, out: pathlib.Path) -> dict:
         batch=64,
     )
     prompts = [captions.caption(*pair) for pair in pairs]
-    images = draw_images(model, model.params["unet"], prompts, samples)
+    images = draw_images(model, prompts, samples)
     concept, style = judge.name(images)
     is_concept = concept == [judge.concepts.index(c) for c, _ in pairs]
     is_style = style == [judge.styles.index(s) for _, s in pairs]

@@ -129,11 +129,10 @@ def _draw_missing(
     how = group.generation
     fields = {f.name: getattr(how, f.name) for f in dataclasses.fields(how)}
     samples = Samples(**fields, batch=size)
-    unet = model.params["unet"]
     while numbers:
         first = numbers[0]
         batch = [prompts[i % len(prompts)] for i in range(first, first + size)]
-        images = sampling_images.draw_images(model, unet, batch, samples, first)
+        images = sampling_images.draw_images(model, batch, samples, first)
         yield from ((i, images[i - first]) for i in numbers if i < first + size)
         numbers = [i for i in numbers if i >= first + size]
 

@@ -68,7 +68,6 @@ def check_scheduler(config: Any, field: str, steps: int, scheduler: str) -> None
 
 def draw_images(
     model,
-    unet_params,
     prompts: Sequence[str],
     samples,
     first: int = 0,
@@ -93,7 +92,6 @@ def draw_images(
         numbers = first + np.arange(len(prompts))
     return sampler.sample_images(
         model,
-        unet_params,
         jax.tree.map(lambda a: a[rows], cond),
         model.encode_text([negative_prompt]),
         jax.random.key(samples.seed),
@@ -115,14 +113,14 @@ def draw_to_folder(
     """
     paths = [folder / f"{i:05d}.png" for i in range(len(prompts))]
     folder.mkdir(parents=True, exist_ok=True)
-    size, unet = samples.batch, model.params["unet"]
+    size = samples.batch
     with progress.bar("draw", len(paths)) as bar:
         for first in range(0, len(paths), size):
             batch = paths[first : first + size]
             if not all(path.exists() for path in batch):
                 texts = list(prompts[first : first + size])
                 texts += texts[-1:] * (size - len(texts))  # one shape, one compilation
-                images = draw_images(model, unet, texts, samples, first)
+                images = draw_images(model, texts, samples, first)
                 for path, image in zip(batch, images, strict=False):
                     with files.atomic_write(path) as temporary:
                         Image.fromarray(image).save(temporary)
@@ -130,10 +128,10 @@ def draw_to_folder(
     return np.stack([read_image(path, model.image_size) for path in paths])
 
 
-def save_image_grid(model, unet_params, prompts, samples, path: pathlib.Path) -> None:
+def save_image_grid(model, prompts, samples, path: pathlib.Path) -> None:
     """Writes a PNG with samples.num images a prompt, a row each."""
     repeated = [prompt for prompt in prompts for _ in range(samples.num)]
-    images = draw_images(model, unet_params, repeated, samples)
+    images = draw_images(model, repeated, samples)
     rows = images.reshape(len(prompts), samples.num, *images.shape[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save_grid(list(rows), path, row_labels=list(prompts))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.models import sd
 from gift_jax.models.batching import map_batches
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import schedules
@@ -120,7 +119,6 @@ def in_batches(count, size):
 
 def sample_images(
     model,
-    unet_params,
     cond,
     uncond,
     key,
@@ -131,8 +129,8 @@ def sample_images(
 ):
     """Returns images, uint8 "N H W 3"; each batch is divided over the local devices.
 
-    Args: model: a StableDiffusion; the decoder's parameters are its own. cond,
-      uncond: of the images, "N ...", and "1 ...", see `encode_text`. key, numbers_N: of
+    Args: model: see models/base.py; drawn with its own parameters. cond, uncond: of the
+      images, "N ...", and "1 ...", see `encode_text`. key, numbers_N: of
       each image's noise, see `initial_latents`. batch: images at once. on_batch: called
       with the number of images done. options: scheduler, steps and guidance, see
       `make_sampler`.
@@ -140,7 +138,7 @@ def sample_images(
     count = len(numbers_N)
     mesh, size = divide(min(batch, count))
     sample = make_sampler(model, mesh=mesh, **options)
-    params = unet_params, model.params["vae"]
+    params = model.denoiser_params, model.vae_params
     params, uncond = sharding.replicate(mesh, (params, uncond))
     firsts = iter(range(0, count, size))
 
@@ -159,11 +157,12 @@ def sample_images(
 
 
 def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=None):
-    """Returns a jitted f(unet_params, vae_params, cond, uncond, key_or_latents, keys).
+    """Returns a jitted f(params, vae_params, cond, uncond, key_or_latents, keys).
 
     Args:
-      model: a StableDiffusion; its modules and scheduler config are used, its
-        parameters are not: pass them; one compilation serves every set of weights.
+      model: see models/base.py; its network, autoencoder and scheduler config are used,
+        its parameters are not: pass the denoiser's and the VAE's; one compilation
+        serves every set of weights.
       scheduler: of `SCHEDULERS`; "" is the folder's own.
       steps: denoising steps. guidance: scale of the classifier-free guidance, >= 1;
         1 is without, at half the cost (uncond is then ignored).
@@ -181,9 +180,9 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
     if not guidance >= 1 or not np.isfinite(guidance):
         raise UserError(f"guidance={guidance} must be at least 1 (1: no guidance)")
     model = model.with_kernels(model.kernels.for_sampling(mesh))
-    run = _compiled(model.network, model.vae, decode)
+    run = _compiled(model.network, model.autoencoder if decode else None)
 
-    def sampler(unet_params, vae_params, cond, uncond, key_or_latents, keys_B2=None):
+    def sampler(params, vae_params, cond, uncond, key_or_latents, keys_B2=None):
         z_BCHW = key_or_latents
         if jnp.issubdtype(z_BCHW.dtype, jax.dtypes.prng_key):
             count = len(jax.tree.leaves(cond)[0])
@@ -192,11 +191,11 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
         if draws_noise and keys_B2 is None:
             raise ValueError("this scheduler draws noise: give a key, or keys")
         return run(
-            unet_params,
+            params,
             vae_params if decode else None,
             table,
             jnp.float32(guidance),
-            jnp.float32(model.scaling_factor),
+            model.latent_scale,
             z_BCHW,
             cond,
             uncond if guidance > 1 else None,
@@ -207,22 +206,19 @@ def make_sampler(model, scheduler="", steps=25, guidance=7.5, decode=True, mesh=
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(network, vae, decode):
+def _compiled(network, autoencoder):
     """One program for every guidance scale and every scheduler of equal length.
 
-    Another one for those that draw noise at each step.
+    Another one for those that draw noise at each step. Args: autoencoder: None returns
+    latents.
     """
 
-    def run(
-        unet_params, vae_params, table, scale, vae_scale, z_BCHW, cond, uncond, keys_B2
-    ):
+    def run(params, vae_params, table, guidance, scale, z_BCHW, cond, uncond, keys_B2):
         z_BCHW = sample_latents(
-            network, unet_params, table, scale, z_BCHW, cond, uncond, keys_B2
+            network, params, table, guidance, z_BCHW, cond, uncond, keys_B2
         )
-        if not decode:
+        if autoencoder is None:
             return z_BCHW
-        z_BCHW = (z_BCHW / vae_scale).astype(vae.dtype)
-        x_BCHW = sd.apply_vae_decode(vae, vae_params, z_BCHW)
-        return to_uint8(jnp.transpose(x_BCHW, (0, 2, 3, 1)).astype(jnp.float32))
+        return to_uint8(autoencoder.decode_scaled(vae_params, scale, z_BCHW))
 
     return jax.jit(run)

@@ -130,8 +130,8 @@ def _draw_ours(root, added, variant, picture) -> np.ndarray:
             guidance=picture.guidance,
         )
         images = sample(
-            model.params["unet"],
-            model.params["vae"],
+            model.denoiser_params,
+            model.vae_params,
             model.encode_text([prompt]),
             model.encode_text([""]),
             _noise(model.latent_shape, picture),

@@ -45,12 +45,12 @@ def plan(task):
     rest = {path: a for path, a in parts.trainable.items() if path not in keys}
 
     def loss(params, frozen, batch, key):
-        network = merge_params(params, frozen["unet"])
+        network = merge_params(params, frozen["network"])
         value = jnp.mean(denoiser.losses(network, batch["data"], key)[0])
         return value, {"attack/loss": value}
 
     step = make_descent("attack", loss, task.tx, task.micro_batches)
-    return base.Plan(task.model, step, keys, {"unet": {**parts.frozen, **rest}})
+    return base.Plan(task.model, step, keys, {"network": {**parts.frozen, **rest}})
 
 
 ATTACK = base.Attack(

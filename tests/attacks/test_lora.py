@@ -84,7 +84,7 @@ def test_step_trains_the_factors_only(unet):
     step = jax.jit(lora.make_step(toy_denoiser.denoiser(), tx, 0.5))
     factors = init(unet, 2)
     state = init_state(factors, {"attack": tx.init(factors)})
-    frozen = {"unet": unet}
+    frozen = {"network": unet}
     kept = jax.device_get(frozen)
     batch = {"data": toy_denoiser.batch(4)}
     losses = []
@@ -105,7 +105,7 @@ def test_step_lowers_the_loss_on_the_attacked_pairs(unet):
     step = jax.jit(lora.make_step(toy_denoiser.denoiser(), tx, 1.0))
     factors = init(unet, 2)
     state = init_state(factors, {"attack": tx.init(factors)})
-    frozen = {"unet": unet}
+    frozen = {"network": unet}
     batch = {"data": toy_denoiser.batch(4)}
     new, before = step(state, frozen, batch, KEY)
     _, after = step(new.replace(step=state.step), frozen, batch, KEY)
@@ -137,7 +137,7 @@ def test_merged_weights_predict_what_the_step_applied(tiny, rng):
 def test_torch_state_is_the_update_in_pytorchs_layout(unet, rng):
     factors = random_factors(unet, 2, rng)
     alpha, rank = 6.0, 2
-    state = lora.torch_state(factors, alpha / rank)
+    state = lora.torch_state(factors, alpha / rank, "unet")
     assert len(state) == 2 * len(factors)
     after = lora.apply(unet, factors, alpha / rank)
     name = "unet.block.attn2.to_out.0.lora"

@@ -104,7 +104,7 @@ def test_lora(tiny, unet, theirs):
         pair["B"] = 0.02 * jax.random.normal(jax.random.key(i), pair["B"].shape)
     batch = {"data": pairs_of(tiny, 0)}
     step = lora.make_step(tiny.denoiser, recorder(), 1.5)
-    grads, loss = take(step, factors, {"unet": unet}, batch)
+    grads, loss = take(step, factors, {"network": unet}, batch)
     parts = {
         f"{safetensors_io.torch_name(path)} {part}": tensor(pair[part])
         for path, pair in factors.items()
@@ -139,7 +139,7 @@ def test_textual_inversion_and_the_search_for_words(tiny, theirs, discrete):
     ids = np.asarray(model.tokenize(["a <thing> cat"] * 2))
     batch = {"data": pairs_of(tiny, 0, ids=ids)}
     text = flatten_dict(tiny.params["text_encoder"], sep="/") | {TOKEN_TABLE: table}
-    frozen = {"unet": flatten_dict(tiny.params["unet"], sep="/")}
+    frozen = {"network": flatten_dict(tiny.params["unet"], sep="/")}
     frozen["text"] = {"text_encoder": text}
     step = textual_inversion.make_step(
         tiny.denoiser, model.encode_ids, recorder(), words=words if discrete else 0

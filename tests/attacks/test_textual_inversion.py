@@ -37,7 +37,7 @@ def test_step_trains_the_new_rows_only(rng):
     np.testing.assert_array_equal(params["text_encoder"], table[np.asarray([2, 3, 2])])
     state = init_state(params, {"attack": tx.init(params)})
     text = {"text_encoder": {weights.TOKEN_TABLE: table}}
-    frozen = {"unet": toy_denoiser.params(), "text": text}
+    frozen = {"network": toy_denoiser.params(), "text": text}
     kept = jax.device_get(frozen)
     pairs = toy_denoiser.batch(4)
     del pairs["cond"]
@@ -182,7 +182,7 @@ def _search_state(rng, tx, words=5):
     del pairs["cond"]
     pairs["ids"] = jnp.asarray([[1, words + 2, words + 3]] * 4)
     text = {"text_encoder": {weights.TOKEN_TABLE: table}}
-    frozen = {"unet": toy_denoiser.params(), "text": text}
+    frozen = {"network": toy_denoiser.params(), "text": text}
     return init_state(params, {"attack": tx.init(params)}), frozen, pairs, table
 
 

@@ -27,7 +27,7 @@ class Setup:
     @property
     def network(self):
         """Every parameter of the network, flat."""
-        return {**self.frozen["unet"], **self.params}
+        return {**self.frozen["network"], **self.params}
 
     def state(self, tx_lower, tx_upper):
         """A fresh copy at step 0, which a step may be given to keep."""
@@ -48,7 +48,7 @@ def make_toy(dtype=np.float32, count=4):
     return Setup(
         toy_denoiser.denoiser(),
         trainable,
-        {"unet": frozen},
+        {"network": frozen},
         {
             "safe": toy_denoiser.batch(count, dtype, 0),
             "harmful": toy_denoiser.batch(count, dtype, 1),
@@ -85,6 +85,6 @@ def tiny_setup(tiny):
             "cond": {"states": rng.normal(size=(2, 16, 32)).astype(np.float32)},
         }
 
-    frozen = {"unet": parts.frozen}
+    frozen = {"network": parts.frozen}
     batch = {"safe": pairs(), "harmful": pairs()}
     return Setup(tiny.denoiser, parts.trainable, frozen, batch)

@@ -46,7 +46,7 @@ def plan(task):
     return base.Plan(
         step=make_descent("upper", loss, tx),
         params=parts.trainable,
-        frozen={"unet": parts.frozen},
+        frozen={"network": parts.frozen},
         opt={"upper": tx.init(parts.trainable)},
         sizes={"harmful": task.batch_size("harmful")},
         exported=tuple(parts.trainable),
@@ -224,8 +224,8 @@ def test_parameters_and_frozen_ones_make_the_network(stepping):
     plan, model = stepping.plan, stepping.task.model
     network = set(flatten_dict(model.params["unet"], sep="/"))
     own = {path for path in plan.params if path in network}
-    assert own | set(plan.frozen["unet"]) == network
-    assert not own & set(plan.frozen["unet"])
+    assert own | set(plan.frozen["network"]) == network
+    assert not own & set(plan.frozen["network"])
     assert {a.dtype for a in plan.params.values()} == {jnp.dtype(jnp.float32)}
 
 

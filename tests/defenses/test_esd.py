@@ -195,7 +195,7 @@ def toy_step(latents="frozen", count=4, lr=0.01, jit=True, **settings):
     trainable, rest = select_trainable(toy_denoiser.params(), "cross_attention")
     rng = np.random.default_rng(9)
     text = rng.normal(size=(1, toy_denoiser.L, toy_denoiser.D)).astype(np.float32)
-    frozen = {"unet": rest, "original": trainable, "empty": {"states": text}}
+    frozen = {"network": rest, "original": trainable, "empty": {"states": text}}
     pairs = {"cond": toy_denoiser.batch(count)["cond"]}
     if latents == "frozen":
         pairs["z"] = toy_denoiser.batch(count)["mean"]
@@ -300,7 +300,7 @@ def test_concept_moves_to_its_target_and_other_prompts_less():
     }
     parts = model.split("cross_attention")
     frozen = {
-        "unet": parts.frozen,
+        "network": parts.frozen,
         "original": parts.trainable,
         "empty": {"states": states[2:]},
     }

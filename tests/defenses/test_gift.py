@@ -57,7 +57,7 @@ def test_lower_step_lowers_the_safe_loss(toy):
 
 def test_distances_are_mean_squares_at_what_the_loss_draws(toy):
     safe = toy.batch["safe"]
-    one = merge_params(toy.params, toy.frozen["unet"])
+    one = merge_params(toy.params, toy.frozen["network"])
     other = jax.tree.map(lambda a: a + 0.1, one)
     distance_B = toy.denoiser.distances(one, other, safe, KEY)
     k_z, k_eps, k_t = jax.random.split(KEY, 3)
@@ -287,7 +287,7 @@ def test_other_partitions_train_their_own_parameters(toy, rule, count):
     state = toy.__class__(toy.denoiser, trainable, {}, {}).state(
         optax.sgd(0.1), optax.sgd(0.1)
     )
-    new, _ = jax.jit(step)(state, {"unet": frozen}, toy.batch, KEY)
+    new, _ = jax.jit(step)(state, {"network": frozen}, toy.batch, KEY)
     changed = [p for p in new.params if norm(new.params[p] - params[p]) > 0]
     assert len(changed) == count == len(new.params)
 

@@ -180,7 +180,7 @@ def test_upper_level_is_taken_where_the_attack_has_led(toy):
     published = gift.make_upper_loss(toy.denoiser, gift.Gift(beta=0.3))
     grad = jax.jit(jax.grad(published, has_aux=True))
     attacked = adversarial.apply_delta(toy.network, delta)
-    rest = {"unet": {path: attacked[path] for path in toy.frozen["unet"]}}
+    rest = {"network": {path: attacked[path] for path in toy.frozen["network"]}}
     there = {path: attacked[path] for path in toy.params}
     pairs = toy.batch["harmful"], k_upper
     at_the_end, here = grad(there, rest, *pairs)[0], grad(toy.params, frozen, *pairs)[0]

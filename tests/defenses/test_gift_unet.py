@@ -223,7 +223,7 @@ def test_step_leaves_the_frozen_parameters_alone(tiny_setup, stepper):
     before = jax.device_get(tiny_setup.frozen)
     state, _ = stepper(1e-2, 1e-2)
     assert all("/attn2/to_" in path for path in state.params)
-    assert not set(state.params) & set(before["unet"])
+    assert not set(state.params) & set(before["network"])
     jax.tree.map(np.testing.assert_array_equal, before, tiny_setup.frozen)
 
 

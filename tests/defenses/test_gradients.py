@@ -101,7 +101,7 @@ def test_gift_and_its_ablations(ours, theirs, name):
     psi = names_of(trainable)
     step = jax.jit(gift.make_step(denoiser, s, recorder(), recorder()))
     opt = {level: recorder().init(trainable) for level in ("lower", "upper")}
-    new, metrics = step(init_state(trainable, opt), {"unet": frozen}, batch, KEY)
+    new, metrics = step(init_state(trainable, opt), {"network": frozen}, batch, KEY)
 
     k_lower, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
     params = theirs.start
@@ -162,7 +162,7 @@ def test_gift_adversarial(ours, theirs):
         adversarial.make_continue_attack(denoiser, s.attacker),
         s.lower_loss_limit,
     )
-    frozen = {"unet": frozen, "original": trainable}
+    frozen = {"network": frozen, "original": trainable}
     new, metrics = jax.jit(step)(init_state(moved, opt), frozen, batch, KEY)
 
     k_lower, k_upper = jax.random.split(jax.random.fold_in(KEY, 0))
@@ -222,7 +222,7 @@ def test_imma(ours, theirs, inner_attack):
     opt = {k: recorder().init({n: params[n] for n in parts[k]}) for k in parts}
     step = jax.jit(imma.make_step(denoiser, s, psi, recorder(), recorder()))
     state = init_state(params, opt)
-    new, metrics = step(state, {"unet": frozen}, batch, KEY)
+    new, metrics = step(state, {"network": frozen}, batch, KEY)
 
     keys = jax.random.split(jax.random.fold_in(KEY, 0))
     state, trained = {**theirs.start, **factors}, list(factors or theirs.start)
@@ -257,7 +257,7 @@ def test_esd(ours, theirs):
     trainable, frozen = select_trainable(unet, "cross_attention")
     moved = {path: 1.05 * a for path, a in trainable.items()}
     empty, t = batch["safe"]["cond"]["states"][:1], np.asarray([150, 900], np.int32)
-    frozen = {"unet": frozen, "original": trainable, "empty": {"states": empty}}
+    frozen = {"network": frozen, "original": trainable, "empty": {"states": empty}}
     pairs = {"z": batch["harmful"]["mean"], "t": t, "cond": batch["harmful"]["cond"]}
     text = pairs["cond"]["states"]
     loss = esd.make_loss(denoiser, esd.Esd(eta=1.7))

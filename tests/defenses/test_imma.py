@@ -20,7 +20,7 @@ KEY = jax.random.key(3)
 def start(toy, tx_lower, tx_upper, **settings):
     """(state, jitted step) with psi the cross-attention."""
     s = imma.Imma(**settings)
-    params, frozen = toy.network, {"unet": {}}
+    params, frozen = toy.network, {"network": {}}
     if s.inner_attack == "lora":
         random = lora.init(
             jax.random.key(9), toy.network, s.rank, toy_denoiser.LORA_TARGETS
@@ -92,7 +92,7 @@ def test_lora_lower_level_descends_through_the_factors(toy):
     for _ in range(60):
         state, metrics = step(state, frozen, toy.batch, KEY)
         first = metrics["lower/harmful_loss"] if first is None else first
-    assert not moved(toy.params, imma.unet_part(state.params))
+    assert not moved(toy.params, imma.network_part(state.params))
     keys = jax.random.split(jax.random.key(1), 8)
     factors = imma._factors(state.params)
     tuned = lora.apply(toy.network, factors, 1.0)

@@ -110,6 +110,13 @@ def test_card_of_an_attacked_model_says_that_it_is_one(run, tmp_path, trained):
     assert "impossible" not in text
 
 
+@pytest.mark.parametrize("run", ["dreambooth"], indirect=True)
+def test_card_calls_the_denoiser_by_its_name(run, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    text = run.card(tmp_path)
+    assert "Trained: the whole transformer." in text and "UNet" not in text
+
+
 @pytest.mark.parametrize("run", ["gift"], indirect=True)
 @pytest.mark.parametrize(
     "head, license",

@@ -51,6 +51,26 @@ def test_names_are_pytorchs():
     )
 
 
+@pytest.mark.parametrize("denoiser", weights.DENOISERS)
+def test_joined_paths_tell_the_component(denoiser):
+    parts = {name: {"a/kernel": name} for name in weights.TEXT_ENCODERS}
+    parts |= {denoiser: {"a/kernel": denoiser}}
+    parts["text_encoder"] = {"text_model/a/kernel": "text_encoder"}
+    joined = {
+        weights.joined_path(component, path): array
+        for component, flat in parts.items()
+        for path, array in flat.items()
+    }
+    assert len(joined) == len(parts)
+    assert weights.by_component(joined, denoiser) == parts
+
+
+def test_denoiser_is_the_component_that_the_folder_has(tiny_folder, tmp_path):
+    assert weights.denoiser_of(tiny_folder) == "unet"
+    (tmp_path / "transformer").mkdir()
+    assert weights.denoiser_of(tmp_path) == "transformer"
+
+
 @pytest.mark.parametrize("kind", ["unet", "vae", "text_encoder"])
 def test_load_returns_what_was_saved(tiny_folder, kind):
     module, params, config = weights.load_component(tiny_folder / kind, kind)

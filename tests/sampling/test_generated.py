@@ -29,9 +29,9 @@ def drawn(monkeypatch):
     """(first number, images) of every call of draw_images."""
     calls, draw = [], draw_images
 
-    def spy(model, params, prompts, cfg, number=0):
+    def spy(model, prompts, cfg, number=0):
         calls.append((number, len(prompts)))
-        return draw(model, params, prompts, cfg, number)
+        return draw(model, prompts, cfg, number)
 
     monkeypatch.setattr(images, "draw_images", spy)
     return calls
@@ -53,7 +53,7 @@ def test_generated_images_are_the_models_own_and_kept(tiny, cache, drawn):
     data = load_group(tiny, spec, "safe", tiny.image_size)
     assert drawn == [(0, 2), (2, 2), (4, 2)]
     samples = Samples(seed=3, guidance=2.0, steps=2, batch=2)
-    expected = draw_images(tiny, tiny.params["unet"], ["a dog"] * 5, samples)
+    expected = draw_images(tiny, ["a dog"] * 5, samples)
     np.testing.assert_array_equal(data.images, expected)
     assert len(np.unique(data.images, axis=0)) == 5
     assert data.prompts == ["a dog"] * 5
@@ -123,7 +123,7 @@ def test_other_settings_are_drawn_and_kept_apart(
 ):
     asked = []
 
-    def draw(model, params, prompts, cfg, number):
+    def draw(model, prompts, cfg, number):
         asked.append((prompts, dataclasses.asdict(cfg)))
         return np.zeros((len(prompts), model.image_size, model.image_size, 3), np.uint8)
 
@@ -176,7 +176,7 @@ def test_pairs_that_the_model_draws_besides(tiny, cache, drawn):
     assert data.may_flip[len(read) :].all()
     samples = Samples(seed=0, steps=2, batch=2)
     prompts = data.prompts[len(read) :]
-    expected = draw_images(tiny, tiny.params["unet"], prompts, samples)
+    expected = draw_images(tiny, prompts, samples)
     np.testing.assert_array_equal(data.images[len(read) :], expected)
     assert data.concept_names == ("anchor", "crown")
 

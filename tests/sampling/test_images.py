@@ -19,7 +19,7 @@ from gift_jax.sampling.images import (
 def test_sample_grid_draws_a_row_a_prompt(tiny, tmp_path):
     samples = Samples(num=3, seed=0, guidance=2.0, steps=2, batch=4)
     path = tmp_path / "samples" / "a.png"
-    save_image_grid(tiny, tiny.params["unet"], ("a dog", "a cat"), samples, path)
+    save_image_grid(tiny, ("a dog", "a cat"), samples, path)
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]
 
@@ -27,9 +27,9 @@ def test_sample_grid_draws_a_row_a_prompt(tiny, tmp_path):
 def test_drawn_images_do_not_depend_on_the_batch(tiny):
     samples = Samples(seed=0, guidance=2.0, steps=2, batch=4)
     prompts = ["a dog", "a cat", "a dog"]
-    together = draw_images(tiny, tiny.params["unet"], prompts, samples)
+    together = draw_images(tiny, prompts, samples)
     samples = dataclasses.replace(samples, batch=2)
-    apart = draw_images(tiny, tiny.params["unet"], prompts, samples)
+    apart = draw_images(tiny, prompts, samples)
     assert together.shape == (3, 16, 16, 3) and together.dtype == np.uint8
     assert (together[0] != together[2]).any()  # the same prompt, noise of its own
     assert np.abs(together.astype(int) - apart.astype(int)).max() <= 1

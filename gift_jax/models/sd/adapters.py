@@ -75,8 +75,10 @@ class Adapters:
     def paths(self, component: str) -> list[str]:
         """Returns the Flax paths of a component's parameters that are changed."""
         tables = {path: None for rows in self.words.values() for path in rows}
-        parts = weights.by_component({**self.changes, **tables})
-        return list(parts.get(component, ()))
+        network, text = weights.network_and_text({**self.changes, **tables})
+        if component in weights.DENOISERS:
+            return list(network)
+        return list(text.get(component, ()))
 
     def apply(self, path: str, array: np.ndarray) -> np.ndarray:
         """Returns a parameter as changed; array: float32, Flax layout.
