@@ -2,8 +2,9 @@
 """The denoising loss and the noise it draws, as pure functions of arrays.
 
 Axes: B batch, C latent channels, H W latent size, L tokens, D text width, T train
-timesteps. Sources: DDPM is Ho et al. 2020 (arXiv:2006.11239); v-prediction is
-Salimans & Ho 2022 (arXiv:2202.00512).
+timesteps, S rows of a sampler's table. Sources: DDPM is Ho et al. 2020
+(arXiv:2006.11239); v-prediction is Salimans & Ho 2022 (arXiv:2202.00512); flow matching
+is Esser et al. 2024 (arXiv:2403.03206).
 """
 
 import dataclasses
@@ -70,8 +71,21 @@ class NoiseProcess(Protocol):
         """Timesteps of training; samplers take some of them."""
         ...
 
-    def sample_t(self, key: jax.Array, batch: int, index_B=None) -> jax.Array:
-        """Returns each example's timestep, "B"."""
+    def sample_t(
+        self, key: jax.Array, batch: int, index_B=None, limit: float = 1.0
+    ) -> jax.Array:
+        """Returns each example's timestep, "B"; larger ones are noisier.
+
+        Args: limit: up to this share of the timesteps, from the cleanest.
+        """
+        ...
+
+    def sample_t_of_rows(self, key: jax.Array, row_B, t_S) -> jax.Array:
+        """Returns a timestep of each example's row of a sampler's table, "B".
+
+        Drawn between the row's own and the next noisier one. Args: row_B: int. t_S: the
+        table's timesteps, descending.
+        """
         ...
 
     def noised(self, z_BCHW, eps_BCHW, t_B) -> jax.Array:
@@ -115,9 +129,22 @@ class Ddpm:
         """Returns the cumulative alpha at each timestep, "B"."""
         return jnp.asarray(self.abar_T)[t_B]
 
-    def sample_t(self, key, batch, index_B=None):
-        """Returns int32 "B", uniform over 0 .. T - 1."""
-        return timesteps(key, batch, self.num_timesteps, index_B)
+    def sample_t(self, key, batch, index_B=None, limit=1.0):
+        """Returns int32 "B", uniform over 0 .. T - 1, times the limit."""
+        t = timesteps(key, batch, self.num_timesteps, index_B)
+        return t if limit == 1 else (t * limit).astype(t.dtype)
+
+    def sample_t_of_rows(self, key, row_B, t_S):
+        """Returns int32 "B": of T i / S .. T (i + 1) / S - 1, where i = S - 1 - row.
+
+        Source: Gandikota et al. 2023 (arXiv:2303.07345), the code it comes with.
+        """
+        steps = len(t_S)
+        bounds = np.arange(steps + 1) * self.num_timesteps // steps
+        low, high = jnp.asarray(bounds[:-1][::-1]), jnp.asarray(bounds[1:][::-1])
+        keys = example_keys(key, jnp.arange(row_B.shape[0]))
+        draw = jax.vmap(lambda k, a, b: jax.random.randint(k, (), a, b))
+        return draw(keys, low[row_B], high[row_B]).astype(jnp.int32)
 
     def noised(self, z_BCHW, eps_BCHW, t_B):
         """Returns sqrt(abar) z + sqrt(1 - abar) eps. Source: Ho et al. 2020, eq. 4."""
@@ -144,6 +171,75 @@ class Ddpm:
         return jnp.sqrt(abar) * out_BCHW + jnp.sqrt(1.0 - abar) * z_t_BCHW
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlowMatching:
+    """Rectified flow: z_t lies on the straight line from the latents to the noise.
+
+    Its place there is sigma, and t is T sigma, a real number up to T. Which place is
+    drawn: u, the sigmoid of a normal variable, says how far along sigma_T, from its
+    noisy end.
+
+    Attributes: sigma_T: float "T", the levels of training, in (0, 1], descending, as a
+      scheduler shifts them. logit_mean, logit_std: of the normal variable.
+    Source: Esser et al. 2024, sections 2 and 3.1; diffusers
+      examples/dreambooth/train_dreambooth_lora_sd3.py, outputs not preconditioned.
+    """
+
+    sigma_T: np.ndarray
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.sigma_T)
+
+    def sigma(self, t_B: jax.Array) -> jax.Array:
+        """Returns the share of noise at each timestep, "B"."""
+        return at_least_float32(t_B) / self.num_timesteps
+
+    def sample_t(self, key, batch, index_B=None, limit=1.0):
+        """Returns T sigma_T[floor(T u)], float "B", times the limit.
+
+        Source: diffusers `compute_density_for_timestep_sampling`, "logit_normal".
+        """
+        keys = example_keys(key, _places(batch, index_B))
+        normal_B = jax.vmap(lambda k: jax.random.normal(k, ()))(keys)
+        u_B = jax.nn.sigmoid(self.logit_mean + self.logit_std * normal_B)
+        T = self.num_timesteps
+        place_B = jnp.minimum((u_B * T).astype(jnp.int32), T - 1)
+        return T * jnp.asarray(self.sigma_T)[place_B] * limit
+
+    def sample_t_of_rows(self, key, row_B, t_S):
+        """Returns float "B", between the row's own and that of the row before, or T.
+
+        The counterpart of what ESD's code does with the timesteps of DDPM.
+        """
+        own_S = jnp.asarray(t_S)
+        before_S = jnp.concatenate([jnp.full((1,), self.num_timesteps), own_S[:-1]])
+        keys = example_keys(key, jnp.arange(row_B.shape[0]))
+        draw = jax.vmap(lambda k, a, b: jax.random.uniform(k, (), minval=a, maxval=b))
+        return draw(keys, own_S[row_B], before_S[row_B])
+
+    def noised(self, z_BCHW, eps_BCHW, t_B):
+        """Returns (1 - sigma) z + sigma eps. Source: Esser et al. 2024, section 3.
+
+        Raises: ValueError if z and eps differ in shape.
+        """
+        _check_same_shape(z_BCHW, eps_BCHW)
+        sigma = per_example(self.sigma(t_B), z_BCHW)
+        return (1.0 - sigma) * z_BCHW + sigma * eps_BCHW
+
+    def target(self, z_BCHW, eps_BCHW, t_B):
+        """Returns the velocity along the line, d z_t / d sigma = eps - z."""
+        return eps_BCHW - z_BCHW
+
+    def noise_of(self, out_BCHW, z_t_BCHW, t_B):
+        """Returns z_t + (1 - sigma) out, which is eps if out is eps - z."""
+        sigma = per_example(self.sigma(t_B), out_BCHW)
+        return z_t_BCHW + (1.0 - sigma) * out_BCHW
+
+
 def add_noise(z_BCHW: jax.Array, eps_BCHW: jax.Array, abar_B: jax.Array) -> jax.Array:
     """Returns z_t = sqrt(abar) z + sqrt(1 - abar) eps, "B C H W".
 
@@ -152,10 +248,14 @@ def add_noise(z_BCHW: jax.Array, eps_BCHW: jax.Array, abar_B: jax.Array) -> jax.
     Raises: ValueError if z and eps differ in shape.
     Source: Ho et al. 2020, eq. 4.
     """
-    if z_BCHW.shape != eps_BCHW.shape:
-        raise ValueError(f"latents {z_BCHW.shape} and noise {eps_BCHW.shape} differ")
+    _check_same_shape(z_BCHW, eps_BCHW)
     abar = per_example(abar_B, z_BCHW)
     return jnp.sqrt(abar) * z_BCHW + jnp.sqrt(1.0 - abar) * eps_BCHW
+
+
+def _check_same_shape(z_BCHW, eps_BCHW):
+    if z_BCHW.shape != eps_BCHW.shape:
+        raise ValueError(f"latents {z_BCHW.shape} and noise {eps_BCHW.shape} differ")
 
 
 # --- the loss -------------------------------------------------------------------------
@@ -220,13 +320,16 @@ class Denoiser:
         expected, _ = self.predict(reference, z_t, t, cond, ())
         return squared_error(out, jax.lax.stop_gradient(expected))
 
-    def sample(self, batch, key):
-        """Returns (z, t, eps), each example's drawn by its place in the batch."""
+    def sample(self, batch, key, limit: float = 1.0):
+        """Returns (z, t, eps), each example's drawn by its place in the batch.
+
+        Args: limit: see `NoiseProcess.sample_t`.
+        """
         k_z, k_eps, k_t = jax.random.split(key, 3)
         mean, index_B = batch["mean"], batch.get("index")
         z = mean + batch["std"] * normal_like(k_z, mean, index_B)
         eps = normal_like(k_eps, z, index_B)
-        return z, self.noise.sample_t(k_t, z.shape[0], index_B), eps
+        return z, self.noise.sample_t(k_t, z.shape[0], index_B, limit), eps
 
     def losses_at(self, params, z, t, eps, cond, capture=()):
         """As `losses`, for given latents, timesteps and noise."""

@@ -10,6 +10,7 @@ from tiny_model import check_equal
 
 from gift_jax.diffusion import (
     Ddpm,
+    FlowMatching,
     add_noise,
     example_keys,
     normal_like,
@@ -21,6 +22,8 @@ from gift_jax.state import merge_params
 
 KEY = jax.random.key(7)
 ABAR = np.asarray([0.9991, 0.7, 0.2, 0.005], np.float32)
+SIGMA = np.float32(np.linspace(1, 0.001, 1000))
+SIGMA = 3 * SIGMA / (1 + 2 * SIGMA)  # as SD3 shifts them
 
 
 @pytest.fixture
@@ -65,7 +68,16 @@ def test_timesteps_cover_the_range_by_place():
     np.testing.assert_array_equal(Ddpm(np.ones(10)).sample_t(KEY, 7), t[:7])
 
 
-# --- the noise process ----------------------------------------------------------------
+def test_limit_is_a_share_of_the_same_timesteps():
+    for noise in (Ddpm(np.ones(10)), FlowMatching(SIGMA)):
+        t = np.asarray(noise.sample_t(KEY, 500))
+        half = np.asarray(noise.sample_t(KEY, 500, limit=0.5))
+        assert half.dtype == t.dtype
+        np.testing.assert_array_equal(half, (t * 0.5).astype(t.dtype))
+        np.testing.assert_array_equal(noise.sample_t(KEY, 500, limit=1.0), t)
+
+
+# --- the noise process of DDPM --------------------------------------------------------
 
 
 def test_noised_latents_equal_numpy(latents):
@@ -135,6 +147,78 @@ def test_add_noise_refuses_shapes_that_differ(latents):
         add_noise(z, eps[:1], ABAR)
 
 
+# --- flow matching --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd3_scheduler():
+    pytest.importorskip("torch")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 1.7)])
+def test_flow_timesteps_are_those_of_diffusers_script(
+    sd3_scheduler, monkeypatch, mean, std
+):
+    import torch
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    keys = example_keys(KEY, jnp.arange(400))
+    normal = np.asarray(jax.vmap(lambda k: jax.random.normal(k, ()))(keys))
+    monkeypatch.setattr(
+        torch,
+        "normal",
+        lambda mean, std, **how: mean + std * torch.tensor(normal),
+    )
+    u = compute_density_for_timestep_sampling("logit_normal", 400, mean, std)
+    places = (u * sd3_scheduler.config.num_train_timesteps).long()
+    theirs = sd3_scheduler.timesteps[places].numpy()
+    ours = np.asarray(FlowMatching(SIGMA, mean, std).sample_t(KEY, 400))
+    assert len(np.unique(theirs)) > 200
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    np.testing.assert_allclose(ours / 1000, sd3_scheduler.sigmas[places], rtol=1e-6)
+
+
+def test_flow_timesteps_are_drawn_by_place():
+    noise = FlowMatching(SIGMA)
+    t = np.asarray(noise.sample_t(KEY, 20))
+    np.testing.assert_array_equal(noise.sample_t(KEY, 7), t[:7])
+    np.testing.assert_array_equal(noise.sample_t(KEY, 5, jnp.arange(9, 14)), t[9:14])
+    assert len(np.unique(t)) > 15 and t.min() > 0 and t.max() <= 1000
+    certain = FlowMatching(SIGMA, 100.0)  # u is 1, and has no place
+    np.testing.assert_allclose(certain.sample_t(KEY, 3), 1000 * SIGMA[-1], rtol=1e-6)
+
+
+def test_flow_equals_pytorch_and_turns_back(latents, sd3_scheduler):
+    import torch
+
+    z, eps, _ = latents
+    noise, places = FlowMatching(SIGMA), np.asarray([0, 400, 700, 999])
+    t = sd3_scheduler.timesteps[places]
+    theirs = sd3_scheduler.scale_noise(torch.tensor(z), t, torch.tensor(eps))
+    z_t = noise.noised(z, eps, t.numpy())
+    np.testing.assert_allclose(z_t, theirs, atol=1e-6)
+    np.testing.assert_allclose(z_t[0], eps[0], atol=1e-6)
+    assert np.abs(z_t[-1] - z[-1]).max() < 0.03 < np.abs(z_t[2] - z[2]).max()
+    velocity = noise.target(z, eps, t.numpy())
+    np.testing.assert_array_equal(velocity, eps - z)
+    assert np.abs(velocity - eps).max() > 1
+    np.testing.assert_allclose(noise.noise_of(velocity, z_t, t.numpy()), eps, atol=1e-5)
+    with pytest.raises(ValueError, match="differ"):
+        noise.noised(z, eps[:1], t.numpy())
+
+
+def test_flow_timesteps_of_rows_lie_up_to_the_row_before():
+    t_S = np.asarray([1000.0, 700.0, 300.0])
+    row = np.repeat(np.arange(3), 200)
+    t = np.asarray(FlowMatching(SIGMA).sample_t_of_rows(KEY, row, t_S)).reshape(3, 200)
+    np.testing.assert_array_equal(t[0], 1000)
+    for low, high, some in ((700, 1000, t[1]), (300, 700, t[2])):
+        assert low <= some.min() < low + 20 and high - 20 < some.max() <= high
+
+
 # --- the loss -------------------------------------------------------------------------
 
 
@@ -147,7 +231,7 @@ def test_squared_error_is_a_mean_per_example_in_float32(latents):
     np.testing.assert_allclose(ours, expected, rtol=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_loss_equals_numpy(network, rng, kind):
     denoiser, batch = toy_denoiser.denoiser(kind), toy_denoiser.batch(3)
     z, t = np.asarray(batch["mean"]), np.asarray([0, 4, 9])
@@ -156,6 +240,9 @@ def test_loss_equals_numpy(network, rng, kind):
     a = np.float32(toy_denoiser.noise().abar_T)[t].reshape(3, 1, 1, 1)
     z_t = np.sqrt(a) * z + np.sqrt(1 - a) * eps
     target = eps if kind == "epsilon" else np.sqrt(a) * eps - np.sqrt(1 - a) * z
+    if kind == "flow":
+        sigma = np.float32(t / toy_denoiser.T).reshape(3, 1, 1, 1)
+        z_t, target = (1 - sigma) * z + sigma * eps, eps - z
     out, _ = toy_denoiser.predict(network, z_t, t, batch["cond"])
     expected = np.square(np.asarray(out) - target).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

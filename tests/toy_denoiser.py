@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.diffusion import Ddpm, Denoiser
+from gift_jax.diffusion import Ddpm, Denoiser, FlowMatching
 from gift_jax.models.base import Split
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.trainable import select_trainable
@@ -47,13 +47,15 @@ def predict(params, z_BCHW, t_B, cond, capture=()):
     return out, ({"block": h_BND} if "transformer" in capture else {})
 
 
-def noise(prediction_type="epsilon"):
+def noise(kind="epsilon"):
     """The noise process; float64, which JAX takes for its own default."""
-    return Ddpm(np.linspace(0.95, 0.1, T), prediction_type)
+    if kind == "flow":
+        return FlowMatching(np.linspace(1.0, 0.1, T))
+    return Ddpm(np.linspace(0.95, 0.1, T), kind)
 
 
-def denoiser(prediction_type="epsilon"):
-    return Denoiser(predict, noise(prediction_type))
+def denoiser(kind="epsilon"):
+    return Denoiser(predict, noise(kind))
 
 
 def params(dtype=np.float32, seed=0):

@@ -156,7 +156,9 @@ def unet_step(run: train.TrainRun, mesh, batch_size: int):
 
     trainable, frozen = jax.eval_shape(split, model.params)
     pairs = batch_shapes(model, batch_size)
-    batch = {"z_t": pairs["mean"], "eps": pairs["mean"], "t": pairs["index"]}
+    key = jax.random.key(0)
+    t = jax.eval_shape(lambda: model.noise.sample_t(key, batch_size))
+    batch = {"z_t": pairs["mean"], "eps": pairs["mean"], "t": t}
     batch["cond"] = pairs["cond"]
     whole = sharding.replicated(mesh)
     shapes = (

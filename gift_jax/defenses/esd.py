@@ -17,8 +17,9 @@ negative_guidance: eta is that minus 1, so its default 2 is the paper's 1.
 The paper's code differs in one thing: its sampler leaves out the noisiest row and stops
 two rows cleaner than the timestep says; here latents and timestep belong together.
 
-A v_prediction model's outputs are converted to eps = sqrt(abar) v + sqrt(1 - abar) z_t,
-so that one loss serves both kinds: the error in eps is sqrt(abar) times that in v.
+Outputs that are not eps are converted to it (`NoiseProcess.noise_of`), so that one loss
+serves every kind: the error in eps is sqrt(abar) times that in the v of a v_prediction
+model, and 1 - sigma times that in the velocity of flow matching.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ from gift_jax.data import pipeline
 from gift_jax.defenses import base
 from gift_jax.diffusion import (
     Denoiser,
+    NoiseProcess,
     at_least_float32,
-    example_keys,
     per_example,
     squared_error,
     timesteps,
@@ -90,8 +91,8 @@ def trajectories(
       of "", a pytree "1 ...". key: trajectory n draws its noise by n alone. batch: so
       many are walked at once, divided over this process's devices.
     Returns: z: float32 "N S C H W", scaled latents before each row of the table, the
-      first pure noise (3.3 MB a trajectory of 50 rows at 512 pixels). t: int32 "S", the
-      rows' timesteps, descending. end: float32 "N C H W", after the last row.
+      first pure noise (3.3 MB a trajectory of 50 rows at 512 pixels). t: float32 "S",
+      the rows' timesteps, descending. end: float32 "N C H W", after the last row.
     Raises: UserError if the model's scheduler has no table of that many steps.
     Source: Song et al. 2021, arXiv:2010.02502; Gandikota et al. 2023, section 4.1.
     """
@@ -119,7 +120,7 @@ def trajectories(
         end, before_SBCHW = walk(params, noise, cond, empty_1)
         z_NSCHW[some] = np.moveaxis(np.asarray(before_SBCHW), 0, 1)
         end_NCHW[some] = end
-    return {"z": z_NSCHW, "t": np.asarray(table.t, np.int32), "end": end_NCHW}
+    return {"z": z_NSCHW, "t": table.t, "end": end_NCHW}
 
 
 def rows(z_NSCHW: np.ndarray) -> dict[str, np.ndarray]:
@@ -231,7 +232,7 @@ def make_loss(denoiser: Denoiser, s: Esd) -> Callable:
 
     params: trainable flat parameters. frozen: network: the other flat parameters;
     original: the original's values of the trainable ones; empty: the conditioning of
-    "", "1 ...". batch: z: float32 "B C H W", z_t itself; t: int "B"; cond: "B ...",
+    "", "1 ...". batch: z: float32 "B C H W", z_t itself; t: "B"; cond: "B ...",
     each example's own concept.
     """
     target = make_target(denoiser, s)
@@ -248,19 +249,16 @@ def make_loss(denoiser: Denoiser, s: Esd) -> Callable:
     return loss
 
 
-def timesteps_of_rows(key: jax.Array, row_B: jax.Array, total: int, s: Esd, t_S):
-    """Returns int32 "B": each example's timestep at its row of the table.
+def timesteps_of_rows(
+    noise: NoiseProcess, key: jax.Array, row_B: jax.Array, s: Esd, t_S: Any
+) -> jax.Array:
+    """Returns each example's timestep at its row of the table, "B".
 
-    interval: uniform over T i / S .. T (i + 1) / S - 1, i = S - 1 - row, drawn per
-    example; row: the table's own, t_S.
+    interval: see `NoiseProcess.sample_t_of_rows`; row: the table's own, t_S.
     """
     if s.timestep == "row":
         return jnp.asarray(t_S)[row_B]
-    bounds = np.arange(s.steps + 1) * total // s.steps
-    low, high = jnp.asarray(bounds[:-1][::-1]), jnp.asarray(bounds[1:][::-1])
-    keys = example_keys(key, jnp.arange(row_B.shape[0]))
-    draw = jax.vmap(lambda k, a, b: jax.random.randint(k, (), a, b))
-    return draw(keys, low[row_B], high[row_B]).astype(jnp.int32)
+    return noise.sample_t_of_rows(key, row_B, t_S)
 
 
 def make_step(
@@ -299,7 +297,7 @@ def make_step(
             noise = sampler.initial_latents(k_noise, count, latent_shape)
             network = merge_params(params, frozen["network"])
             z = walk(network, noise, row, cond, frozen["empty"])
-        t = timesteps_of_rows(k_t, row, denoiser.noise.num_timesteps, s, table.t)
+        t = timesteps_of_rows(denoiser.noise, k_t, row, s, table.t)
         return {"z": z, "t": t, "cond": cond}
 
     def esd_step(state, frozen, batch, key):

@@ -77,8 +77,7 @@ def make_upper_loss(denoiser: Denoiser, logits: Logits, s: GiftGate) -> Loss:
             (s.time_limit, 1.0),
             strict=True,
         ):
-            z, t, eps = denoiser.sample(batch[name], k)
-            t = (t * limit).astype(t.dtype)
+            z, t, eps = denoiser.sample(batch[name], k, limit)
             out[name] = logits(params, denoiser.noise.noised(z, eps, t))
         missed = jnp.mean(jax.nn.softplus(s.harmful_logit - out["harmful"]))
         false = jnp.mean(jax.nn.softplus(out["safe"] - s.safe_logit))

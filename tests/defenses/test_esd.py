@@ -173,15 +173,15 @@ def test_trajectories_refuse_more_steps_than_the_model_has(tiny, walked):
 
 @pytest.mark.parametrize("total, steps", [(1000, 50), (10, 3)])
 def test_timesteps_fill_the_interval_of_their_row(total, steps):
-    s = esd.Esd(steps=steps)
+    s, noise = esd.Esd(steps=steps), Ddpm(np.ones(total))
     t_S = schedules.schedule({"num_train_timesteps": total}, "ddim", steps).t
     row = np.repeat(np.arange(steps), 200)
-    t = np.asarray(esd.timesteps_of_rows(KEY, row, total, s, t_S)).reshape(steps, 200)
+    t = np.asarray(esd.timesteps_of_rows(noise, KEY, row, s, t_S)).reshape(steps, 200)
     for r in range(steps):
         i = steps - 1 - r  # the paper counts from the clean end
         assert set(t[r]) == set(range(total * i // steps, total * (i + 1) // steps))
     exact = esd.timesteps_of_rows(
-        KEY, row, total, dataclasses.replace(s, timestep="row"), t_S
+        noise, KEY, row, dataclasses.replace(s, timestep="row"), t_S
     )
     np.testing.assert_array_equal(exact, t_S[row])
 
@@ -310,7 +310,8 @@ def test_concept_moves_to_its_target_and_other_prompts_less():
     for _ in range(12):
         state, _ = step(state, frozen, {"harmful": batch}, KEY)
 
-    t = esd.timesteps_of_rows(KEY, batch["row"], 1000, s, None)
+    t_S = schedules.schedule(model.scheduler_config, "ddim", s.steps).t
+    t = esd.timesteps_of_rows(denoiser.noise, KEY, batch["row"], s, t_S)
 
     @jax.jit
     def eps(params, text_LD):
