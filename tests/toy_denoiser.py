@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.diffusion import Ddpm, Denoiser, FlowMatching
+from gift_jax.diffusion import Ddpm, Denoiser, NoiseProcess
+from gift_jax.models import flow_schedule
 from gift_jax.models.base import Split
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.trainable import select_trainable
@@ -28,6 +29,7 @@ SHAPES = {
 }
 LORA_TARGETS = r"/attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
 SCHEDULER = {"num_train_timesteps": T, "clip_sample": False}
+FLOW = {"_class_name": flow_schedule.CLASSES[0], "num_train_timesteps": T, "shift": 2.0}
 WORDS = ("[", "]", "a", "thing", "bomb", "cat")  # start and end of a text, then words
 
 
@@ -50,7 +52,7 @@ def predict(params, z_BCHW, t_B, cond, capture=()):
 def noise(kind="epsilon"):
     """The noise process; float64, which JAX takes for its own default."""
     if kind == "flow":
-        return FlowMatching(np.linspace(1.0, 0.1, T))
+        return flow_schedule.noise_process(FLOW)
     return Ddpm(np.linspace(0.95, 0.1, T), kind)
 
 
@@ -125,19 +127,21 @@ class Model:
 
     params: dict
     tokenizer: Tokenizer
+    noise: NoiseProcess
+    scheduler_config: dict
+    denoiser_component: str
 
     kernels = Kernels()
     path = None
-    denoiser_component = "unet"
-    denoiser_label = "UNet"
     image_size = SIDE
     latent_shape = (C, SIDE, SIDE)
-    scheduler_config = SCHEDULER
     lora_targets = LORA_TARGETS
     text_components = ("text_encoder",)
     ids_shape = (L,)
-    denoiser = denoiser()
-    noise = denoiser.noise
+
+    @property
+    def denoiser(self):
+        return Denoiser(predict, self.noise)
 
     @property
     def denoiser_params(self):
@@ -218,7 +222,10 @@ class Folder:
 
     model: Model
     path = None
-    denoiser_component = Model.denoiser_component
+
+    @property
+    def denoiser_component(self):
+        return self.model.denoiser_component
 
     def float32_params(self, component, paths):
         return jax.device_get(self.model.float32_params(component, paths))
@@ -227,10 +234,12 @@ class Folder:
         return Tokenizer()
 
 
-def model():
-    """The toy as a model, its arrays its own."""
+def model(kind="epsilon"):
+    """The toy as a model, its arrays its own; "flow": as a family of transformers."""
     table = np.random.default_rng(7).normal(size=(len(WORDS), D))
     text = {TOKEN_TABLE: jnp.asarray(table, jnp.float32)}
-    nested = {"unet": params(), "text_encoder": text}
+    is_flow = kind == "flow"
+    component, config = ("transformer", FLOW) if is_flow else ("unet", SCHEDULER)
+    nested = {component: params(), "text_encoder": text}
     nested = {name: unflatten_dict(flat, sep="/") for name, flat in nested.items()}
-    return Model(nested, Tokenizer())
+    return Model(nested, Tokenizer(), noise(kind), config, component)

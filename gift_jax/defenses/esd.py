@@ -66,7 +66,7 @@ class Esd:
     latents: str = config.choice(
         "frozen", LATENTS, "whose trajectory z_t lies on: the original's, or its own"
     )
-    steps: int = config.number(50, low=1, doc="S, rows of the DDIM table")
+    steps: int = config.number(50, low=1, doc="S, rows of the sampler's table")
     guidance: float = config.number(3.0, low=1, doc="of the trajectory")
     timestep: str = config.choice(
         "interval", TIMESTEPS, "drawn in the row's interval, or the row's own"
@@ -139,7 +139,8 @@ def rows(z_NSCHW: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _table(scheduler_config: Mapping, s: Esd):
-    table = schedules.schedule(scheduler_config, "ddim", s.steps)
+    name = schedules.first_order(scheduler_config)  # DDIM, or Euler's of flow matching
+    table = schedules.schedule(scheduler_config, name, s.steps)
     return jax.tree.map(np.float32, table)
 
 

@@ -3,17 +3,19 @@
 
 A step of every scheduler offered here is a fixed linear combination of the latents, of
 what it remembers, of the model's output and of noise. `schedule` computes the weights
-in float64 from a diffusers scheduler config, as PyTorch's StableDiffusionPipeline draws
-with it; `advance` then serves them all. A scheduler is a file of `schedulers/` and a
-name in the list below.
+in float64 from a diffusers scheduler config, as PyTorch's pipelines draw with it;
+`advance` then serves them all. A scheduler is a file of `schedulers/` and a name in the
+list of its noise process below.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gift_jax.models.sd.scheduler_config import class_name, complete
+from gift_jax.models import flow_schedule
+from gift_jax.models.sd import scheduler_config
+from gift_jax.models.sd.scheduler_config import class_name
 from gift_jax.runtime.errors import UserError, choice, shown
 from gift_jax.sampling.schedulers import (
     ddim,
@@ -23,6 +25,7 @@ from gift_jax.sampling.schedulers import (
     dpmsolver_sde,
     dpmsolver_singlestep,
     euler,
+    flow,
     heun,
     kdpm2,
     lcm,
@@ -39,7 +42,21 @@ from gift_jax.sampling.schedulers.rows import (
 
 __all__ = ["Schedule", "advance", "is_stochastic", "schedule", "start"]
 
-ALL = (
+
+class Process(NamedTuple):
+    """The schedulers of models that were trained on one noise process.
+
+    title: of the process, in words. schedulers: the first of them is deterministic and
+    of first order, and computed of every config. complete: (config, class) -> every
+    key that the class reads.
+    """
+
+    title: str
+    schedulers: tuple[Scheduler, ...]
+    complete: Callable[[Mapping[str, Any], str], dict[str, Any]]
+
+
+_DDPM = (
     ddim.SCHEDULER,
     ddpm.SCHEDULER,
     pndm.SCHEDULER,
@@ -58,9 +75,9 @@ ALL = (
     lcm.SCHEDULER,
     lcm.TCD,
 )
-_BY_NAME = {scheduler.name: scheduler for scheduler in ALL}
-_BY_CLASS = {scheduler.class_name: scheduler for scheduler in reversed(ALL)}
-SCHEDULERS = tuple(_BY_NAME)
+DDPM = Process("DDPM", _DDPM, scheduler_config.complete)
+FLOW = Process("flow matching", (flow.EULER, flow.HEUN), flow_schedule.complete)
+SCHEDULERS = tuple(s.name for process in (DDPM, FLOW) for s in process.schedulers)
 # What StableDiffusionPipeline.__init__ makes of every config that has these keys.
 _CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
 # Keys without effect on what the pipeline draws, whatever the class.
@@ -77,13 +94,14 @@ def schedule(config: Mapping[str, Any], scheduler: str, steps: int) -> Schedule:
 
     Args: config: a scheduler_config.json dict. scheduler: of `SCHEDULERS`; "": of the
       class that the config names, with its options. steps: asked for; some schedulers
-      call the UNet more often.
-    Raises: UserError for a class, a key or a value that is not computed, for a bad
-      number of steps, or where PyTorch would divide by zero.
+      call the network more often.
+    Raises: UserError for a class, a key or a value that is not computed, for the
+      scheduler of another process, for a bad number of steps, or where PyTorch would
+      divide by zero.
     Source: diffusers `StableDiffusionPipeline.__init__` and each file of `schedulers/`.
     """
     kind = _scheduler(config, scheduler)
-    full = complete(config, kind.class_name)
+    full = process_of(config).complete(config, kind.class_name)
     full |= {key: _CORRECTIONS[key] for key in full.keys() & _CORRECTIONS}
     if scheduler:
         full |= kind.fixed
@@ -103,25 +121,43 @@ def default_scheduler(config: Mapping[str, Any]) -> str:
 
     Raises: UserError if it is not offered.
     """
-    cls = _scheduler(config, "").class_name
-    full = complete(config, cls)
-    for kind in ALL:
+    cls, process = _scheduler(config, "").class_name, process_of(config)
+    full = process.complete(config, cls)
+    for kind in process.schedulers:
         if kind.class_name == cls and all(full[k] == v for k, v in kind.fixed.items()):
             return kind.name
     return cls
 
 
+def process_of(config: Mapping[str, Any]) -> Process:
+    """Returns the noise process that a config describes, by its class."""
+    return FLOW if flow_schedule.is_flow(config) else DDPM
+
+
+def first_order(config: Mapping[str, Any]) -> str:
+    """Returns the name of the plain deterministic scheduler of a config's process."""
+    return process_of(config).schedulers[0].name
+
+
 def _scheduler(config: Mapping[str, Any], name: str) -> Scheduler:
+    process = process_of(config)
+    by_name = {kind.name: kind for kind in process.schedulers}
     if name:
         choice("scheduler", name, SCHEDULERS)
-        return _BY_NAME[name]
+        if name not in by_name:
+            raise UserError(
+                f"scheduler={name} is not for a model of {process.title}, as this one; "
+                f"choose one of {', '.join(by_name)}"
+            )
+        return by_name[name]
     cls = class_name(config)
-    if cls not in _BY_CLASS:
-        raise UserError(
-            f"the model's scheduler is {shown(cls)}, which is not computed here; "
-            f"choose one of {', '.join(SCHEDULERS)}"
-        )
-    return _BY_CLASS[cls]
+    for kind in process.schedulers:
+        if kind.class_name == cls:
+            return kind
+    raise UserError(
+        f"the model's scheduler is {shown(cls)}, which is not computed here; "
+        f"choose one of {', '.join(by_name)}"
+    )
 
 
 def _check_values(full: Mapping[str, Any], kind: Scheduler) -> None:

@@ -161,10 +161,10 @@ def _noise(shape, picture: Picture) -> np.ndarray:
 
 
 def _scheduler(root: Path, picture: Picture) -> str:
-    """Returns "": the folder's own scheduler, or "ddim" if that one draws noise."""
+    """Returns "": the folder's own scheduler, or a plain one if that draws noise."""
     config = read_scheduler(root)
     table = schedules.schedule(config, "", picture.steps)
-    return "ddim" if schedules.is_stochastic(table) else ""
+    return schedules.first_order(config) if schedules.is_stochastic(table) else ""
 
 
 def _full_precision():

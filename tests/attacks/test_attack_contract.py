@@ -114,7 +114,7 @@ class Case:
 
 
 @functools.cache
-def make_case(variant):
+def make_case(variant, noise="epsilon"):
     """The case of an attack's config, checked as the command does."""
     name, overrides, _ = VARIANTS[variant]
     cfg = command.get_config(name)
@@ -122,10 +122,11 @@ def make_case(variant):
     for group in ("data", "prior", "retain"):
         if group in cfg:
             cfg[group].update(names=("bomb",), batch=4)
-    run, attack, model = command.resolve(cfg), base.load(name), toy_denoiser.model()
+    run, attack = command.resolve(cfg), base.load(name)
+    model = toy_denoiser.model(noise)
     task = base.Task(run.settings, run, model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "load_model", lambda *args, **how: toy_denoiser.model())
+        patch.setattr(load, "load_model", lambda *a, **how: toy_denoiser.model(noise))
         plan = attack.plan(task)
     words = {"data": "<thing>" if name == "textual_inversion" else "bomb"}
     data = {g: pairs(words.get(g, "thing"), seed=len(g)) for g in run.data}
@@ -153,6 +154,17 @@ def stranger(tmp_path_factory):
 @pytest.fixture(params=VARIANTS)
 def case(request):
     return make_case(request.param)
+
+
+@pytest.fixture(params=["epsilon", "flow"])
+def noise(request):
+    """A noise process; that of a model of another family, too."""
+    return request.param
+
+
+@pytest.fixture(params=VARIANTS)
+def on_both(request, noise):
+    return make_case(request.param, noise)
 
 
 def assert_identical(a, b):
@@ -217,7 +229,9 @@ def test_step_draws_by_its_key_and_its_number(case):
     assert len(losses) == 3
 
 
-def test_steps_lower_the_loss(case):
+def test_steps_lower_the_loss(on_both):
+    case = on_both
+
     def loss(state):
         """Of the first batch, the mean over the noise of four steps."""
         start, *args = case.args
@@ -229,7 +243,7 @@ def test_steps_lower_the_loss(case):
 
     state, frozen, _, key = case.args
     batches, before = case.batches(), loss(state)
-    for _ in range(30):
+    for _ in range(40):
         state, _ = case.step(state, frozen, next(batches), key)
     print(f"{case.variant}: attack/loss {before:.4f} -> {loss(state):.4f}")
     assert loss(state) < 0.98 * before
@@ -238,12 +252,13 @@ def test_steps_lower_the_loss(case):
 # --- what comes of a run --------------------------------------------------------------
 
 
-def test_export_is_what_the_attack_trains(case):
+def test_export_is_what_the_attack_trains(on_both):
     """The rest of the model's tensors are none of an attack's business."""
+    case = on_both
     state, _ = case.step(*case.args)
     changed, model = case.changed(state.params), case.task.model
     flat = {}
-    for component in ("unet", "text_encoder"):
+    for component in model.params:
         flat |= flatten_dict(model.params[component], sep="/")
     part = VARIANTS[case.variant][2]
     expected = {path for path in flat if part in path}

@@ -111,7 +111,7 @@ class Case:
 
 
 @functools.cache
-def make_case(name):
+def make_case(name, noise="epsilon"):
     """The case of a defense's config, checked as the command does."""
     cfg = train.get_config(name)
     fields = {
@@ -123,7 +123,8 @@ def make_case(name):
             cfg[group].names = ("bomb",)
     if name == "gift_gate":
         cfg.upper.lr = 0.1  # of a detector of four weights
-    run, defense, model = train.resolve(cfg), base.load(name), toy_denoiser.model()
+    run, defense = train.resolve(cfg), base.load(name)
+    model = toy_denoiser.model(noise)
     words = {"harmful": "bomb", "safe": "cat"}
     data = {group: pairs(words[group], seed=len(group)) for group in run.data}
     task = base.Task(run.settings, run, model, data, sources={})
@@ -160,6 +161,17 @@ def case(request):
 @pytest.fixture(params=IN_STEPS)
 def stepping(request):
     return make_case(request.param)
+
+
+@pytest.fixture(params=["epsilon", "flow"])
+def noise(request):
+    """A noise process; that of a model of another family, too."""
+    return request.param
+
+
+@pytest.fixture(params=IN_STEPS)
+def on_both(request, noise):
+    return make_case(request.param, noise)
 
 
 def assert_identical(a, b):
@@ -220,9 +232,9 @@ def test_step_draws_by_its_key_and_its_number(stepping):
     assert [differ(results[0], other) for other in results[1:]] == [draws, draws]
 
 
-def test_parameters_and_frozen_ones_make_the_network(stepping):
-    plan, model = stepping.plan, stepping.task.model
-    network = set(flatten_dict(model.params["unet"], sep="/"))
+def test_parameters_and_frozen_ones_make_the_network(on_both):
+    plan, model = on_both.plan, on_both.task.model
+    network = set(flatten_dict(model.denoiser_params, sep="/"))
     own = {path for path in plan.params if path in network}
     assert own | set(plan.frozen["network"]) == network
     assert not own & set(plan.frozen["network"])
@@ -252,30 +264,33 @@ def progress(case, params, metric):
         state = case.state().replace(params=params)
         return float(case.step(state, *case.args[1:])[1][metric])
     model = case.task.model
-    network = flatten_dict(model.params["unet"], sep="/")
+    network = flatten_dict(model.denoiser_params, sep="/")
     network |= {path: a for path, a in params.items() if path in network}
     batch = case.task.sources["harmful"].take(np.arange(8))
     keys = jax.random.split(jax.random.key(9), 16)
-    losses = LOSSES(unflatten_dict(network, sep="/"), batch, keys)
+    losses = losses_of(model.denoiser)(unflatten_dict(network, sep="/"), batch, keys)
     return float(jnp.mean(losses))
 
 
-LOSSES = jax.jit(
-    lambda network, batch, keys: jax.vmap(
-        lambda key: toy_denoiser.denoiser().losses(network, batch, key)[0]
-    )(keys)
-)
+@functools.cache
+def losses_of(denoiser):
+    """(network, batch, keys) -> the losses with each key, jitted."""
+
+    def losses(network, batch, keys):
+        return jax.vmap(lambda key: denoiser.losses(network, batch, key)[0])(keys)
+
+    return jax.jit(losses)
 
 
-def test_steps_go_where_the_defense_promises(stepping):
-    metric, sign = PROMISES[stepping.name]
-    state, frozen, _, key = stepping.args
-    batches, before = stepping.batches(), progress(stepping, state.params, metric)
+def test_steps_go_where_the_defense_promises(on_both):
+    case, (metric, sign) = on_both, PROMISES[on_both.name]
+    state, frozen, _, key = case.args
+    batches, before = case.batches(), progress(case, state.params, metric)
     for _ in range(20):
-        state, _ = stepping.step(state, frozen, next(batches), key)
-    params = {path: state.params[path] for path in stepping.plan.exported}
-    after = progress(stepping, {**stepping.plan.params, **params}, metric)
-    print(f"{stepping.name}: {metric} {before:.4f} -> {after:.4f}")
+        state, _ = case.step(state, frozen, next(batches), key)
+    params = {path: state.params[path] for path in case.plan.exported}
+    after = progress(case, {**case.plan.params, **params}, metric)
+    print(f"{case.name}: {metric} {before:.4f} -> {after:.4f}")
     assert sign * (after - before) > 0.02 * before
 
 

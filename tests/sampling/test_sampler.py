@@ -48,7 +48,7 @@ CASES = {  # name: (our scheduler, steps, config of the folder); five UNet calls
         {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
     ),
 }
-TORCH_CLASS = {kind.name: kind.class_name for kind in schedules.ALL}
+TORCH_CLASS = {kind.name: kind.class_name for kind in schedules.DDPM.schedulers}
 
 
 def scheduler_config(name):

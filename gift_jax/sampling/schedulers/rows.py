@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scheduler is here: rows of weights, one row a call of the UNet.
+"""What a scheduler is here: rows of weights, one row a call of the network.
 
 A step of any scheduler is a fixed linear combination of the latents, of what it
-remembers, of the UNet's output and of noise. A file of this folder writes a step down
-as PyTorch does, on the names below instead of on tensors: out come its weights.
+remembers, of the network's output and of noise. A file of this folder writes a step
+down as PyTorch does, on the names below instead of on tensors: out come its weights.
 
     x0 = X - sigma * M                        # M: the guided output
     yield Row(t, X + (X - x0) / sigma * dt)   # the next latents
@@ -24,11 +24,11 @@ X, MEMORY, M, NOISE = _BASIS[0], tuple(_BASIS[1:-2]), _BASIS[-2], _BASIS[-1]
 
 
 class Row(NamedTuple):
-    """One call of the UNet, and the step after it.
+    """One call of the network, and the step after it.
 
-    t: timestep that the UNet is given. x: weights of the next latents. memory: weights
-    of what `MEMORY` is at the next row, from the first on; the rest is 0. scale: of the
-    UNet's input, by the latents.
+    t: timestep that the network is given. x: weights of the next latents. memory:
+    weights of what `MEMORY` is at the next row, from the first on; the rest is 0.
+    scale: of the network's input, by the latents.
     """
 
     t: float
@@ -54,7 +54,7 @@ class Scheduler:
     """A scheduler of diffusers.
 
     name: what a user writes. class_name: in diffusers. schedule: (config, steps) ->
-    `Schedule`, of a config that is complete and as StableDiffusionPipeline corrects it.
+    `Schedule`, of a config that is complete and as diffusers' pipeline corrects it.
     only: {key: the values that are computed}. fixed: {key: value} that the name stands
     for, whatever the config says. unused: keys with no effect on what is drawn.
     """
@@ -114,7 +114,7 @@ def slope(config: Config, sigma) -> np.ndarray:
 
 
 def k_scale(sigma) -> float:
-    """Returns the scale of the UNet's input, where X = x0 + sigma eps."""
+    """Returns the scale of the network's input, where X = x0 + sigma eps."""
     return 1 / np.hypot(sigma, 1)
 
 
