@@ -176,7 +176,7 @@ _VAE_RULES = {
     "use_quant_conv": flag(),
     "use_post_quant_conv": flag(),
     "mid_block_add_attention": flag(),
-    "shift_factor": either(number(), only(None)),
+    "shift_factor": either(number(), only(None)),  # which the model's family may refuse
     # with one value alone:
     "latents_mean": only(None),
     "latents_std": only(None),

@@ -203,6 +203,12 @@ def _build(root, read: Parts, resolution, has_zeros=False) -> StableDiffusion:
     text = TextEncoders(
         tuple(modules[name] for name in weights.TEXT_ENCODERS if name in modules)
     )
+    shift = modules["vae"].shift_factor
+    if shift:  # which PyTorch's pipelines do not read
+        file = root / "vae" / "config.json" if root else "vae/config.json"
+        raise UserError(
+            f"{file}: shift_factor={shift} is not supported; must be None or 0"
+        )
     _check_widths(modules["unet"], text, root)
     parts.check_channels(read, "unet", root)
     longest = text.max_length

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoencoder (AutoencoderKL) of Stable Diffusion.
+"""The autoencoder (AutoencoderKL) of Stable Diffusion, of every version.
 
 Axes: B batch, C channels, H height, W width, h w of latents.
 """
@@ -185,7 +185,7 @@ def build_vae(config: dict, dtype=jnp.float32, kernels: Kernels | None = None) -
 def apply_vae_encode(vae: VAE, params, x_BCHW):
     """Returns (mean, logvar) of the posterior, "B C h w" each, not yet scaled.
 
-    Args: x_BCHW: "B 3 H W" in [-1, 1]. The caller shifts and scales, see `VAE`.
+    Args: x_BCHW: "B 3 H W" in [-1, 1]. Scaling: see `models.autoencoder`.
     """
     return vae.apply({"params": params}, x_BCHW, method=vae.encode)
 
