@@ -205,6 +205,7 @@ def train(
         setup.make_batches(sources, sizes, run.seed, "attack", part),
         folder,
         "attack",
+        rules=plan.model.partition_rules,
         name=run.attack,
         checkpoint_last=checkpoint_last,
         callbacks=(

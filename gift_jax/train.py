@@ -184,6 +184,7 @@ def _take_steps(task: base.Task, plan: base.Plan, mesh, folder: pathlib.Path):
             setup.make_batches(sources, plan.sizes, run.seed, role, part),
             folder,
             role,
+            rules=task.model.partition_rules,
             name=plan.name,
         )
         trained = {path: state.params[path] for path in plan.exported}

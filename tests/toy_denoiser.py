@@ -27,6 +27,7 @@ SHAPES = {
     "block/attn1/to_q/kernel": (C, C),
     "block/proj_in/kernel": (C, C),
 }
+PARTITION_RULES = ((r"kernel", ("fsdp",)),)
 LORA_TARGETS = r"/attn[12]/(to_q|to_k|to_v|to_out_0)/kernel$"
 SCHEDULER = {"num_train_timesteps": T, "clip_sample": False}
 FLOW = {"_class_name": flow_schedule.CLASSES[0], "num_train_timesteps": T, "shift": 2.0}
@@ -136,6 +137,7 @@ class Model:
     image_size = SIDE
     latent_shape = (C, SIDE, SIDE)
     lora_targets = LORA_TARGETS
+    partition_rules = PARTITION_RULES
     text_components = ("text_encoder",)
     ids_shape = (L,)
 

@@ -128,7 +128,7 @@ def train_step(run: train.TrainRun, mesh, phase: int = 1):
     batch = {name: batch_shapes(model, count) for name, count in plan.sizes.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     where = (
-        *setup.run_shardings(run, mesh, state, frozen),
+        *setup.run_shardings(run, mesh, model.partition_rules, state, frozen),
         sharding.batch_sharding(mesh),
         sharding.replicated(mesh),
     )

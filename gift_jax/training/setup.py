@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from gift_jax.data import pipeline
 from gift_jax.data.cache import DataGroup
 from gift_jax.models import exports, load, model_card, safetensors_io
+from gift_jax.models.base import PartitionRules
 from gift_jax.models.ops.kernels import CHOICES
 from gift_jax.runtime import config, processes
 from gift_jax.runtime.devices import cpu_devices_for, init_jax
@@ -162,12 +163,17 @@ def make_batches(
     )
 
 
-def run_shardings(run: Run, mesh: Mesh, state: State, frozen: Any) -> tuple:
-    """Returns where a run's state and its frozen arrays lie on the mesh."""
+def run_shardings(
+    run: Run, mesh: Mesh, rules: PartitionRules, state: State, frozen: Any
+) -> tuple:
+    """Returns where a run's state and its frozen arrays lie on the mesh.
+
+    Args: rules: the model's.
+    """
     whole = () if run.hardware.shard_frozen else ("fsdp",)
     return (
-        sharding.shardings(mesh, state),
-        sharding.shardings(mesh, frozen, repeat=whole),
+        sharding.shardings(mesh, state, rules),
+        sharding.shardings(mesh, frozen, rules, repeat=whole),
     )
 
 
@@ -181,16 +187,18 @@ def run_loop(
     workdir: pathlib.Path,
     role: str,
     *,
+    rules: PartitionRules,
     name: str,
     callbacks: Sequence[loop.Callback] = (),
     checkpoint_last: bool = True,
 ) -> State:
     """Places everything on the mesh and takes the run's steps.
 
-    Args: role: of `run_key`. name: word of the progress line. checkpoint_last: see
-      `loop.Options`.
+    Args: role: of `run_key`. rules: the model's, of where parameters lie. name: word of
+      the progress line. checkpoint_last: see `loop.Options`.
     """
-    state_shardings, frozen_shardings = run_shardings(run, mesh, state, frozen)
+    where = run_shardings(run, mesh, rules, state, frozen)
+    state_shardings, frozen_shardings = where
     return loop.run(
         sharding.put(state, state_shardings),
         step,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh, the rules that divide parameters over it, and placing arrays on it.
+"""The device mesh, what divides parameters over it, and placing arrays on it.
 
 The mesh has three axes. A batch is divided over `data` and `fsdp`; large parameters,
 their gradients and their optimizer states over `fsdp` too, and the matrices of
@@ -15,16 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gift_jax.models.base import PartitionRules
 from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-Rules = Sequence[tuple[str, tuple[str, ...]]]
-RULES: Rules = (  # the end of a parameter's path: the axes of its last dimensions
-    (r"(to_[qkv]|net_0/proj|[qkv]_proj|fc1)/kernel", ("fsdp", "tensor")),
-    (r"(to_out_0|net_2|fc2|out_proj)/kernel", ("tensor", "fsdp")),
-    (r"(kernel|embedding)", ("fsdp",)),
-)
 _FIELD = "config.hardware.mesh"
 _BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -77,13 +72,13 @@ def partition_spec(
     path: str,
     shape: tuple[int, ...],
     sizes: Mapping[str, int],
-    rules: Rules = RULES,
+    rules: PartitionRules,
 ) -> PartitionSpec:
     """Returns how a parameter is divided, by the first rule that matches.
 
     Args: path: "down_blocks_0/attentions_0/.../to_q/kernel". sizes: of the mesh's axes;
-      one that is left out, or 1, divides nothing. rules: (regular expression of the end
-      of a path, axes of the last dimensions).
+      one that is left out, or 1, divides nothing. rules: of the model: (regular
+      expression of the end of a path, axes of the last dimensions).
     """
     for pattern, axes in rules:
         if re.search(rf"(^|/){pattern}$", path) and len(axes) <= len(shape):
@@ -96,7 +91,7 @@ def partition_spec(
     return PartitionSpec()
 
 
-def shardings(mesh: Mesh, tree, *, rules: Rules = RULES, repeat: Sequence[str] = ()):
+def shardings(mesh: Mesh, tree, rules: PartitionRules, *, repeat: Sequence[str] = ()):
     """Returns the `NamedSharding` of every leaf of a tree of parameters or states.
 
     A leaf's path is that of its dict keys, joined; optimizer states contain dicts with

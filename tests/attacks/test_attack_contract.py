@@ -283,6 +283,7 @@ def test_resumed_run_is_a_straight_one(case, tmp_path):
             case.batches(),
             folder,
             "attack",
+            rules=case.task.model.partition_rules,
             name=case.variant,
         )
 

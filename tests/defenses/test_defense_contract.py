@@ -308,6 +308,7 @@ def test_resumed_run_is_a_straight_one(stepping, tmp_path):
             stepping.batches(),
             folder,
             "defense",
+            rules=stepping.task.model.partition_rules,
             name=plan.name,
         )
 

@@ -13,6 +13,7 @@ from flax_names import flax_name
 from gift_jax.defenses import gift
 from gift_jax.diffusion import normal_like, timesteps
 from gift_jax.models import safetensors_io
+from gift_jax.models.sd.stable_diffusion import PARTITION_RULES
 from gift_jax.training import sharding
 
 KEY = jax.random.key(21)
@@ -183,7 +184,7 @@ def stepper(tiny_setup):
         for level, rate in (("lower", lower), ("upper", upper)):
             state.opt[level].hyperparams["learning_rate"] = jnp.float32(rate)
         args = state, tiny_setup.frozen
-        args = sharding.put(args, sharding.shardings(mesh, args))
+        args = sharding.put(args, sharding.shardings(mesh, args, PARTITION_RULES))
         return step(*args, sharding.put_batch(mesh, tiny_setup.batch), KEY)
 
     return take

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
+from gift_jax.models.sd.stable_diffusion import PARTITION_RULES as RULES
 from gift_jax.runtime import devices
 from gift_jax.runtime.devices import TPU_FLAGS, cpu_devices_for
 from gift_jax.runtime.errors import UserError
@@ -37,12 +38,13 @@ BLOCK = "down_blocks_0/attentions_0/transformer_blocks_0"
     ],
 )
 def test_rules_divide_a_parameter(path, shape, axes):
-    assert sharding.partition_spec(path, shape, SIZES) == PartitionSpec(*axes)
-    whole = sharding.partition_spec(path, shape, {"data": 8, "fsdp": 1, "tensor": 1})
-    assert not any(whole)
+    spec = sharding.partition_spec(path, shape, SIZES, RULES)
+    assert spec == PartitionSpec(*axes)
+    alone = {"data": 8, "fsdp": 1, "tensor": 1}
+    assert not any(sharding.partition_spec(path, shape, alone, RULES))
 
 
-def test_rules_may_be_given():
+def test_rules_are_the_ones_given():
     rules = ((r"to_k/kernel", ("fsdp",)),)
     path, shape = f"{BLOCK}/attn2/to_k/kernel", (768, 320)
     spec = sharding.partition_spec(path, shape, SIZES, rules)
@@ -50,8 +52,9 @@ def test_rules_may_be_given():
     assert not any(sharding.partition_spec("conv/kernel", shape, SIZES, rules))
     mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 2, "tensor": 1})
     tree = {path: np.zeros(shape)}
-    assert sharding.shardings(mesh, tree, rules=rules)[path].spec == spec
-    assert sharding.shardings(mesh, tree)[path].spec == PartitionSpec("fsdp", None)
+    assert sharding.shardings(mesh, tree, rules)[path].spec == spec
+    whole = sharding.shardings(mesh, tree, RULES)[path].spec
+    assert whole == PartitionSpec("fsdp", None)
 
 
 def test_optimizer_states_are_divided_as_their_parameters(tiny):
@@ -60,7 +63,7 @@ def test_optimizer_states_are_divided_as_their_parameters(tiny):
     mesh = sharding.make_mesh(jax.devices()[:2], {"data": 1, "fsdp": 2, "tensor": 1})
     params = flatten_dict(tiny.params["unet"], sep="/")
     tree = {"params": params, "opt": optax.adam(1e-3).init(params)}
-    shardings = sharding.shardings(mesh, tree)
+    shardings = sharding.shardings(mesh, tree, RULES)
     adam = shardings["opt"][0]
     assert adam.mu == shardings["params"] == adam.nu
     assert adam.count.spec == PartitionSpec()
@@ -68,7 +71,7 @@ def test_optimizer_states_are_divided_as_their_parameters(tiny):
     assert sum(params[p].size for p in divided) > 0.9 * sum(
         a.size for a in params.values()
     )
-    whole = sharding.shardings(mesh, tree, repeat=("fsdp",))
+    whole = sharding.shardings(mesh, tree, RULES, repeat=("fsdp",))
     assert not any(any(where.spec) for where in jax.tree.leaves(whole))
 
 
