@@ -50,10 +50,11 @@ def get_config(name: str = "") -> ConfigDict:
     }
     demo = {
         "steps": 3000,
-        "gift_gate.preserve_steps": 100,
-        "harmful.num_drawn": 360,
-        "safe.num_drawn": 540,
+        "gift_gate.preserve_steps": 80,
+        "safe.num_drawn": 400,
         "harmful.batch": 48,
         "safe.batch": 48,
+        "harmful.augmented_copies": 3,
+        "safe.augmented_copies": 3,
     }
     return with_variant(c, name, smoke=smoke, style=style, demo=demo)
