@@ -13,7 +13,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from gift_jax.models import dtype_labels, safetensors_io, weight_files
-from gift_jax.models.kinds import KINDS, effective
+from gift_jax.models.kinds import KINDS, effective, kind_of
 from gift_jax.models.tokenizer import write_added_tokens
 from gift_jax.models.weights import (
     COMPONENTS,
@@ -40,7 +40,7 @@ def save_model_folder(directory, config, params, dtype=np.float32):
       component it is. dtype: on disk.
     """
     flat = flatten_dict(params, sep="/")
-    kind, by_name = _kind_of(flat), {}
+    kind, by_name = _kind_by_parameters(flat), {}
     for path, array in flat.items():
         array = safetensors_io.to_torch_layout(path, np.asarray(jax.device_get(array)))
         by_name[safetensors_io.torch_name(path)] = np.ascontiguousarray(
@@ -53,7 +53,7 @@ def save_model_folder(directory, config, params, dtype=np.float32):
         safetensors.numpy.save_file(by_name, file, metadata={"format": "pt"})
 
 
-def _kind_of(flat):
+def _kind_by_parameters(flat):
     tops = {path.split("/")[0] for path in flat}
     for top, kind in (
         ("vision_model", "clip"),
@@ -95,17 +95,18 @@ def export(
     if out == base or base in out.parents or out in base.parents:
         raise UserError(f"{out}: cannot export into the base model {base} itself")
     entries, kept = {}, {}
-    for kind, arrays in by_component(changed, denoiser_of(base)).items():
-        if kind not in DENOISERS and not arrays:
+    for name, arrays in by_component(changed, denoiser_of(base)).items():
+        if name not in DENOISERS and not arrays:
             continue
-        entry_of = entries_by_path(base / kind, kind, variant)
+        kind = kind_of(base, name)
+        entry_of = entries_by_path(base / name, kind, variant)
         unknown = sorted(set(arrays) - set(entry_of))
         if unknown:
-            label = DENOISERS.get(kind, kind.replace("_", " "))
+            label = DENOISERS.get(name, name.replace("_", " "))
             raise UserError(f"{base}: its {label} has no parameter {unknown[0]!r}")
-        entries |= {joined_path(kind, path): entry_of[path] for path in entry_of}
-        kept[kind] = set(
-            weight_files.weight_files(base / kind, KINDS[kind].stem, variant)
+        entries |= {joined_path(name, path): entry_of[path] for path in entry_of}
+        kept[name] = set(
+            weight_files.weight_files(base / name, KINDS[kind].stem, variant)
         )
     resized = _resized_table(changed, entries)
     with files.atomic_folder(out) as temp:

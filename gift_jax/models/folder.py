@@ -12,6 +12,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from gift_jax.models import safetensors_io, weights
+from gift_jax.models.kinds import kind_of
 from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.runtime.errors import UserError, shown
 
@@ -40,7 +41,10 @@ class ModelFolder:
         in the exported model.
         """
         _, params, _ = weights.load_component(
-            self.path / component, component, variant=self.variant, only=set(paths)
+            self.path / component,
+            kind_of(self.path, component),
+            variant=self.variant,
+            only=set(paths),
         )
         arrays = {
             path: np.asarray(array, np.float32)

@@ -9,6 +9,32 @@ from gift_jax.models.component import Kind
 from gift_jax.runtime.errors import UserError, one_line, shown
 
 KINDS: dict[str, Kind] = sd.KINDS | mmdit.KINDS | vision.KINDS
+_OF_CLASS = {  # class of diffusers or transformers: the kind of what it holds
+    name: kind
+    for kind, one in KINDS.items()
+    for name in (
+        *one.extra_config.get("architectures", ()),
+        one.extra_config.get("_class_name"),
+    )
+    if name
+}
+
+
+def of_class(name: str) -> str:
+    """Returns the kind that a class of diffusers or transformers holds."""
+    return _OF_CLASS[name]
+
+
+def kind_of(root: Path, component: str) -> str:
+    """Returns the kind of a model folder's component.
+
+    That of its class in model_index.json, where it is known: a text encoder may have a
+    projection, whatever it is called. Else that of its name.
+    """
+    file = root / "model_index.json"
+    entry = safetensors_io.read_json(file).get(component) if file.is_file() else None
+    name = entry[-1] if isinstance(entry, list) and entry else None
+    return _OF_CLASS.get(name, component) if isinstance(name, str) else component
 
 
 def read_config(directory: Path, kind: str) -> dict[str, Any]:

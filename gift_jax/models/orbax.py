@@ -19,7 +19,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gift_jax.models import dtype_labels, safetensors_io, weight_files, weights
-from gift_jax.models.kinds import KINDS
+from gift_jax.models.kinds import KINDS, kind_of
 from gift_jax.runtime import files
 from gift_jax.runtime.errors import UserError
 
@@ -40,22 +40,22 @@ def save(model_dir, out, *, variant="", dtype=None):
     """
     root = Path(model_dir)
     names_of = {
-        kind: _component(root / kind, kind, variant)
-        for kind in weights.components(root)
+        name: _component(root / name, kind_of(root, name), variant)
+        for name in weights.components(root)
     }
     with files.atomic_folder(out) as temp:
         layout = {"format": _FORMAT, "components": {}}
-        for kind, (names, paths) in names_of.items():
-            layout["components"][kind] = _layout(names, paths, dtype)
+        for component, (names, paths) in names_of.items():
+            layout["components"][component] = _layout(names, paths, dtype)
             tree = _read(paths, dtype)
             handler = ocp.StandardCheckpointHandler(
                 save_concurrent_gb=1,
                 use_ocdbt=False,  # which would hold a second copy of everything
             )
             with ocp.Checkpointer(handler) as checkpointer:  # one that waits
-                checkpointer.save(temp / kind, unflatten_dict(tree, sep="/"))
+                checkpointer.save(temp / component, unflatten_dict(tree, sep="/"))
             del tree
-            logging.info("%s: %d tensors", kind, len(paths))
+            logging.info("%s: %d tensors", component, len(paths))
         _copy_files(root, temp / "files")
         (temp / LAYOUT).write_text(json.dumps(layout, indent=1) + "\n")
 

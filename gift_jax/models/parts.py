@@ -5,7 +5,7 @@ A family says what its folders hold, a `Layout`; it puts the `Parts` together.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,10 +105,11 @@ def read(path: Any, layout: Layout, dtype: Any, variant: str = "") -> Parts:
     ):
         raise UserError(f"{root / denoiser}: has no files of variant {variant!r}")
     modules, params, configs = {}, {}, {}
-    for kind in layout.components:
-        config = kinds.read_config(root / kind, kind)
-        modules[kind], params[kind], configs[kind] = weights.load_component(
-            root / kind,
+    for name, cls in layout.components.items():
+        kind = kinds.of_class(cls)
+        config = kinds.read_config(root / name, kind)
+        modules[name], params[name], configs[name] = weights.load_component(
+            root / name,
             kind,
             _dtype_of(kind, config, dtype),
             variant=variant,
@@ -121,38 +122,37 @@ def read(path: Any, layout: Layout, dtype: Any, variant: str = "") -> Parts:
     return Parts(modules, params, configs, tokenizers)
 
 
-def read_configs(path: Any, components: Iterable[str]) -> dict[str, Any]:
+def read_configs(path: Any, layout: Layout) -> dict[str, Any]:
     """Returns what `abstract` takes, of a folder that may lack its weights."""
     root = existing(path)
     configs = {
-        kind: kinds.effective(
-            kind, safetensors_io.read_json(root / kind / "config.json")
+        name: kinds.effective(
+            kinds.of_class(cls), safetensors_io.read_json(root / name / "config.json")
         )
-        for kind in components
+        for name, cls in layout.components.items()
     }
     file = root / "scheduler" / "scheduler_config.json"
     return configs | {"scheduler": safetensors_io.read_json(file)}
 
 
-def abstract(
-    configs: Mapping[str, Any], components: Iterable[str], dtype: Any
-) -> Parts:
+def abstract(configs: Mapping[str, Any], layout: Layout, dtype: Any) -> Parts:
     """Returns parts without files: parameters are shapes, and there is no tokenizer.
 
-    Args: configs: the config.json dicts of the components, and scheduler's.
-      components: those of them to take, in this order. dtype: see `read`.
+    Args: configs: the config.json dicts of the components, and scheduler's; those of
+      the layout are taken, as far as they are there. dtype: see `read`.
     Raises: UserError for configs that `read` would not take.
     """
     modules, params = {}, {}
-    for kind in components:
-        if kind not in configs:
+    for name, cls in layout.components.items():
+        if name not in configs:
             continue
-        kinds.check_config(kind, configs[kind], f"{kind}/config.json")
-        dtype_of = _dtype_of(kind, configs[kind], jnp.dtype(dtype))
-        modules[kind] = KINDS[kind].build(configs[kind], dtype_of)
-        params[kind] = jax.tree.map(
+        kind = kinds.of_class(cls)
+        kinds.check_config(kind, configs[name], f"{name}/config.json")
+        dtype_of = _dtype_of(kind, configs[name], jnp.dtype(dtype))
+        modules[name] = KINDS[kind].build(configs[name], dtype_of)
+        params[name] = jax.tree.map(
             lambda a, dtype=dtype_of: jax.ShapeDtypeStruct(a.shape, dtype),
-            parameter_shapes(modules[kind]),
+            parameter_shapes(modules[name]),
         )
     return Parts(modules, params, dict(configs))
 

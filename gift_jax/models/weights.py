@@ -155,7 +155,7 @@ def network_and_text(flat):
         top, _, rest = path.partition("/")
         if top in TEXT_ENCODERS[1:]:
             text[top][rest] = array
-        elif top == "text_model":
+        elif top in ("text_model", "text_projection"):
             text["text_encoder"][path] = array
         else:
             network[path] = array

@@ -25,6 +25,7 @@ from gift_jax.models.sd.gate import Gate
 from gift_jax.models.sd.network import Network
 from gift_jax.models.sd.scheduler_config import alphas_cumprod
 from gift_jax.models.sd.text import TextEncoders, tokenize
+from gift_jax.models.sd.unet import CAPTURE_KINDS
 from gift_jax.models.trainable import TRAINABLE_SETS
 from gift_jax.runtime.errors import UserError, shown
 
@@ -76,6 +77,7 @@ class StableDiffusion(LatentDiffusion):
 
     denoiser_component = "unet"
     trainable_sets = TRAINABLE_SETS
+    layer_kinds = tuple(CAPTURE_KINDS)
     lora_targets = LORA_TARGETS
     partition_rules = PARTITION_RULES
 
@@ -182,12 +184,12 @@ def abstract_model(configs, dtype=jnp.float32, resolution=0):
       dtype, resolution: see `load`.
     Raises: UserError for configs that `load` would not take.
     """
-    return _build(None, parts.abstract(configs, _TWO.components, dtype), resolution)
+    return _build(None, parts.abstract(configs, _TWO, dtype), resolution)
 
 
 def read_configs(path):
     """Returns what `abstract_model` takes, of a folder that may lack its weights."""
-    return parts.read_configs(path, _layout(existing(path)).components)
+    return parts.read_configs(path, _layout(existing(path)))
 
 
 def _layout(root) -> Layout:
