@@ -91,7 +91,8 @@ class Model(Protocol):
       autoencoder, latent_scale: scaled latents to images, pure; see
         models/autoencoder.py. vae_params: its nested parameters.
       scheduler_config: the folder's scheduler/scheduler_config.json.
-      trainable_sets: name -> rules. lora_targets: pattern of the kernels' paths, whose
+      trainable_sets: name -> rules. layer_kinds: kinds of layers whose hidden states
+        can be captured. lora_targets: pattern of the kernels' paths, whose
         one group names the projection. partition_rules: where parameters lie.
       tokenizer: of transformers, the first text encoder's. text_components: of
         `params`, that encode text.
@@ -117,6 +118,7 @@ class Model(Protocol):
     vae_params: Any
     scheduler_config: Mapping[str, Any]
     trainable_sets: Mapping[str, TrainableRules]
+    layer_kinds: tuple[str, ...]
     lora_targets: str
     partition_rules: PartitionRules
     tokenizer: Any

@@ -66,6 +66,7 @@ class LatentDiffusion:
 
     denoiser_component: ClassVar[str]
     trainable_sets: ClassVar[Mapping[str, TrainableRules]]
+    layer_kinds: ClassVar[tuple[str, ...]]
     lora_targets: ClassVar[str]
     partition_rules: ClassVar[PartitionRules]
 

@@ -15,6 +15,7 @@ from gift_jax.models import hub, safetensors_io
 from gift_jax.models.base import Family
 from gift_jax.models.folder import existing, pipeline
 from gift_jax.models.latent_diffusion import LatentDiffusion
+from gift_jax.models.mmdit import stable_diffusion_3
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.sd import stable_diffusion
 from gift_jax.models.sd.adapters import AdapterFiles
@@ -24,7 +25,7 @@ from gift_jax.runtime.devices import num_cores
 from gift_jax.runtime.errors import UserError, choice, shown
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
-FAMILIES = (stable_diffusion.FAMILY,)
+FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_3.FAMILY)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}  # that an attention needs
 SMALL_BYTES = 2**30  # of a model's files

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files from elsewhere that change a model: LoRA, textual inversion, UNet tensors.
+"""Files from elsewhere that change a model: LoRA, textual inversion, denoiser tensors.
 
 Their tensors are merged into the weights as these are read; the folder stays as it is.
 Every tensor of a file is used, or the file is refused.
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gift_jax.models import safetensors_io, weights
+from gift_jax.models.kinds import kind_of
 from gift_jax.models.sd import lora_files
 from gift_jax.models.tokenizer import load_tokenizer, vector_names
 from gift_jax.runtime import config
@@ -31,7 +32,7 @@ class AdapterFiles:
     """The fields that name files to add to a model, in the order of adding."""
 
     unet_tensors: tuple[str, ...] = config.value(
-        (), "FILE: safetensors by diffusers' names, in place of the UNet's"
+        (), "FILE: safetensors by diffusers' names, in place of the denoiser's"
     )
     lora: tuple[str, ...] = config.value(
         (), "FILE or FILE:SCALE: LoRA by the names of diffusers, peft or kohya"
@@ -135,13 +136,14 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
     Raises: UserError of one line naming the file, and its first tensor that does not
       fit this model.
     """
-    targets = _targets(root, variant)
+    targets, denoiser = _targets(root, variant), weights.denoiser_of(root)
+    label = weights.DENOISERS[denoiser]
     sources: list[_Source] = []
     changes: dict[str, list[lora_files.Change]] = {}
     for text in fields.unet_tensors:
         file = _file("unet_tensors", text)
-        sources.append(_Source("UNet tensors", file))
-        for path, change in _read_unet(file, targets["unet"]).items():
+        sources.append(_Source(f"{label} tensors", file))
+        for path, change in _read_denoiser(file, targets[denoiser], denoiser).items():
             if path in changes:
                 raise UserError(
                     f"{one_line(file)}: {safetensors_io.torch_name(path)} is in "
@@ -159,7 +161,7 @@ def read_adapters(fields: AdapterFiles, root: Path, variant: str = "") -> Adapte
         tables = {
             path: shape
             for component in targets
-            if component != "unet"
+            if component != denoiser
             for path, shape in (targets[component][_torch_table()],)
         }
         for rows, _ in tables.values():
@@ -194,7 +196,7 @@ def _targets(root: Path, variant: str) -> lora_files.Targets:
                 entry.shape,
             )
             for path, (_, entry) in weights.entries_by_path(
-                root / component, component, variant
+                root / component, kind_of(root, component), variant
             ).items()
         }
         for component in weights.components(root)
@@ -275,18 +277,19 @@ def _split_token(text: str) -> tuple[str, str]:
 # --- the files ------------------------------------------------------------------------
 
 
-def _read_unet(file: Path, targets) -> dict[str, lora_files.Change]:
+def _read_denoiser(file: Path, targets, denoiser: str) -> dict[str, lora_files.Change]:
     """Returns {Flax path: its tensor in place of the model's}."""
     entries, changes, reasons = safetensors_io.read_header(file), {}, {}
+    label = weights.DENOISERS[denoiser]
     for name in sorted(entries):
-        entry, plain = entries[name], name.removeprefix("unet.")
+        entry, plain = entries[name], name.removeprefix(f"{denoiser}.")
         path, shape = targets.get(plain, ("", ()))
         if not path:
-            reasons[name] = "is no tensor of this model's UNet by diffusers' names"
+            reasons[name] = f"is no tensor of this model's {label} by diffusers' names"
         elif entry.shape != shape:
             reasons[name] = f"has shape {list(entry.shape)}, the model's {list(shape)}"
         elif path in changes:
-            reasons[name] = "is there twice, with and without unet. before it"
+            reasons[name] = f"is there twice, with and without {denoiser}. before it"
         else:
             changes[path] = _replace(name, entry)
     lora_files.refuse_misfits(file, reasons, len(entries))

@@ -7,13 +7,13 @@ Kohya's names are in `kohya`, peft's configs in `lora_configs`.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from gift_jax.models import safetensors_io
+from gift_jax.models import safetensors_io, weights
 from gift_jax.models.sd import kohya, lora_configs
 from gift_jax.runtime import files
 from gift_jax.runtime.errors import UserError, one_line, shown
@@ -29,7 +29,7 @@ _OTHER_KINDS = {  # part of a tensor's name: what such a file is
         "is of another kind of update than LoRA and LoCon, which is not supported"
     ),
 }
-_COMPONENTS = tuple(dict.fromkeys(kohya.COMPONENTS.values()))
+_COMPONENTS = (*weights.DENOISERS, *weights.TEXT_ENCODERS)
 _OLD_UNET = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # component -> {name of a tensor: (Flax path, its shape in PyTorch)}
@@ -189,9 +189,10 @@ def _parse(name: str, modules: Mapping[str, Mapping[str, str]]) -> _Half | None:
         module_of = modules.get(component, {})
         module = module_of.get(layer.removeprefix(prefix), layer)
         return _Half(component, module, kohya.HALVES[end])
-    component, rest = _component(name.removeprefix(_PEFT))
+    component, rest = _component(name.removeprefix(_PEFT), modules)
     rest = rest.replace(".processor.", ".")
-    old = _OLD_UNET if component == "unet" else _OLD_TEXT
+    is_denoiser = component in weights.DENOISERS
+    old = _OLD_UNET if is_denoiser else _OLD_TEXT
     rest = re.sub(
         r"\.(to_q|to_k|to_v|to_out)_lora\.(?=down|up)",
         lambda match: f".{old[match[1]]}.lora.",
@@ -204,18 +205,20 @@ def _parse(name: str, modules: Mapping[str, Mapping[str, str]]) -> _Half | None:
         return None
     module = match[1]
     # which has lost the prefix in transformers 5
-    if component != "unet" and module != "text_projection":
+    if not is_denoiser and module != "text_projection":
         module = "text_model." + module.removeprefix("text_model.")
     half = match[3] or {"A": "down", "B": "up"}[match[2]]
     return _Half(component, module, half)
 
 
-def _component(name: str) -> tuple[str, str]:
+def _component(name: str, components: Iterable[str]) -> tuple[str, str]:
+    """Returns (component, the rest of a name); components: of the model."""
     for component in _COMPONENTS:
         if name.startswith(f"{component}."):
             return component, name.removeprefix(f"{component}.")
-    is_text = name.startswith(("text_model.", "encoder.layers."))
-    return "text_encoder" if is_text else "unet", name
+    if name.startswith(("text_model.", "encoder.layers.")):
+        return "text_encoder", name
+    return next(part for part in components if part in weights.DENOISERS), name
 
 
 def _misfit(name, half, names, entries, targets):
@@ -285,7 +288,7 @@ def _written(layer: Layer, by: str) -> dict[str, np.ndarray]:
     if by == "kohya":
         return kohya.state(layer.component, layer.module, A, B, layer.alpha)
     name, halves = f"{layer.component}.{layer.module}", ("lora_A", "lora_B")
-    if layer.component != "unet":  # with lora_A, diffusers reads attention layers alone
+    if layer.component not in weights.DENOISERS:  # where that is read in part alone
         halves = ("lora_linear_layer.down", "lora_linear_layer.up")
     up = np.float32(layer.scale) * B
     return {f"{name}.{halves[0]}.weight": A, f"{name}.{halves[1]}.weight": up}
