@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 from gift_jax.data import pairs
 from gift_jax.data.cache import DataGroup, cached_source
 from gift_jax.defenses import base
-from gift_jax.models import load, mmdit, model_card
-from gift_jax.models.trainable import TRAINABLE_SETS
+from gift_jax.models import load, model_card
 from gift_jax.runtime import cli, config, processes, workdir
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import verification
@@ -39,8 +38,8 @@ class TrainFields(setup.Run):
     method: str = config.value("gift", "a name of defenses/, or a module's dotted path")
     trainable: str = config.choice(
         "cross_attention",
-        tuple(TRAINABLE_SETS | mmdit.TRAINABLE_SETS),
-        "the parameters that change",
+        load.TRAINABLE_SETS,
+        "the parameters that change, of those sets that the model has",
     )
     samples: Samples = config.group(Samples)
 
@@ -125,6 +124,8 @@ def _immunize(cfg: ConfigDict, settings: TrainRun, folder: pathlib.Path) -> None
     cfg.revision = load.pin_revision(settings, folder)
     settings = dataclasses.replace(settings, revision=cfg.revision)
     model = setup.load_run_model(settings, mesh)
+    model.trainable_paths(settings.trainable)  # UserError for an unknown set
+    defense.check(settings.settings, model)
     check_samples(model, settings.samples)
     task = _task(settings, defense, model)
     workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())

@@ -15,7 +15,7 @@ from gift_jax.diffusion import Ddpm, Denoiser, NoiseProcess
 from gift_jax.models import flow_schedule
 from gift_jax.models.base import Split
 from gift_jax.models.ops.kernels import Kernels
-from gift_jax.models.trainable import select_trainable
+from gift_jax.models.trainable import TRAINABLE_SETS, select_trainable
 from gift_jax.models.weights import TOKEN_TABLE, by_component
 
 T, C, SIDE, L, D, WIDTH = 10, 4, 2, 3, 5, 6
@@ -136,6 +136,8 @@ class Model:
     path = None
     image_size = SIDE
     latent_shape = (C, SIDE, SIDE)
+    trainable_sets = TRAINABLE_SETS
+    layer_kinds = ("transformer",)
     lora_targets = LORA_TARGETS
     partition_rules = PARTITION_RULES
     text_components = ("text_encoder",)
@@ -188,6 +190,9 @@ class Model:
         mean = jnp.concatenate([images_BHWC, mean_BHW1], axis=-1)
         mean_BCHW = jnp.transpose(mean, (0, 3, 1, 2))
         return mean_BCHW, jnp.full(mean_BCHW.shape, 0.05)
+
+    def trainable_paths(self, trainable_set):
+        return tuple(select_trainable(self.denoiser_params, trainable_set)[0])
 
     def split(self, trainable_set):
         return Split(*select_trainable(self.denoiser_params, trainable_set))

@@ -52,14 +52,15 @@ def make_step(
     The loss is mean over the instance pairs + prior_weight * mean over the prior pairs.
 
     state.params: every parameter of the network, flat, float32; with `encode_ids` the
-    text encoder's too. state.opt: {"attack"}. frozen: not read. batch: {"data": pairs,
-    and with a prior_weight "prior": pairs}; with `encode_ids`, pairs hold ids, int32
-    "B L", in place of cond, or cond of images alone. micro_batches: see
+    text encoder's too. state.opt: {"attack"}. frozen: what lies with the network's
+    parameters and is none in PyTorch, flat; of a UNet {}. batch: {"data": pairs, and
+    with a prior_weight "prior": pairs}; with `encode_ids`, pairs hold ids, int32 "B L",
+    in place of cond, or cond of images alone. micro_batches: see
     `state.accumulate_gradients`.
     """
 
-    def loss_of(params, pairs, key):
-        flat, text = weights.network_and_text(params)
+    def loss_of(params, frozen, pairs, key):
+        flat, text = weights.network_and_text({**frozen, **params})
         if encode_ids is not None:
             nested = {name: unflatten_dict(text[name], sep="/") for name in text}
             pairs = with_encoded_ids(encode_ids, nested, pairs)
@@ -68,10 +69,10 @@ def make_step(
 
     def loss_fn(params, frozen, batch, key):
         k_instance, k_prior = jax.random.split(key)
-        loss = loss_of(params, batch["data"], k_instance)
+        loss = loss_of(params, frozen, batch["data"], k_instance)
         if not prior_weight:
             return loss, {"attack/loss": loss}
-        prior = loss_of(params, batch["prior"], k_prior)
+        prior = loss_of(params, frozen, batch["prior"], k_prior)
         total = loss + prior_weight * prior
         parts = {"attack/instance_loss": loss, "attack/prior_loss": prior}
         return total, {"attack/loss": total, **parts}
@@ -109,12 +110,14 @@ def plan(task: base.Task) -> base.Plan:
     afterwards is drawn with the trained ones.
     """
     s, model = task.settings, task.model
-    params = {}
-    text = model.text_components if s.train_text_encoder else ()
-    for component in (model.denoiser_component, *text):
-        paths = flatten_dict(model.params[component], sep="/")
-        for path, array in model.float32_params(component, paths).items():
+    params, flat = {}, flatten_dict(model.denoiser_params, sep="/")
+    paths = {model.denoiser_component: model.trainable_paths("all")}
+    for component in model.text_components if s.train_text_encoder else ():
+        paths[component] = tuple(flatten_dict(model.params[component], sep="/"))
+    for component, names in paths.items():
+        for path, array in model.float32_params(component, names).items():
             params[weights.joined_path(component, path)] = array
+    frozen = {path: flat[path] for path in flat if path not in params}
     if s.outlier_limit:
         params = without_outliers(params, s.outlier_limit)
     step = make_step(
@@ -124,7 +127,7 @@ def plan(task: base.Task) -> base.Plan:
         model.encode_ids if s.train_text_encoder else None,
         task.micro_batches,
     )
-    return base.Plan(model, step, params, {}, reads_ids=s.train_text_encoder)
+    return base.Plan(model, step, params, frozen, reads_ids=s.train_text_encoder)
 
 
 ATTACK = base.Attack(

@@ -37,6 +37,7 @@ class EditBack:
 def edit(task: base.Task) -> base.Flat:
     """Returns the edited projections; all states from the last word on are changed."""
     s, model = task.settings, task.model
+    kernels = closed_form.text_kernels(model)
     data = task.data["data"]
     names = zip(data.concepts, data.styles, strict=True)
     sources = [captions.fill(s.source, thing, style) for thing, style in names]
@@ -47,7 +48,7 @@ def edit(task: base.Task) -> base.Flat:
     end = model.tokenizer.eos_token_id
     change, guide = closed_form.tail_states(states[0], ids[0], states[1], ids[1], end)
     return closed_form.edit(
-        model.split("cross_attention_kv").trainable,
+        kernels,
         change,
         guide,
         weights=closed_form.EditWeights(regularization=s.regularization),

@@ -23,12 +23,13 @@ from gift_jax.attacks import base
 from gift_jax.attacks.dreambooth import EncodeIds, with_encoded_ids
 from gift_jax.diffusion import Denoiser
 from gift_jax.models import safetensors_io, weights
-from gift_jax.models.sd import kohya
+from gift_jax.models.sd import kohya, lora_files
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError
 from gift_jax.state import Step, make_descent
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
+_OF_IMAGES = ("to_q", "to_k", "to_v", "to_out_0")  # of a UNet all
+TARGETS = (*_OF_IMAGES, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _TEXT_KERNELS = rf"/self_attn/({'|'.join(TEXT_TARGETS)})/kernel$"
 DIFFUSERS_FILE = "lora/pytorch_lora_weights.safetensors"  # in a run's folder
@@ -45,7 +46,9 @@ class Lora:
         4.0, above=0, doc="the update is scaled by alpha / rank"
     )
     targets: tuple[str, ...] = config.choice(
-        TARGETS, TARGETS, "projections of attention that get an update"
+        _OF_IMAGES,
+        TARGETS,
+        "projections of attention that get an update, of those that the model has",
     )
     train_text_encoder: bool = config.value(
         False, "the text encoders' projections get one, too"
@@ -131,19 +134,16 @@ def make_step(
 def torch_state(factors: Factors, scale: float, denoiser: str) -> dict[str, np.ndarray]:
     """Returns the factors as diffusers' `load_lora_weights` reads them, float32.
 
-    For a kernel X.to_k of the denoiser's component: unet.X.to_k.lora.down.weight "R I"
-    and .lora.up.weight "O R"; of a text encoder .lora_linear_layer.down.weight and so
-    on. `scale`, alpha / rank, is multiplied into up: diffusers reads no alpha beside
-    these names, and takes it for the rank.
-    Source: diffusers `StableDiffusionLoraLoaderMixin.save_lora_weights`.
+    For names see `lora_files.saved_names`; down is "R I", up "O R". `scale`,
+    alpha / rank, is multiplied into up: diffusers reads no alpha beside these names,
+    and takes it for the rank.
     """
     state = {}
     modules = _torch_factors(factors, denoiser)
     for (component, module), (down_RI, up_OR) in modules.items():
-        layer = "lora" if component == denoiser else "lora_linear_layer"
-        name = f"{component}.{module}.{layer}"
-        state[f"{name}.down.weight"] = np.ascontiguousarray(down_RI)
-        state[f"{name}.up.weight"] = np.ascontiguousarray(np.float32(scale) * up_OR)
+        down, up = lora_files.saved_names(component, module)
+        state[down] = np.ascontiguousarray(down_RI)
+        state[up] = np.ascontiguousarray(np.float32(scale) * up_OR)
     return state
 
 
@@ -175,6 +175,11 @@ def plan(task: base.Task) -> base.Plan:
     frozen: dict[str, Any] = flatten_dict(model.denoiser_params, sep="/")
     key = task.key("init")
     factors = init(key, frozen, s.rank, model.lora_targets, s.targets)
+    if not factors:
+        raise UserError(
+            f"targets={','.join(s.targets)}: a {model.denoiser_label} has none of "
+            f"these projections; choose from {', '.join(_targets(model))}"
+        )
     for i, name in enumerate(model.text_components if s.train_text_encoder else ()):
         flat: dict[str, Any] = flatten_dict(model.params[name], sep="/")
         flat = {weights.joined_path(name, path): a for path, a in flat.items()}
@@ -205,6 +210,13 @@ def plan(task: base.Task) -> base.Plan:
         files=files,
         metadata={KOHYA_FILE: kohya.metadata([(s.rank, s.alpha)])},
     )
+
+
+def _targets(model) -> list[str]:
+    """Returns which of TARGETS a model has."""
+    paths = flatten_dict(model.denoiser_params, sep="/")
+    matches = [re.search(model.lora_targets, path) for path in paths]
+    return sorted({match[1] for match in matches if match}, key=TARGETS.index)
 
 
 def changed(s: Lora, folder, factors: Factors) -> base.Flat:

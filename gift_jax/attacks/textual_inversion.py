@@ -195,8 +195,8 @@ def plan(task: base.Task) -> base.Plan:
     Its model has the new words, and text parameters as many rows short.
     """
     s, model = task.settings, task.model
-    ids = initializer_ids(model.tokenizer, s.initializer, s.vectors)
     attacked = model.with_tokenizer(tokenizer(s, model.folder))
+    ids = initializer_ids(model.tokenizer, s.initializer, s.vectors)
     text: dict[str, Any] = {}
     for name in model.text_components:
         text[name] = flatten_dict(model.params[name], sep="/")

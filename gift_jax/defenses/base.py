@@ -34,6 +34,8 @@ class Defense:
       title: what the model card calls it.
       plan: Task -> `Plan`, for one that takes steps.
       edit: Task -> the changed parameters, flat, for one that does not.
+      check: (settings, model) -> None; UserError for a model that it cannot change,
+        before any data are read.
       groups: of data that it reads.
       optimizers: names of the optimizers that its config has.
       draws_first: the plan samples from the model before the first step.
@@ -49,6 +51,7 @@ class Defense:
     title: str
     plan: Callable[["Task"], "Plan"] | None = None
     edit: Callable[["Task"], Flat] | None = None
+    check: Callable[[Any, Any], None] = lambda settings, model: None
     groups: tuple[str, ...] = ("harmful", "safe")
     optimizers: tuple[str, ...] = ("lower", "upper")
     draws_first: bool = False

@@ -282,6 +282,16 @@ def level_sizes(task: base.Task) -> dict[str, int]:
     }
 
 
+def check_layers(s: Gift, model: Any) -> None:
+    """Raises UserError for kinds of layers that a model does not have."""
+    others = [kind for kind in s.layers if kind not in model.layer_kinds]
+    if s.beta and others:
+        raise UserError(
+            f"layers={','.join(s.layers)}: a {model.denoiser_label} has no layers of "
+            f"kind {others[0]}; choose from {', '.join(model.layer_kinds)}"
+        )
+
+
 def check_hardware(s: Gift, hardware: Any) -> None:
     """Raises UserError for hardware fields that a gradient does not work with."""
     if s.gradient != "first_order" and hardware.grad_accum_steps > 1:
@@ -300,6 +310,7 @@ DEFENSE = base.Defense(
     config=Gift,
     title="GIFT (Gradient-aware Immunization, arXiv:2507.13598)",
     plan=plan,
+    check=check_layers,
     worst_case="62% after DreamBooth by the concept's name; 17% of the safe things "
     "were left",
 )

@@ -130,15 +130,20 @@ def update_scale(lower_loss: jax.Array, limit: float) -> jax.Array:
 # --- the attacker ---------------------------------------------------------------------
 
 
-def init_attacker(network: Flat) -> dict[str, Any]:
-    """Returns an attacker at its start: no change of any parameter, Adam's state."""
-    delta = {path: jnp.zeros(a.shape, _float32(a)) for path, a in network.items()}
+def init_attacker(attacked: Flat) -> dict[str, Any]:
+    """Returns an attacker at its start: no change of any parameter, Adam's state.
+
+    Args: attacked: the parameters that it trains.
+    """
+    delta = {path: jnp.zeros(a.shape, _float32(a)) for path, a in attacked.items()}
     return {"delta": delta, "opt": _adam().init(delta)}
 
 
 def apply_delta(network: Flat, delta: Flat) -> Flat:
     """Returns the parameters with a change added, in their own dtypes."""
-    return {path: a + delta[path].astype(a.dtype) for path, a in network.items()}
+    moved = {path: network[path] for path in delta}
+    moved = {path: a + delta[path].astype(a.dtype) for path, a in moved.items()}
+    return {**network, **moved}
 
 
 def make_continue_attack(denoiser: Denoiser, s: Attacker) -> Callable:
@@ -157,10 +162,9 @@ def make_continue_attack(denoiser: Denoiser, s: Attacker) -> Callable:
         lr = jnp.exp(jax.random.uniform(k_lr, (), minval=low, maxval=high))
         steps = jax.random.randint(k_steps, (), s.steps_min, s.steps_max + 1)
         goes_on = jax.random.uniform(k_new) >= 1.0 / s.restart_every
+        start = init_attacker({path: network[path] for path in attacker["delta"]})
         attacker = jax.tree.map(
-            lambda old, new: jnp.where(goes_on, old, new),
-            attacker,
-            init_attacker(network),
+            lambda old, new: jnp.where(goes_on, old, new), attacker, start
         )
         keys = jax.random.split(k_attack, s.steps_max)
 
@@ -247,6 +251,7 @@ def plan(task: base.Task) -> base.Plan:
             "for an attacker in the loop; set --config.hardware.grad_accum_steps=1"
         )
     denoiser, parts = task.model.denoiser, task.model.split(run.trainable)
+    network = {**parts.frozen, **parts.trainable}
     tx_lower = task.optimizer("lower", s.inner_steps)
     tx_upper = task.optimizer("upper", s.outer_steps)
     lower = make_update("lower", make_lower_loss(denoiser, s.lower_target), tx_lower)
@@ -266,7 +271,9 @@ def plan(task: base.Task) -> base.Plan:
         opt={
             "lower": tx_lower.init(parts.trainable),
             "upper": tx_upper.init(parts.trainable),
-            "attacker": init_attacker({**parts.frozen, **parts.trainable}),
+            "attacker": init_attacker(
+                {path: network[path] for path in task.model.trainable_paths("all")}
+            ),
         },
         sizes=gift.level_sizes(task),
         exported=tuple(parts.trainable),
@@ -306,6 +313,7 @@ DEFENSE = base.Defense(
     config=GiftAdversarial,
     title="GIFT with an attacker in the loop (after arXiv:2507.13598)",
     plan=plan,
+    check=gift.check_layers,
     steps=_steps,
     worst_case="100% after DreamBooth by the concept's name, as without a defense",
 )

@@ -181,6 +181,7 @@ DEFENSE = base.Defense(
     config=GiftGate,
     title="GIFT with a gate on the concept's images (after arXiv:2507.13598)",
     plan=plan,
+    check=lambda settings, model: model.gate(settings.share) and None,
     steps=_steps,
     trainable=("all",),
     worst_case="100% after an attack that first removes unusually large weights; 38% "

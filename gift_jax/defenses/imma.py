@@ -153,7 +153,8 @@ def plan(task: base.Task) -> base.Plan:
     s, model, run = task.settings, task.model, task.run
     flat: dict[str, Any] = flatten_dict(model.denoiser_params, sep="/")
     exported = tuple(model.split(run.trainable).trainable)
-    names = flat if s.inner_attack == "dreambooth" else exported
+    is_whole = s.inner_attack == "dreambooth"
+    names = model.trainable_paths("all") if is_whole else exported
     # Copies: the loop donates them, and the model's own are still to be drawn with.
     own = model.float32_params(model.denoiser_component, names)
     params = jax.tree.map(jnp.array, own)

@@ -18,9 +18,11 @@ from gift_jax.data import captions
 from gift_jax.defenses import base
 from gift_jax.models.closed_form import (
     EditWeights,
+    check_model,
     edit,
     last_states,
     tail_states,
+    text_kernels,
 )
 from gift_jax.runtime import config
 from gift_jax.runtime.errors import UserError, shown
@@ -81,14 +83,14 @@ def edit_model(task: base.Task) -> base.Flat:
         erase = last_states(erase, erase_ids, end)
         guide = last_states(guide, guide_ids, end)
         keep = last_states(keep, keep_ids, end)
-    kernels = model.split("cross_attention_kv").trainable
-    return edit(kernels, erase, guide, keep, s.weights)
+    return edit(text_kernels(model), erase, guide, keep, s.weights)
 
 
 DEFENSE = base.Defense(
     config=Uce,
     title="UCE (arXiv:2308.14761)",
     edit=edit_model,
+    check=lambda settings, model: check_model(model),
     optimizers=(),
     steps=lambda run: "none, but one solution in closed form",
     worst_case="100% after DreamBooth by the concept's name, as without a defense",

@@ -161,6 +161,13 @@ class Model(Protocol):
     def decode(self, z_BCHW: np.ndarray) -> np.ndarray:
         """Returns float32 "B H W 3", about [-1, 1], of scaled latents."""
 
+    def trainable_paths(self, trainable_set: str) -> tuple[str, ...]:
+        """Returns the paths of the denoiser's parameters that are in a trainable set.
+
+        Every family has "all": what trains in PyTorch if everything does.
+        """
+        ...
+
     def split(self, trainable_set: str) -> Split:
         """Returns the denoiser's parameters divided by a trainable set."""
 

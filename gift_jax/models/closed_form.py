@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gift_jax.models.trainable import select_trainable
+from gift_jax.runtime.errors import UserError
+
+_TEXT_KERNELS = "cross_attention_kv"  # of a model's trainable sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,25 @@ class EditWeights:
     regularization: float = 0.5
     change: float = 1.0
     preserve: float = 1.0
+
+
+def check_model(model: Any) -> None:
+    """Raises UserError for a model without projections of text states alone."""
+    if _TEXT_KERNELS not in model.trainable_sets:
+        raise UserError(
+            f"{model.path}: a {model.denoiser_label} has no projections that read text "
+            "states alone, which an edit in closed form changes; use a method that "
+            "trains"
+        )
+
+
+def text_kernels(model: Any) -> dict[str, Any]:
+    """Returns the projections W of a model's text states, flat, float32.
+
+    Raises: see `check_model`.
+    """
+    check_model(model)
+    return model.split(_TEXT_KERNELS).trainable
 
 
 def last_token(ids_BL: Any, end_id: int) -> np.ndarray:

@@ -241,11 +241,20 @@ class LatentDiffusion:
         """The denoiser's nested parameters."""
         return self.params[self.denoiser_component]
 
+    def trainable_paths(self, trainable_set: str) -> tuple[str, ...]:
+        """Returns the paths of the denoiser's parameters that are in a trainable set.
+
+        "all" leaves out what is on disk with the weights and is none in PyTorch.
+        """
+        return tuple(self._select(trainable_set)[0])
+
+    def _select(self, trainable_set: str) -> tuple[Flat, Flat]:
+        sets = self.trainable_sets
+        return select_trainable(self.denoiser_params, trainable_set, sets)
+
     def split(self, trainable_set: str) -> Split:
         """Returns the denoiser's parameters divided by a name of `trainable_sets`."""
-        trainable, frozen = select_trainable(
-            self.denoiser_params, trainable_set, self.trainable_sets
-        )
+        trainable, frozen = self._select(trainable_set)
         trainable = self.float32_params(self.denoiser_component, trainable)
         count = sum(a.size for a in trainable.values())
         total = count + sum(a.size for a in frozen.values())

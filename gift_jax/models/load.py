@@ -26,6 +26,9 @@ from gift_jax.runtime.errors import UserError, choice, shown
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
 FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_3.FAMILY)
+TRAINABLE_SETS = tuple(  # of the families' denoisers, names that mean the same as one
+    dict.fromkeys(name for family in FAMILIES for name in family.trainable_sets)
+)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _PLATFORMS = {"flash": "tpu", "cudnn": "gpu"}  # that an attention needs
 SMALL_BYTES = 2**30  # of a model's files

@@ -33,13 +33,16 @@ def select_trainable(
     Raises: UserError for an unknown rule, or one that selects nothing.
     """
     if rule not in sets:
-        raise UserError(f"partition={rule!r} must be one of {', '.join(sets)}")
+        raise UserError(
+            f"trainable={rule!r} must be one of {', '.join(sets)}, which are the sets "
+            "of this model's parameters"
+        )
     flat = flatten_dict(params, sep="/")
     trains = {path: _first_match(sets[rule], path) for path in flat}
     trainable = {path: flat[path] for path in flat if trains[path]}
     frozen = {path: flat[path] for path in flat if not trains[path]}
     if not trainable:
-        raise UserError(f"partition={rule!r} selects none of {len(flat)} parameters")
+        raise UserError(f"trainable={rule!r} selects none of {len(flat)} parameters")
     return trainable, frozen
 
 

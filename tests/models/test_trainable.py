@@ -64,5 +64,5 @@ def test_merge_undoes_select(tiny):
 
 
 def test_unknown_rule_lists_the_choices(tiny):
-    with pytest.raises(UserError, match="partition='cross' must be one of cross_att"):
+    with pytest.raises(UserError, match="trainable='cross' must be one of cross_att"):
         select_trainable(tiny.params["unet"], "cross")

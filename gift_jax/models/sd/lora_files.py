@@ -30,6 +30,7 @@ _OTHER_KINDS = {  # part of a tensor's name: what such a file is
     ),
 }
 _COMPONENTS = (*weights.DENOISERS, *weights.TEXT_ENCODERS)
+_SAVED = {"unet": ("lora.down", "lora.up"), "transformer": ("lora_A", "lora_B")}
 _OLD_UNET = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # component -> {name of a tensor: (Flax path, its shape in PyTorch)}
@@ -43,6 +44,16 @@ class _Half(NamedTuple):
     component: str
     module: str
     half: str
+
+
+def saved_names(component: str, module: str) -> tuple[str, str]:
+    """Returns the names of A and B of a module, as diffusers' scripts save them.
+
+    Source: diffusers `StableDiffusionLoraLoaderMixin.save_lora_weights`,
+      `SD3LoraLoaderMixin.save_lora_weights`.
+    """
+    down, up = _SAVED.get(component, ("lora_linear_layer.down", "lora_linear_layer.up"))
+    return f"{component}.{module}.{down}.weight", f"{component}.{module}.{up}.weight"
 
 
 def find(path: Path) -> Path:
@@ -266,8 +277,14 @@ def write(file: Path, layers: Sequence[Layer], by: str, dtype: str = "F32") -> N
     diffusers' names have no alpha: its part of the scale is multiplied into B.
 
     Args: by: of `WRITTEN`. dtype: of the factors, of `safetensors_io.DTYPES`.
+    Raises: UserError for a component that kohya's names here do not have.
     """
     table = {}
+    others = {layer.component for layer in layers} - set(kohya.COMPONENTS.values())
+    if by == "kohya" and others:
+        raise UserError(
+            f"names=kohya: there are none for a {min(others)}; write names=diffusers"
+        )
     for layer in layers:
         for name, array in _written(layer, by).items():
             if not name.endswith(".alpha"):
