@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import logging as std_logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from gift_jax.models import safetensors_io, weights
-from gift_jax.models.folder import class_names
+from gift_jax.models.folder import class_names, pipeline
+from gift_jax.models.kinds import KINDS, kind_of
 from gift_jax.models.sd.adapters import SDXL_NAMES
 from gift_jax.models.sd.lora_files import Layer
 from gift_jax.models.tokenizer import vector_names
@@ -127,16 +129,13 @@ def load(
     Raises: VerificationError naming the first tensor that is missing, unexpected or
       another, or what the libraries say.
     """
-    import diffusers
     import torch  # noqa: TID251 - of an optional extra
 
-    is_xl = "text_encoder_2" in class_names(root)
-    cls = getattr(diffusers, f"StableDiffusion{'XL' if is_xl else ''}Pipeline")
+    cls = _text_to_image(root)
     options: dict[str, Any] = {"variant": variant} if variant else {}
     if as_float32:
         options["torch_dtype"] = torch.float32
-    if "safety_checker" in class_names(root):
-        options["safety_checker"] = None
+    options |= dict.fromkeys(_left_out(root))
     with _naming(f"PyTorch does not load {single_file or root}"):
         if single_file:
             pipe = cls.from_single_file(
@@ -145,7 +144,7 @@ def load(
         else:
             pipe = cls.from_pretrained(str(root), **options)
     pipe.set_progress_bar_config(disable=True)
-    if is_xl:
+    if hasattr(pipe, "watermark"):
         pipe.watermark = None  # which changes pixels, where its library is there
     _check_dtypes(pipe, root)
     for component in weights.components(root):
@@ -153,18 +152,40 @@ def load(
     return pipe
 
 
+def _text_to_image(root: Path) -> Any:
+    """Returns diffusers' pipeline that draws from text alone with a folder's model."""
+    import diffusers
+
+    name = pipeline(root) or "StableDiffusionPipeline"
+    return getattr(diffusers, re.sub("(Img2Img|Inpaint)Pipeline$", "Pipeline", name))
+
+
+def _left_out(root: Path) -> list[str]:
+    """Returns the components that a pipeline is to be told that it has not.
+
+    The safety checker, and those that model_index.json says are none.
+    """
+    names = class_names(root)
+    index = safetensors_io.read_json(root / "model_index.json")
+    none = [name for name in weights.TEXT_ENCODERS if name in index.keys() - names]
+    none += [name.replace("text_encoder", "tokenizer") for name in none]
+    return none + ["safety_checker"] * ("safety_checker" in names)
+
+
 def _check_dtypes(pipe: Any, root: Path) -> None:
     dtypes = {
         component: str(getattr(pipe, component).dtype).removeprefix("torch.")
         for component in weights.components(root)
     }
-    misfits = [name for name in dtypes if dtypes[name] != dtypes["unet"]]
+    denoiser = weights.denoiser_of(root)
+    expected = dtypes[denoiser]
+    misfits = [name for name in dtypes if dtypes[name] != expected]
     if misfits:
         name = misfits[0]
         raise VerificationError(
-            f"{root}: PyTorch loads {name} in {dtypes[name]}, but the unet in "
-            f"{dtypes['unet']}, which stops a pipeline; have dtype or torch_dtype of "
-            f"{name}/config.json name {dtypes['unet']}, as an export has it"
+            f"{root}: PyTorch loads {name} in {dtypes[name]}, but the {denoiser} in "
+            f"{expected}, which stops a pipeline; have dtype or torch_dtype of "
+            f"{name}/config.json name {expected}, as an export has it"
         )
 
 
@@ -174,7 +195,8 @@ def _check_tensors(module: Any, directory: Path, variant: str) -> None:
     Raises: UserError too, if files and config.json do not fit together.
     """
     state = {_plain(name): tensor for name, tensor in module.state_dict().items()}
-    entries = weights.entries_by_path(directory, directory.name, variant)
+    kind = kind_of(directory.parent, directory.name)
+    entries = weights.entries_by_path(directory, kind, variant)
     in_files = {
         _plain(safetensors_io.torch_name(path)): entry
         for path, entry in entries.items()
@@ -183,6 +205,7 @@ def _check_tensors(module: Any, directory: Path, variant: str) -> None:
         (in_files.keys() - state.keys(), "PyTorch's {} has no place for"),
         (state.keys() - in_files.keys(), "PyTorch's {} finds no tensor for"),
     ):
+        names -= {*KINDS[kind].unread}  # the same tensor by another name
         names = sorted(name for name in names if not name.endswith("position_ids"))
         if names:
             raise VerificationError(
@@ -237,7 +260,7 @@ def add_loras(
 def _check_updates(pipe: Any, name: str, file: Path, layers: Sequence[Layer]) -> None:
     parts = {
         (component, _plain(path)): part
-        for component in ("unet", *weights.TEXT_ENCODERS)
+        for component in (*weights.DENOISERS, *weights.TEXT_ENCODERS)
         if getattr(pipe, component, None) is not None
         for path, part in getattr(pipe, component).named_modules()
         if name in getattr(part, "lora_A", ())

@@ -2,6 +2,7 @@
 """Stable Diffusion 3 as a family: folders, sizes, what is refused, pictures."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -13,7 +14,8 @@ from tiny_sd3 import write_tiny_sd3
 from gift_jax import convert
 from gift_jax.models import exports, load
 from gift_jax.models.mmdit import stable_diffusion_3
-from gift_jax.runtime.errors import UserError
+from gift_jax.models.sd import pytorch
+from gift_jax.runtime.errors import UserError, VerificationError
 from gift_jax.sampling import sampler
 
 
@@ -217,3 +219,28 @@ def test_pictures_equal_pytorchs(folders, has_t5):
     difference = np.abs(np.asarray(ours) - 255 * np.stack(images))
     assert difference.max() <= 1
     assert np.std(images) > 0.1 and np.abs(images[0] - images[1]).mean() > 0.05
+
+
+@pytest.mark.parametrize("has_t5", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_half_precision_is_verified(folders, has_t5, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    exports.export(folders[has_t5], {}, tmp_path / "export", dtype="F16")
+    assert convert.main(["verify", f"--model={tmp_path / 'export'}"]) == 0
+    line = capsys.readouterr().out
+    assert f"verified: {4 + has_t5} components load in diffusers" in line
+    assert re.search(r"pictures differ by at most [012]/255\n$", line), line
+
+
+def test_a_transformer_that_pytorch_reads_otherwise(folders, monkeypatch):
+    pytest.importorskip("diffusers")
+    read = pytorch.safetensors_io.read_tensor
+
+    def turned(name, entry):
+        array = read(name, entry)
+        return array[::-1] if name == "context_embedder.weight" else array
+
+    monkeypatch.setattr(pytorch.safetensors_io, "read_tensor", turned)
+    message = r"context_embedder.weight is \[32, 96\] of other values than PyTorch"
+    with pytest.raises(VerificationError, match=message):
+        convert.main(["verify", f"--model={folders[False]}"])

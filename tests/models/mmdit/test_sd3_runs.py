@@ -174,7 +174,7 @@ def test_defenses_that_cannot_are_one_line(folder, images, tmp_path):
 EIGHT = "to_q,to_k,to_v,to_out_0,add_q_proj,add_k_proj,add_v_proj,to_add_out"
 
 
-def test_lora_is_diffusers(folder, images, tmp_path):
+def test_lora_is_diffusers(folder, images, tmp_path, capsys):
     """Of both streams and both CLIPs: merged, in the file for PyTorch, added here."""
     run = run_attack(
         folder,
@@ -202,6 +202,9 @@ def test_lora_is_diffusers(folder, images, tmp_path):
     }
     assert np.abs(drawn(pipe) - merged).max() < 1 / 255
     assert_same_weights(folder, run / "export", lora=(str(file),))
+    argv = ["verify", f"--model={folder}", f"--lora={file}", "--no-picture"]
+    assert convert.main(argv) == 0
+    assert re.search("4 components and 35 LoRA layers", capsys.readouterr().out)
     out = tmp_path / "renamed.safetensors"
     argv = ["rename-lora", f"--model={folder}", f"--lora={file}", f"--out={out}"]
     with pytest.raises(UserError, match="names=kohya: there are none for a transform"):
