@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's side of perf/vs_pytorch.py: eager PyTorch and diffusers, as they come."""
+"""PyTorch's side of perf/vs_pytorch.py: PyTorch and diffusers, as they come or fast.
+
+As they come, attention is `scaled_dot_product_attention` (AttnProcessor2_0) already.
+Fast: inductor compiles the networks and representation noising, weights are channels
+last, and so what convolutions return, AdamW is fused.
+"""
 
 import os
 
@@ -7,16 +12,54 @@ import torch
 import workloads
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.upsampling import Upsample2D
+from torch._dynamo.exc import TorchDynamoException
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAX_ERROR = 0.1  # of a compiled gradient, relative; 0.01 is usual in bfloat16
 
 
-def start() -> None:
-    """All cores or the GPU, and TF32 products, as is JAX's default."""
+class WrongGradient(Exception):
+    """A compiled step has another gradient than the eager one."""
+
+
+FAILURES = TorchDynamoException, WrongGradient  # of compilation: of a part alone
+
+
+def build(part: str, folder: str, dtype: str, batch: int, compiled: bool = False):
+    """Returns a function that does the part's work once and waits for it.
+
+    On all cores or the GPU, with TF32 products, as is JAX's default.
+    """
     torch.set_num_threads(os.cpu_count() or 1)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.set_default_device(DEVICE)
     torch.manual_seed(0)
+    pipe = _pipeline(folder, compiled)
+    if part == "emoji-sampling":
+        return _sampling(pipe)
+    if part == "emoji-step":
+        return Training(pipe, compiled)
+    cfg = workloads.gift_config()
+    counts = workloads.pair_counts(part, cfg, batch)
+    side, encodes = workloads.latent_side(part), "encode" in part
+    return Gift(pipe, cfg, counts, side, encodes, dtype, compiled)
+
+
+def check(run) -> None:
+    """Raises WrongGradient unless a compiled step has the gradient of the eager one."""
+    if not hasattr(run, "gradient"):
+        return
+    compiled = run.gradient()
+    with torch.compiler.set_stance("force_eager"):
+        eager = run.gradient()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    error = float((compiled - eager).norm() / eager.norm())
+    if not error < MAX_ERROR:
+        raise WrongGradient(
+            f"compiled, the gradient differs by {error:.2g} of its norm"
+        )
 
 
 def wait() -> None:
@@ -34,49 +77,89 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
 
 
-def _pipeline(folder: str):
+def _pipeline(folder: str, compiled: bool):
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe = pipe.to(DEVICE)
     pipe.text_encoder.float()  # transformers loads it in the dtype that is stored
     pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        for network in (pipe.unet, pipe.vae):
+            network.to(memory_format=torch.channels_last)
+        for module in pipe.unet.modules():
+            if isinstance(module, Upsample2D):
+                module.forward = _upsample(module)
+        pipe.unet.compile()
+        pipe.text_encoder.compile()
+        pipe.vae.encode = torch.compile(pipe.vae.encode)
+        pipe.vae.decode = torch.compile(pipe.vae.decode)
     return pipe
 
 
-def sampling(folder: str, prompts: list[str], steps: int, guidance: float):
-    """Returns a function that draws images of the prompts."""
-    pipe = _pipeline(folder)
+def _upsample(module: Upsample2D):
+    """Returns its forward pass, which inductor compiles correctly.
+
+    As diffusers has it, with `interpolate`, the gradient is 0 where what comes in is
+    channels last (PyTorch 2.13.0, CPUs).
+    """
+
+    def forward(x_BCHW, output_size=None):
+        B, C, H, W = x_BCHW.shape
+        twice = x_BCHW[:, :, :, None, :, None].expand(B, C, H, 2, W, 2)
+        return module.conv(twice.reshape(B, C, 2 * H, 2 * W))
+
+    return forward
+
+
+def _adamw(parameters, lr: float, compiled: bool):
+    return torch.optim.AdamW(parameters, lr, fused=True if compiled else None)
+
+
+def _sampling(pipe):
+    prompts = list(workloads.PROMPTS)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
     def run():
         pipe(
             prompts,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=workloads.SAMPLING_STEPS,
+            guidance_scale=workloads.GUIDANCE,
             output_type="np",
         )  # on the host, and so waited for
 
     return run
 
 
-def training(folder: str):
-    """Returns a function that takes a training step of the whole UNet."""
-    pipe = _pipeline(folder)
-    unet = pipe.unet.train()
-    optimizer = torch.optim.AdamW(unet.parameters(), 1e-3)
-    side = unet.config.sample_size
-    latents = (unet.config.in_channels, side, side)
-    arrays = workloads.training_batch(latents, _text_shape(pipe))
-    batch = {name: torch.tensor(array) for name, array in arrays.items()}
+class Training:
+    """A training step of the whole UNet; call it for one."""
 
-    def run():
-        optimizer.zero_grad()
-        out = unet(batch["z_t"], batch["t"].long(), batch["states"]).sample
-        torch.nn.functional.mse_loss(out, batch["eps"]).backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+    def __init__(self, pipe, compiled: bool):
+        self._unet = pipe.unet.train()
+        self._optimizer = _adamw(self._unet.parameters(), 1e-3, compiled)
+        config = self._unet.config
+        latents = (config.in_channels, config.sample_size, config.sample_size)
+        arrays = workloads.training_batch(latents, _text_shape(pipe))
+        self._batch = {name: torch.tensor(array) for name, array in arrays.items()}
+
+    def __call__(self):
+        self._backward()
+        torch.nn.utils.clip_grad_norm_(self._unet.parameters(), 1.0)
+        self._optimizer.step()
         wait()
 
-    return run
+    def gradient(self):
+        """Returns the gradient, flat."""
+        self._backward()
+        return _gradient(self._unet.parameters())
+
+    def _backward(self):
+        self._optimizer.zero_grad()
+        batch = self._batch
+        out = self._unet(batch["z_t"], batch["t"].long(), batch["states"]).sample
+        torch.nn.functional.mse_loss(out, batch["eps"]).backward()
+
+
+def _gradient(parameters):
+    return torch.cat([p.grad.float().flatten() for p in parameters])
 
 
 def _text_shape(pipe) -> tuple[int, int]:
@@ -84,16 +167,18 @@ def _text_shape(pipe) -> tuple[int, int]:
 
 
 class Gift:
-    """GIFT's outer step in eager PyTorch; call it for one step.
+    """GIFT's outer step in PyTorch; call it for one step.
 
     Args: side: of the latents, 0: the model's own. counts: pairs of each level.
       encodes: every update encodes the image and the prompt anew, as the published
       script of IMMA does. dtype: of what does not train; autocast computes in it.
     """
 
-    def __init__(self, folder, cfg, counts, side: int, encodes: bool, dtype: str):
-        self._cfg, self._pipe, self._encodes = cfg, _pipeline(folder), encodes
-        unet, vae = self._pipe.unet, self._pipe.vae
+    def __init__(
+        self, pipe, cfg, counts, side: int, encodes: bool, dtype: str, compiled: bool
+    ):
+        self._cfg, self._pipe, self._encodes = cfg, pipe, encodes
+        unet, vae = pipe.unet, pipe.vae
         for module in (unet, vae, self._pipe.text_encoder):
             module.requires_grad_(False).to(getattr(torch, dtype))
         self._trained = [p for name, p in unet.named_parameters() if ".attn2." in name]
@@ -101,7 +186,7 @@ class Gift:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         self._optimizers = {
-            level: torch.optim.AdamW(self._trained, cfg[level].lr)
+            level: _adamw(self._trained, cfg[level].lr, compiled)
             for level in workloads.LEVELS
         }
         self._abar = self._pipe.scheduler.alphas_cumprod.to(DEVICE)
@@ -116,14 +201,39 @@ class Gift:
             self._pairs[group] = {k: torch.tensor(a) for k, a in arrays.items()}
         pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
         self._image = torch.rand(counts["safe"], 3, pixels, pixels) * 2 - 1
+        self._hiddens: list | None = None  # what the blocks return, where it is asked
+        for module in unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.register_forward_hook(self._record)
+        self._noising = torch.compile(_noising) if compiled else _noising
+
+    def _record(self, module, inputs, output):
+        if self._hiddens is not None:
+            self._hiddens.append(output)
+
+    def gradient(self):
+        """Returns the gradient of both levels, flat; without noise, its own each."""
+        torch.manual_seed(0)
+        self._losses("safe").mean().backward()
+        loss, hiddens = self._recorded_loss()
+        (sum(h.float().square().mean() for h in hiddens) - loss).backward()
+        gradient = _gradient(self._trained)
+        for parameter in self._trained:
+            parameter.grad = None
+        return gradient
 
     def __call__(self):
         self._update("lower", self._losses("safe").mean())
-        with _Recorded(self._pipe.unet, BasicTransformerBlock) as hiddens:
-            loss = self._losses("harmful").mean()
-        noising = sum(map(_noising, hiddens)) / len(hiddens)
+        loss, hiddens = self._recorded_loss()
+        noising = sum(map(self._noising, hiddens)) / len(hiddens)
         self._update("upper", self._cfg.gift.beta * noising - loss)
         wait()
+
+    def _recorded_loss(self):
+        self._hiddens = []
+        loss = self._losses("harmful").mean()
+        hiddens, self._hiddens = self._hiddens, None
+        return loss, hiddens
 
     def _losses(self, group):
         with self._mixed:
@@ -160,25 +270,6 @@ class Gift:
         self._optimizers[level].step()
         self._optimizers[level].zero_grad()
         float(loss.detach())
-
-
-class _Recorded:
-    """Collects what the modules of a class return, while it is entered."""
-
-    def __init__(self, root, kind):
-        self._modules = [m for m in root.modules() if isinstance(m, kind)]
-
-    def __enter__(self):
-        outputs: list = []
-        self._handles = [
-            module.register_forward_hook(lambda _, __, out: outputs.append(out))
-            for module in self._modules
-        ]
-        return outputs
-
-    def __exit__(self, *_):
-        for handle in self._handles:
-            handle.remove()
 
 
 def _noising(hidden):

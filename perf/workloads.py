@@ -17,11 +17,28 @@ from gift_jax.runtime.config import load_config
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = ("lower", "upper")
 BATCH = 64  # of a training step of emoji-sd
+PROMPTS = ("a noto emoji of a guitar",) * 24  # of images of emoji-sd
+SAMPLING_STEPS, GUIDANCE = 25, 3.0
 
 
 def gift_config():
     """Returns the config of GIFT's outer step, as published."""
     return load_config(str(ROOT / "configs" / "emoji_gift.py"))
+
+
+def pair_counts(part: str, cfg, batch: int = 1) -> dict[str, int]:
+    """Returns the pairs of each level of a part of vs_pytorch.py.
+
+    Args: batch: those of the sd15 parts.
+    """
+    if part.startswith("sd15"):
+        return {"safe": batch, "harmful": batch}
+    return {group: cfg[group].batch for group in ("safe", "harmful")}
+
+
+def latent_side(part: str) -> int:
+    """Returns the side of a part's latents, 0: the model's own."""
+    return int(part[-2:]) if part.startswith("sd15") else 0
 
 
 def random_pairs(count: int, latents: tuple, text: tuple) -> dict[str, np.ndarray]:
