@@ -73,6 +73,7 @@ def test_train(tiny_xl_folder, images, tmp_path, monkeypatch):
     assert drawn(pipeline(export), "a dog").std() > 0.01
 
 
+@pytest.mark.slow  # LoRA of both goes the same way
 def test_dreambooth_of_both_text_encoders(tiny_xl_folder, images, tmp_path):
     run = run_attack(
         tiny_xl_folder,
