@@ -18,6 +18,7 @@ from gift_jax.doctor import __main__ as doctor
 from gift_jax.doctor import fits, machine, problems
 from gift_jax.models.kinds import KINDS
 from gift_jax.models.load import EMBEDDED
+from gift_jax.models.mmdit import architectures as mmdit_architectures
 from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures
 from gift_jax.models.trainable import select_trainable
@@ -117,13 +118,23 @@ def test_models_in_the_cache_of_the_hub_are_listed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     whole, half, *others = architectures.IDS
-    for name, kinds in ((whole, ("unet", "vae", "text_encoder")), (half, ("unet",))):
+    flow, *more = mmdit_architectures.IDS
+    parts = "vae", "text_encoder"
+    every = "transformer", *parts, "text_encoder_2", "text_encoder_3"
+    for name, kinds in (
+        (whole, ("unet", *parts)),
+        (half, ("unet",)),
+        (flow, every),
+        (more[0], every[:-1]),
+    ):
         snapshot = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0"
         for kind in kinds:
             (snapshot / kind).mkdir(parents=True)
             (snapshot / kind / "model.safetensors").touch()
     states = doctor.examine()["caches"]["hub_models"]
-    assert states == {whole: "yes", half: "incomplete"} | dict.fromkeys(others, "no")
+    expected = {whole: "yes", half: "incomplete"} | dict.fromkeys(others, "no")
+    expected |= dict.fromkeys(more, "no") | {flow: "yes", more[0]: "incomplete"}
+    assert states == expected
 
 
 def test_it_starts_fast_and_imports_no_pytorch():

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import gift_jax
@@ -33,7 +33,6 @@ CACHES = {  # folder of caches -> what it holds
     "single_files": "single files",
 }
 _VARIABLES = ("JAX_", "XLA_", "GIFT_JAX_")
-_WEIGHTS = ("unet", "vae", "text_encoder")
 _START_S = 60  # for JAX to find its devices
 
 
@@ -274,15 +273,20 @@ def _hub_folder() -> pathlib.Path:
 
 def _hub_models() -> dict[str, str]:
     """Returns {hub id of a published model: whether its weights are in the cache}."""
-    from gift_jax.models.sd.architectures import IDS
+    from gift_jax.models import load, weights
 
-    return {name: _hub_state(_hub_folder(), name) for name in IDS}
+    root = _hub_folder()
+    return {
+        name: _hub_state(root, name, configs.keys() & {*weights.COMPONENTS})
+        for family in load.FAMILIES
+        for name, configs in family.published.items()
+    }
 
 
-def _hub_state(root: pathlib.Path, name: str) -> str:
+def _hub_state(root: pathlib.Path, name: str, components: Collection[str]) -> str:
     folder = root / f"models--{name.replace('/', '--')}"
     for snapshot in folder.glob("snapshots/*"):
-        weights = (snapshot.glob(f"{kind}/*.safetensors") for kind in _WEIGHTS)
-        if all(any(file.exists() for file in found) for found in weights):
+        files = (snapshot.glob(f"{name}/*.safetensors") for name in components)
+        if all(any(file.exists() for file in found) for found in files):
             return "yes"
     return "incomplete" if folder.exists() else "no"

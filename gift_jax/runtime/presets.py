@@ -89,6 +89,15 @@ SDXL = SD15 | {  # the same on SDXL, at its size; rates are those of SD 1.5
     "compute_dtype": "bfloat16",  # of the frozen part, and of all arithmetic
     "hardware.remat": "block",
 }
+SD35 = SDXL | {  # the same on Stable Diffusion 3.5 medium
+    "model": "stabilityai/stable-diffusion-3.5-medium",
+    "samples.guidance": 4.5,  # of the model's card, as its 40 steps
+    "samples.steps": 40,
+    "safe.generation.guidance": 4.5,
+    "safe.generation.steps": 40,
+    "harmful.generation.guidance": 4.5,
+    "harmful.generation.steps": 40,
+}
 _FEW_PAIRS = {
     "num_generated": 2,
     "generation.steps": 2,

@@ -4,6 +4,7 @@
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,10 +14,13 @@ from tiny_model import write_pictures
 from tiny_sd3 import configs
 
 from gift_jax import attack, convert, train
+from gift_jax.compile import tpu
 from gift_jax.models import load
 from gift_jax.models.mmdit import random_weights
 from gift_jax.models.sd.adapters import AdapterFiles
+from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
+from gift_jax.training import sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and peft's own
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"
@@ -51,18 +55,20 @@ def run_train(folder, images, workdir, config, *flags, groups=("harmful", "safe"
             f"--config.{group}.prompt=a thing",
             f"--config.{group}.batch=2",
             f"--config.{group}.augmented_copies=1",
+            f"--config.{group}.num_generated=0",
             f"--config.{group}.nonce_prompts=0.0",
         ]
     assert train.main([*argv, *flags]) == 0
     return workdir / "export"
 
 
-def run_attack(folder, images, workdir, variant, *flags, prompt="a sks thing"):
-    argv = [f"--config={CONFIGS / 'emoji_attack.py'}:{variant}", NO_SAMPLES]
-    argv += [f"--config.model={folder}", f"--workdir={workdir}", NOT_VERIFIED]
+def run_attack(folder, images, workdir, config, *flags, prompt="a sks thing"):
+    argv = [f"--config={CONFIGS / config}_smoke", NO_SAMPLES, NOT_VERIFIED]
+    argv += [f"--config.model={folder}", f"--workdir={workdir}"]
     argv += [f"--config.data.folder={images}", f"--config.data.prompt={prompt}"]
-    argv += ["--config.data.names=()", "--config.data.batch=2", "--config.steps=1"]
-    argv += ["--config.data.augmented_copies=1"]
+    argv += ["--config.data.names=()", "--config.data.num_generated=0"]
+    argv += ["--config.data.batch=2", "--config.data.augmented_copies=1"]
+    argv += ["--config.steps=1"]
     assert attack.main([*argv, *flags]) == 0
     return workdir
 
@@ -109,7 +115,7 @@ STREAMS = {  # what a trainable set changes, by the names of diffusers
     "image": r"\.attn2?\.(to_[qkv]|to_out\.0|norm_[qk])\.",
 }
 DEFENSES = [  # (config, trainable, streams it changes, its groups)
-    ("emoji_gift.py:smoke", "cross_attention", ("text",), ("harmful", "safe")),
+    ("sd3_object.py:smoke", "cross_attention", ("text",), ("harmful", "safe")),
     ("emoji_gift_adversarial.py:smoke", "text_stream", ("text",), ("harmful", "safe")),
     ("emoji_baselines.py:esd_smoke", "image_stream", ("image",), ("harmful",)),
     ("emoji_baselines.py:imma_smoke", "attention", ("text", "image"), ("harmful",)),
@@ -171,8 +177,6 @@ def test_defenses_that_cannot_are_one_line(folder, images, tmp_path):
 
 # --- attack ---------------------------------------------------------------------------
 
-EIGHT = "to_q,to_k,to_v,to_out_0,add_q_proj,add_k_proj,add_v_proj,to_add_out"
-
 
 def test_lora_is_diffusers(folder, images, tmp_path, capsys):
     """Of both streams and both CLIPs: merged, in the file for PyTorch, added here."""
@@ -180,10 +184,8 @@ def test_lora_is_diffusers(folder, images, tmp_path, capsys):
         folder,
         images,
         tmp_path / "run",
-        "lora_smoke",
+        "sd3_attack.py:lora_text",
         "--config.optimizer.lr=0.1",
-        "--config.lora.train_text_encoder=true",
-        f"--config.lora.targets={EIGHT}",
     )
     assert not (run / "lora" / "kohya.safetensors").exists()
     file = run / "lora" / "pytorch_lora_weights.safetensors"
@@ -217,7 +219,7 @@ def test_lora_of_other_projections_is_one_line(tiny_folder, images, tmp_path):
     message = "targets=add_q_proj: a UNet has none of these projections; choose from to"
     flag = "--config.lora.targets=add_q_proj"
     with pytest.raises(UserError, match=message):
-        run_attack(tiny_folder, images, tmp_path / "run", "lora_smoke", flag)
+        run_attack(tiny_folder, images, tmp_path / "run", "sd3_attack.py:lora", flag)
 
 
 def test_dreambooth_trains_what_pytorch_does(folder, images, tmp_path):
@@ -225,7 +227,7 @@ def test_dreambooth_trains_what_pytorch_does(folder, images, tmp_path):
         folder,
         images,
         tmp_path / "run",
-        "dreambooth_smoke",
+        "sd3_attack.py:dreambooth",
         "--config.dreambooth.train_text_encoder=true",
         "--config.optimizer.weight_decay=0.1",
     )
@@ -242,10 +244,26 @@ def test_textual_inversion_is_refused(folder, images, tmp_path):
     assert not hasattr(pipelines, "load_textual_inversion")
     message = "is a Stable Diffusion 3, for which diffusers loads no textual inversions"
     with pytest.raises(UserError, match=message) as caught:
-        variant = "textual_inversion_smoke"
-        run_attack(folder, images, tmp_path / "run", variant, prompt="a <thing>")
+        config = "emoji_attack.py:textual_inversion"
+        run_attack(folder, images, tmp_path / "run", config, prompt="a <thing>")
     assert "\n" not in str(caught.value)
     file = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"<a>": np.zeros((1, 32), np.float32)}, file)
     with pytest.raises(UserError, match=message):
         load.load_model(str(folder), added=AdapterFiles(textual_inversion=(str(file),)))
+
+
+# --- compile --------------------------------------------------------------------------
+
+
+def test_the_step_of_the_published_model_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(load.hub, "fetch", None)
+    cfg = load_config(str(CONFIGS / "sd3_object.py"))
+    for group in ("harmful", "safe"):
+        cfg[group].update(tpu.NO_DATA)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step, (state, frozen, batch, key) = tpu.train_step(train.resolve(cfg), mesh)
+    assert sum(a.size for a in state.params.values()) == 224_282_112
+    assert batch["safe"]["cond"]["states"].shape == (1, 77 + 256, 4096)
+    assert batch["safe"]["mean"].shape == (1, 16, 128, 128)
+    assert {str(a.dtype) for a in frozen["network"].values()} == {"bfloat16"}
