@@ -5,6 +5,7 @@ Axes: B batch, C channels, H height, W width, N positions of an image, L text to
 T the timestep's and pooled text's features.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from gift_jax.models.sd.layers import TimestepEmbedding, timestep_features
 
 EPS = 1e-6  # of every norm
 TIME_WIDTH = 256  # of a timestep's features
+_MORE_FEATURES = 8  # of a head, of which kernels take multiples; two are used
 _GELU = ACTIVATIONS["gelu_pytorch_tanh"]
 
 
@@ -149,11 +151,40 @@ def modulate(x_BNC, shift_B1C, scale_B1C):
     return x_BNC * (1 + scale_B1C) + shift_B1C
 
 
+def attend_repeated(kernels: Kernels, q_BNHD, k_BNHD, v_BNHD, repeats: int):
+    """Returns attention to keys of which the last stands for so many equal ones.
+
+    They weigh as much as one whose score is larger by log(repeats). Features of their
+    own add that to it, so that every kernel takes them: 1 in all queries, in the last
+    key what makes the score, in two parts, since 16 bits round it.
+
+    Args: the last of N is a token of the text; of equal ones one is here.
+    """
+    (B, N, H, D), dtype = k_BNHD.shape, k_BNHD.dtype
+    wide = D + _MORE_FEATURES
+    score = math.log(repeats) * math.sqrt(wide)  # which kernels divide by that root
+    high = np.asarray(score, dtype)
+    parts_NF = np.zeros((N, _MORE_FEATURES), dtype)
+    parts_NF[-1, :2] = high, score - float(high)
+    ones_NF = np.zeros((N, _MORE_FEATURES), dtype)
+    ones_NF[:, :2] = 1
+    q = q_BNHD * dtype.type(math.sqrt(wide / D))
+
+    def widened(a_BNHD, more_NF):
+        shape = B, N, H, _MORE_FEATURES
+        more = jnp.broadcast_to(more_NF[None, :, None], shape)
+        return jnp.concatenate([a_BNHD, more], axis=-1)
+
+    v = widened(v_BNHD, np.zeros_like(ones_NF))
+    return kernels.attend(widened(q, ones_NF), widened(k_BNHD, parts_NF), v)[..., :D]
+
+
 class JointAttention(nn.Module):
     """Attention of image and text to both, or of an image to itself.
 
     Attributes: heads: of attention. qk_norm: whether queries and keys are normalized.
       text_output: whether the text's result is projected too; else nothing uses it.
+      repeats: see `Transformer`.
     Source: Esser et al. 2024 (arXiv:2403.03206), figure 2b; diffusers
       `JointAttnProcessor2_0`.
     """
@@ -161,6 +192,7 @@ class JointAttention(nn.Module):
     heads: int
     qk_norm: bool = False
     text_output: bool = True
+    repeats: int = 1
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -188,7 +220,11 @@ class JointAttention(nn.Module):
             names = ("add_q_proj", "add_k_proj", "add_v_proj")
             parts.append(project(c_BLC, names, ("norm_added_q", "norm_added_k")))
         qkv = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-        out = self.kernels.attend(*qkv).reshape(B, -1, C)
+        if c_BLC is not None and self.repeats > 1:
+            out = attend_repeated(self.kernels, *qkv, self.repeats)
+        else:
+            out = self.kernels.attend(*qkv)
+        out = out.reshape(B, -1, C)
         image_BNC, text_BLC = dense("to_out_0")(out[:, :N]), out[:, N:]
         if c_BLC is not None and self.text_output:
             text_BLC = dense("to_add_out")(text_BLC)
@@ -221,9 +257,9 @@ class FeedForward(nn.Module):
 class JointBlock(nn.Module):
     """Joint attention and a feed-forward of each stream, modulated by the timestep.
 
-    Attributes: heads, qk_norm: see `JointAttention`. dual: whether the image attends to
-      itself besides, as in the first layers of SD 3.5 medium. is_last: whether the text
-      is read for the last time, and left as it is.
+    Attributes: heads, qk_norm, repeats: see `JointAttention`. dual: whether the image
+      attends to itself besides, as in the first layers of SD 3.5 medium. is_last:
+      whether the text is read for the last time, and left as it is.
     Source: Esser et al. 2024 (arXiv:2403.03206), figure 2b; diffusers
       `JointTransformerBlock`.
     """
@@ -232,6 +268,7 @@ class JointBlock(nn.Module):
     qk_norm: bool = False
     dual: bool = False
     is_last: bool = False
+    repeats: int = 1
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -243,7 +280,7 @@ class JointBlock(nn.Module):
             return Modulation(count, self.dtype, name=name)(time_BT)
 
         def attention(name):
-            fields = self.heads, self.qk_norm, not self.is_last
+            fields = self.heads, self.qk_norm, not self.is_last, self.repeats
             return JointAttention(*fields, self.dtype, self.kernels, name=name)
 
         def feed_forward(name, x, shift, scale, gate):

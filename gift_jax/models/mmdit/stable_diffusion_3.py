@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion 3 and 3.5 as a model family: what a folder becomes.
 
-A folder may lack T5: the text is then zeros where T5's states would be.
+A folder may lack T5: the text is then zeros where T5's states would be, and the
+transformer reads one of them, which counts as all.
 """
 
 import dataclasses
@@ -149,6 +150,12 @@ def _build(root, read: Parts, resolution) -> StableDiffusion3:
     transformer, vae = modules["transformer"], modules["vae"]
     scheduler = read.configs["scheduler"]
     flow_schedule.check(scheduler, f"{root}/scheduler/scheduler_config.json")
+    if read.configs["vae"].get("shift_factor") is None:
+        file = root / "vae" / "config.json" if root else "vae/config.json"
+        raise UserError(
+            f"{file}: shift_factor is None, which PyTorch's pipeline cannot add to "
+            "latents; must be a number: 0 for none"
+        )
     text = _text_encoders(modules, tokenizers)
     text.check_fits(transformer, root)
     parts.check_channels(read, "transformer", root)
@@ -156,7 +163,7 @@ def _build(root, read: Parts, resolution) -> StableDiffusion3:
     side = _latent_side(transformer, factor, resolution, root)
     return StableDiffusion3(
         path=root,
-        module=transformer,
+        module=transformer.clone(repeats=text.repeats),
         vae=vae,
         text=text,
         tokenizers=tokenizers,

@@ -44,6 +44,11 @@ class TextEncoders:
         return self.clips if self.t5 is None else (*self.clips, self.t5)
 
     @property
+    def repeats(self) -> int:
+        """How many equal tokens the last of the states stands for."""
+        return 1 if self.t5 else self.t5_length
+
+    @property
     def components(self) -> tuple[str, ...]:
         """The folders of the modules."""
         return TEXT_ENCODERS[: len(self.modules)]
@@ -63,8 +68,8 @@ class TextEncoders:
 
         Args: params: {component: nested parameters}. ids: int32 "B L".
         Returns: "states", "B L D": the CLIPs' penultimate ones side by side, zeros up
-          to D, and then T5's last ones, or zeros in their place. "pooled", "B P": the
-          CLIPs' projected ones side by side.
+          to D, and then T5's last ones; in their place one of zeros, which stands for
+          `repeats`. "pooled", "B P": the CLIPs' projected ones side by side.
         Source: diffusers `StableDiffusion3Pipeline.encode_prompt` (no clip skip).
         """
         ends = np.cumsum(self.lengths)[:-1]
@@ -79,7 +84,7 @@ class TextEncoders:
         rest = self.width - clip_BLD.shape[-1]
         clip_BLD = jnp.pad(clip_BLD, [(0, 0), (0, 0), (0, rest)])
         if self.t5 is None:
-            t5_BLD = jnp.zeros((len(ids), self.t5_length, self.width))
+            t5_BLD = jnp.zeros((len(ids), 1, self.width))
         else:
             t5_BLD = _float32(apply_t5(self.t5, params[TEXT_ENCODERS[2]], parts[2]))
         pooled = [_float32(out.pooled) for out in outs]

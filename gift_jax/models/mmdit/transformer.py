@@ -23,12 +23,14 @@ CAPTURE_KINDS = {  # kinds of hidden states: the layers whose outputs they are
 
 
 class Transformer(nn.Module):
-    """The transformer; its fields but the last two are those of diffusers' config.json.
+    """The transformer; its fields but the last three are those of diffusers' config.
 
     Attributes: sample_size: latents along a side. pos_embed_max_size: patches along a
       side of the largest image. caption_projection_dim: heads times their size, too.
       dual_attention_layers: numbers of the blocks in which the image also attends to
-      itself. qk_norm: "rms_norm" or None. kernels: how its layers are computed.
+      itself. qk_norm: "rms_norm" or None. repeats: the last token of the text counts
+      as so many, all equal: they stay equal through all blocks. kernels: how its layers
+      are computed.
     """
 
     sample_size: int = 128
@@ -44,6 +46,7 @@ class Transformer(nn.Module):
     pos_embed_max_size: int = 96
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
+    repeats: int = 1
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -129,6 +132,7 @@ class Transformer(nn.Module):
             self.qk_norm is not None,
             i in self.dual_attention_layers,
             i == self.num_layers - 1,
+            self.repeats,
             dtype=self.dtype,
             kernels=self.kernels,
             name=f"transformer_blocks_{i}",

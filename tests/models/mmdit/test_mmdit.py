@@ -236,3 +236,55 @@ def test_unknown_states_are_refused(rng):
     module, params = build("sd3")
     with pytest.raises(ValueError, match="capture='resnet' must be one of transform"):
         mmdit.apply_transformer(module, params, *inputs(rng), ("resnet",))
+
+
+# --- equal tokens ---------------------------------------------------------------------
+
+REPEATS = 256
+
+
+def repeated_inputs(rng):
+    """`inputs` whose last token is zeros, and the same with all of them."""
+    z, t, states, pooled = inputs(rng)
+    states[:, -1] = 0
+    rows = np.concatenate([states, np.zeros((2, REPEATS - 1, 96), np.float32)], axis=1)
+    return (z, t, states, pooled), (z, t, rows, pooled)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5-medium"])
+def test_one_token_counts_as_many(name, rng):
+    """Output, what is captured and gradients; without the count they are others."""
+    few, many = repeated_inputs(rng)
+    weight = rng.normal(size=few[0].shape).astype(np.float32)
+    module, params = build(name)
+
+    def run(module, args):
+        def loss(params):
+            kinds_ = ("transformer", "attention")
+            out, hiddens = mmdit.apply_transformer(module, params, *args, kinds_)
+            return jnp.mean(weight * out), (out, hiddens)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    ours, (out, hiddens) = run(module.clone(repeats=REPEATS), few)
+    expected, (truth, others) = run(module, many)
+    assert relative_error(out, truth) < TOLERANCE
+    assert relative_error(run(module, few)[1][0], truth) > 1e-2
+    for path, hidden in hiddens.items():
+        assert relative_error(hidden, others[path]) < TOLERANCE, path
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * scale)
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("attention", ["plain", "chunked", "flash"])
+def test_kernels_count_a_key_as_many(attention, dtype, limit, rng):
+    shape = 2, 200, 2, 16
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3))
+    kernels = Kernels(attention, platform="cpu")
+    ours = layers.attend_repeated(kernels, q, k, v, REPEATS)
+    k, v = (jnp.concatenate([a] + [a[:, -1:]] * (REPEATS - 1), axis=1) for a in (k, v))
+    expected = Kernels("plain").attend(*(a.astype(jnp.float32) for a in (q, k, v)))
+    assert ours.dtype == q.dtype
+    assert relative_error(ours.astype(jnp.float32), expected) < limit

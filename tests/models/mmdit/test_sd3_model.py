@@ -103,6 +103,7 @@ MISFITS = [  # (file, its new keys, message)
     (SCHEDULER, dict(use_karras_sigmas=True), "use_karras_sigmas=True"),
     ("transformer/config.json", dict(sample_size=7), "multiple of patch_size=2"),
     ("transformer/config.json", dict(sample_size=22), "above the 40 pixels"),
+    ("vae/config.json", dict(shift_factor=None), "shift_factor is None, which PyTo"),
     ("vae/config.json", dict(latent_channels=4), "4, but transformer in and out"),
     ("text_encoder/config.json", dict(projection_dim=8), "_dim=32, but transformer"),
 ]
