@@ -13,6 +13,7 @@ from gift_jax.runtime.config import with_variant
 
 def get_config(name: str = "") -> ConfigDict:
     c = ConfigDict()
+    c.kind = "pretrain"  # the command that it is for
     c.seed = 0
     c.cpu_devices = 2  # to make of a machine without accelerator
     c.log_every = 50  # steps

@@ -8,7 +8,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
 from gift_jax.data import captions, pipeline
@@ -19,14 +18,12 @@ from gift_jax.models.sd import architectures
 from gift_jax.models.sd.scheduler_config import alphas_cumprod
 from gift_jax.models.tokenizer import load_tokenizer
 from gift_jax.pretrain import clip as clip_stage
-from gift_jax.pretrain import quality
+from gift_jax.pretrain import quality, stage
 from gift_jax.pretrain import tokenizer as tokenizer_stage
 from gift_jax.pretrain import unet as unet_stage
 from gift_jax.pretrain import vae as vae_stage
-from gift_jax.pretrain.step import make_step
 from gift_jax.runtime.workdir import prepare_workdir
-from gift_jax.state import init_state
-from gift_jax.training import loop, sharding
+from gift_jax.training import sharding
 
 STAGES = ("clip", "vae", "decoder", "unet")
 STORED = "float16"  # dtype of the files: half the size, 0.05% relative rounding
@@ -108,40 +105,21 @@ class Stages:
         source = pipeline.ArraySource({**latents, "caption": index})
         text, empty = self._text_states(*clip, rows)
 
-        def decay(step):  # an average over few steps is of random weights
-            return jnp.minimum(cfg.unet.ema, (1.0 + step) / (10.0 + step))
-
         params = _init(model, cfg.seed + 3)
         loss_fn = unet_stage.make_loss(model, cfg.unet)
         abar = alphas_cumprod(unet_stage.SCHEDULER)
         frozen = {"text": text, "empty": empty, "abar": abar.astype(np.float32)}
-        params = self._train("unet", params, loss_fn, source, frozen, decay)
+        decay = stage.growing_decay(cfg.unet.ema)
+        params = self._train(
+            "unet", params, loss_fn, source, frozen=frozen, decay=decay
+        )
         return config, params
 
-    def _train(self, name, params, loss_fn, source=None, frozen=None, decay=None):
+    def _train(self, name, params, loss_fn, source=None, **options):
         """Trains one stage; returns its averaged parameters on the host."""
-        cfg, mesh, stage = self._cfg, self._mesh, self._cfg[name]
-        tx = _optimizer(stage)
-        state = init_state(params, {name: tx.init(params)}, ema=True)
-        source = source or _image_source(self._data)
-        batches = pipeline.batches(source, stage.batch, cfg.seed)
-        key = jax.random.fold_in(jax.random.key(cfg.seed), STAGES.index(name))
-        state = loop.run(
-            sharding.replicate(mesh, state),
-            make_step(name, loss_fn, tx, decay or (lambda step: stage.ema)),
-            sharding.replicate(mesh, frozen or {}),
-            loop.Batches({"train": batches}),
-            sharding.replicate(mesh, key),
-            options=loop.Options(
-                steps=stage.steps,
-                log_every=cfg.log_every,
-                checkpoint_every=cfg.checkpoint_every,
-                name=name,
-            ),
-            workdir=self._workdir / name,
-            place=lambda batch: sharding.put_batch(mesh, batch),
-        )
-        return jax.device_get(state.ema)
+        where = self._cfg, self._workdir, self._mesh, name
+        source, number = source or _image_source(self._data), STAGES.index(name)
+        return stage.train(*where, params, loss_fn, source, number=number, **options)
 
     def _text_states(self, config, params, rows):
         """Returns float32 "V N L D" for all rows and templates, and "L D" for ""."""
@@ -168,16 +146,6 @@ class Stages:
 
 def _init(model, seed: int):
     return jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
-
-
-def _optimizer(stage) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, stage.lr, max(1, stage.steps // 20), stage.steps, stage.lr / 50
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.99, weight_decay=stage.weight_decay),
-    )
 
 
 def _make_tokenizer(cfg, workdir, data):
