@@ -17,6 +17,8 @@ Suites (two CPU cores; their times: docs/lab/benchmark.md):
                 machines
     :trade_off  the default defense, surer or less sure of what it closes at
     :ablations  choices of gift and gift_adversarial one by one, on the quick suite
+    :flow       the defenses that emoji-flow can have, the transformer of flow matching,
+                and gift on other parts of it; its quick suite, on a test thing
 
 Repeat the command to resume. The things that emoji-sd knows, and those that it has not
 seen, are divided once into tuning and test; three artists' images are the defense's,
@@ -78,6 +80,11 @@ ABLATIONS = {  # method: (config, overrides)
         "lower_x3": {"lower": {"lr": 1.2e-3 * 3}},
     }.items()
 }
+# which part of a transformer immunizes it; gift's own is the text's part of attention
+FLOW_SETS = {
+    f"gift_{name}": (GIFT, {"trainable": name})
+    for name in ("image_stream", "attention", "all")
+}
 TRADE_OFF = {  # how sure the gate is to be before it closes, and of safe images
     f"gift_gate_{name}": (GATE, {"gift_gate": overrides})
     for name, overrides in {
@@ -137,6 +144,18 @@ STANDARD = {
     "seeds": (0, 1),
     "samples.num_retained": 96,
 }
+FLOW = QUICK | {  # without what does not run on it: uce, a gate, textual inversion
+    "name": "flow",
+    "model": "emoji-flow",
+    "split": "test",
+    "concepts": STANDARD_THINGS[:1],
+    "methods": (
+        *("original", "esd", "imma", "maximize_prior", "gift", "gift_adversarial"),
+        *FLOW_SETS,
+    ),
+    "attacks": ("dreambooth", "lora_x3", "transplant_lora"),
+    "samples.num_retained": 96,
+}
 FULL = STANDARD | {
     "name": "full",
     "concepts": (
@@ -161,7 +180,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.definitions.methods.gift_adversarial = settings.method(ADVERSARIAL)
     c.definitions.methods.gift_gate = settings.method(GATE)
     c.definitions.methods.gift_gate_style = settings.method(f"{GATE}:style")
-    for name, (file, overrides) in (ABLATIONS | TRADE_OFF).items():
+    for name, (file, overrides) in (ABLATIONS | FLOW_SETS | TRADE_OFF).items():
         c.definitions.methods[name] = settings.method(file, overrides)
     c.definitions.attacks = settings.every_attack(
         "configs/emoji_attack.py", {"dreambooth": 1e-4, "lora": 1e-3}, STEPS
@@ -184,6 +203,7 @@ def get_config(variant: str = "") -> ConfigDict:
         attacks=ATTACKS,
         standard=STANDARD,
         full=FULL,
+        flow=FLOW,
         ablations=ABLATION_SUITE,
         trade_off=TRADE_OFF_SUITE,
     )

@@ -22,7 +22,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.base = "emoji-sd"  # whose VAE, tokenizer and text encoder it has
 
     c.flow = ConfigDict()
-    c.flow.steps = 6000
+    c.flow.steps = 4500
     c.flow.batch = 64
     c.flow.lr = 1e-3
     c.flow.weight_decay = 0.01

@@ -24,7 +24,9 @@ from gift_jax.runtime import config
 from gift_jax.runtime.devices import num_cores
 from gift_jax.runtime.errors import UserError, choice, shown
 
-EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "assets" / "emoji-sd"
+_ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
+EMBEDDED = _ASSETS / "emoji-sd"
+EMBEDDED_FLOW = _ASSETS / "emoji-flow"  # a Stable Diffusion 3 in miniature
 FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_3.FAMILY)
 TRAINABLE_SETS = tuple(  # of the families' denoisers, names that mean the same as one
     dict.fromkeys(name for family in FAMILIES for name in family.trainable_sets)
@@ -39,7 +41,8 @@ class ModelFields:
     """The fields that name a model, of every config that has one."""
 
     model: str = config.value(
-        "emoji-sd", "or a diffusers folder, a hub id, a whole model's .safetensors"
+        "emoji-sd",
+        "or emoji-flow, a diffusers folder, a hub id, a whole model's .safetensors",
     )
     revision: str = config.value("", "of a hub id: branch, tag or commit")
     variant: str = config.value(
@@ -68,7 +71,7 @@ def pin_revision(fields: ModelFields, workdir: pathlib.Path) -> str:
 
 
 def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Path:
-    """Returns the folder of a model: a local one, "emoji-sd", or a hub id's copy.
+    """Returns the folder of a model: a local one, an embedded one, or a hub id's copy.
 
     Of a single file it is the one that `local_folder` returns.
     """
@@ -79,13 +82,14 @@ def model_folder(name: str, revision: str = "", variant: str = "") -> pathlib.Pa
 
 
 def local_folder(name: str) -> pathlib.Path:
-    """Returns the folder of "emoji-sd", or the one that is named; it may not exist.
+    """Returns the folder of an embedded model, or the one that is named.
 
-    Of a single file it is the folder that the file becomes, which is written if it is
-    not there yet.
+    It may not exist. Of a single file it is the folder that the file becomes, which is
+    written if it is not there yet.
     """
-    if name == "emoji-sd":
-        return EMBEDDED
+    for embedded in (EMBEDDED, EMBEDDED_FLOW):
+        if name == embedded.name:
+            return embedded
     path = pathlib.Path(os.path.expanduser(name))
     return cache.folder_of(path) if cache.is_single_file(path) else path
 
@@ -115,9 +119,9 @@ def load_model(
 ) -> LatentDiffusion:
     """Returns a model, its parameters and arithmetic in `dtype`.
 
-    Args: name: a diffusers folder, a single file, "emoji-sd", or a hub id, of which
-      `revision` is fetched. variant: see `parts.read`. resolution: pixels, square; 0 is
-      the model's own. added: files to merge into it.
+    Args: name: "emoji-sd", "emoji-flow", a diffusers folder, a single file, or a hub
+      id, of which `revision` is fetched. variant: see `parts.read`. resolution:
+      pixels, square; 0 is the model's own. added: files to merge into it.
     """
     choice("config.compute_dtype", dtype, tuple(DTYPES))
     folder = existing(model_folder(name, revision, variant))
