@@ -61,6 +61,7 @@ def _kind_by_parameters(flat):
         ("text_model", "text_encoder"),
         ("decoder", "vae"),
         ("down_blocks_0", "unet"),
+        ("single_transformer_blocks_0", "flux_transformer"),
         ("transformer_blocks_0", "transformer"),
         ("shared", "text_encoder_3"),
     ):

@@ -4,11 +4,11 @@
 from pathlib import Path
 from typing import Any
 
-from gift_jax.models import config_keys, mmdit, safetensors_io, sd, vision
+from gift_jax.models import config_keys, flux, mmdit, safetensors_io, sd, vision
 from gift_jax.models.component import Kind
 from gift_jax.runtime.errors import UserError, one_line, shown
 
-KINDS: dict[str, Kind] = sd.KINDS | mmdit.KINDS | vision.KINDS
+KINDS: dict[str, Kind] = sd.KINDS | mmdit.KINDS | flux.KINDS | vision.KINDS
 _OF_CLASS = {  # class of diffusers or transformers: the kind of what it holds
     name: kind
     for kind, one in KINDS.items()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of Stable Diffusion 3's transformer (MMDiT), whose numbers are PyTorch's.
 
+FLUX.1 has them too, with rotated queries and keys.
+
 Axes: B batch, C channels, H height, W width, N positions of an image, L text tokens,
 T the timestep's and pooled text's features.
 """
@@ -103,11 +105,27 @@ class PatchEmbed(nn.Module):
         return x_BHWC.reshape(B, H * W, C)
 
 
+def constant_features(value: float, width: int) -> np.ndarray:
+    """Returns `timestep_features` of one large number, cosines first, "1 width".
+
+    The last bit of a frequency, which PyTorch's exp rounds well, is 1e-4 of a feature.
+    """
+    half = width // 2
+    exponent = np.float32(-math.log(1e4)) * np.arange(half, dtype=np.float32)
+    frequency = np.exp((exponent / np.float32(half)).astype(np.float64))
+    phase = np.float32(value) * frequency.astype(np.float32)
+    return np.concatenate([np.cos(phase), np.sin(phase)])[None]
+
+
 class TimeTextEmbed(nn.Module):
-    """The timestep and the pooled text, added, "B T"."""
+    """The timestep and the pooled text, added, "B T".
+
+    Attributes: guidance: 1000 times the scale that a distilled model reads, or None.
+    """
 
     width: int
     dtype: Any = jnp.float32
+    guidance: float | None = None
 
     @nn.compact
     def __call__(self, t_B, pooled_BP):
@@ -116,6 +134,9 @@ class TimeTextEmbed(nn.Module):
 
         features = timestep_features(t_B, TIME_WIDTH, True, 0)
         time_BT = embed("timestep_embedder")(features)
+        if self.guidance is not None:
+            features = constant_features(self.guidance, TIME_WIDTH)
+            time_BT = time_BT + embed("guidance_embedder")(features)
         return time_BT + embed("text_embedder")(pooled_BP)
 
 
@@ -179,14 +200,27 @@ def attend_repeated(kernels: Kernels, q_BNHD, k_BNHD, v_BNHD, repeats: int):
     return kernels.attend(widened(q, ones_NF), widened(k_BNHD, parts_NF), v)[..., :D]
 
 
+def rotated(x_BNHD, rotary):
+    """Returns queries or keys of which each pair of features is turned by its angle.
+
+    Args: rotary: (cosines, sines), float32 "N D/2".
+    Source: Su et al. 2021 (arXiv:2104.09864), eq. 34; diffusers `apply_rotary_emb`.
+    """
+    cos, sin = (jnp.asarray(a)[None, :, None] for a in rotary)
+    even, odd = x_BNHD[..., ::2], x_BNHD[..., 1::2]
+    turned = even * cos - odd * sin, odd * cos + even * sin
+    return jnp.stack(turned, axis=-1).reshape(x_BNHD.shape).astype(x_BNHD.dtype)
+
+
 class JointAttention(nn.Module):
     """Attention of image and text to both, or of an image to itself.
 
     Attributes: heads: of attention. qk_norm: whether queries and keys are normalized.
       text_output: whether the text's result is projected too; else nothing uses it.
-      repeats: see `Transformer`.
+      repeats: see `Transformer`. single: whether both have the image's projections, and
+      neither's result is projected.
     Source: Esser et al. 2024 (arXiv:2403.03206), figure 2b; diffusers
-      `JointAttnProcessor2_0`.
+      `JointAttnProcessor2_0`, `FluxAttnProcessor`.
     """
 
     heads: int
@@ -195,11 +229,17 @@ class JointAttention(nn.Module):
     repeats: int = 1
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
+    single: bool = False
 
     @nn.compact
-    def __call__(self, x_BNC, c_BLC=None):
-        """Returns (of the image "B N C", of the text "B L C"; L is 0 without text)."""
+    def __call__(self, x_BNC, c_BLC=None, rotary=None):
+        """Returns (of the image "B N C", of the text "B L C"; L is 0 without text).
+
+        Args: rotary: see `rotated`, of the image's places and then the text's.
+        """
         B, N, C = x_BNC.shape
+        if self.single:
+            x_BNC, c_BLC = jnp.concatenate([x_BNC, c_BLC], axis=1), None
 
         def dense(name):
             return nn.Dense(C, dtype=self.dtype, name=name)
@@ -219,13 +259,17 @@ class JointAttention(nn.Module):
         if c_BLC is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj")
             parts.append(project(c_BLC, names, ("norm_added_q", "norm_added_k")))
-        qkv = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        q, k, v = (jnp.concatenate(a, axis=1) for a in zip(*parts, strict=True))
+        if rotary is not None:
+            q, k = rotated(q, rotary), rotated(k, rotary)
         if c_BLC is not None and self.repeats > 1:
-            out = attend_repeated(self.kernels, *qkv, self.repeats)
+            out = attend_repeated(self.kernels, q, k, v, self.repeats)
         else:
-            out = self.kernels.attend(*qkv)
+            out = self.kernels.attend(q, k, v)
         out = out.reshape(B, -1, C)
-        image_BNC, text_BLC = dense("to_out_0")(out[:, :N]), out[:, N:]
+        image_BNC, text_BLC = out[:, :N], out[:, N:]
+        if not self.single:
+            image_BNC = dense("to_out_0")(image_BNC)
         if c_BLC is not None and self.text_output:
             text_BLC = dense("to_add_out")(text_BLC)
         return image_BNC, text_BLC
@@ -273,8 +317,8 @@ class JointBlock(nn.Module):
     kernels: Kernels = Kernels()
 
     @nn.compact
-    def __call__(self, x_BNC, c_BLC, time_BT):
-        """Returns both streams, "B N C" and "B L C"."""
+    def __call__(self, x_BNC, c_BLC, time_BT, rotary=None):
+        """Returns both streams, "B N C" and "B L C"; rotary: see `JointAttention`."""
 
         def modulation(count, name):
             return Modulation(count, self.dtype, name=name)(time_BT)
@@ -295,6 +339,7 @@ class JointBlock(nn.Module):
         image_BNC, text_BLC = attention("attn")(
             modulate(normal_BNC, shift, scale),
             modulate(normalize(c_BLC, self.kernels), text_shift, text_scale),
+            rotary,
         )
         x_BNC = x_BNC + gate * image_BNC
         if self.dual:

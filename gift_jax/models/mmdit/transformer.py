@@ -50,6 +50,8 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
+    capture_kinds = CAPTURE_KINDS
+
     def example_inputs(self):
         side = self.patch_size
         return (
@@ -90,37 +92,13 @@ class Transformer(nn.Module):
         embed = layers.TimeTextEmbed(self.width, self.dtype, name="time_text_embed")
         time_BT = embed(t_B, pooled_BP)
         c_BLC = dense(self.caption_projection_dim, "context_embedder")(states_BLD)
-        x_BNC = self.blocks(x_BNC, c_BLC, time_BT)
+        x_BNC = through_blocks(self, self.num_layers, x_BNC, c_BLC, time_BT)
         modulation = layers.Modulation(2, self.dtype, name="norm_out")
         scale, shift = modulation(time_BT)
         x_BNC = layers.modulate(layers.normalize(x_BNC, self.kernels), shift, scale)
         channels = self.out_channels or self.in_channels
         x_BNC = dense(size * size * channels, "proj_out")(x_BNC)
         return unpatchified(x_BNC, size, *z_BCHW.shape[2:])
-
-    def blocks(self, x_BNC, c_BLC, time_BT):
-        """Returns the image's states after all blocks.
-
-        The backward pass computes blocks again if it is to; groups of them, and then
-        their blocks, if all is.
-        """
-
-        def compute(module, group, x_BNC, c_BLC):
-            for i in group:
-                x_BNC, c_BLC = module.block(i)(x_BNC, c_BLC, time_BT)
-            return x_BNC, c_BLC
-
-        count = self.num_layers
-        if self.kernels.remat != "full":
-            return compute(self, range(count), x_BNC, c_BLC)[0]
-        size = math.ceil(math.sqrt(count))
-        for first in range(0, count, size):
-            group = range(first, min(first + size, count))
-            part = nn.remat(
-                lambda module, x, c, group=group: compute(module, group, x, c)
-            )
-            x_BNC, c_BLC = part(self, x_BNC, c_BLC)
-        return x_BNC
 
     def block(self, i: int) -> layers.JointBlock:
         """Returns the block of number i."""
@@ -137,6 +115,31 @@ class Transformer(nn.Module):
             kernels=self.kernels,
             name=f"transformer_blocks_{i}",
         )
+
+
+def through_blocks(module, count: int, x_BNC, c_BLC, *others):
+    """Returns the image's states after all blocks.
+
+    The backward pass computes blocks again if it is to; groups of them, and then their
+    blocks, if all is.
+
+    Args: module: with `block`, a number -> the block. others: what each reads beside
+      both streams.
+    """
+
+    def compute(module, group, x_BNC, c_BLC):
+        for i in group:
+            x_BNC, c_BLC = module.block(i)(x_BNC, c_BLC, *others)
+        return x_BNC, c_BLC
+
+    if module.kernels.remat != "full":
+        return compute(module, range(count), x_BNC, c_BLC)[0]
+    size = math.ceil(math.sqrt(count))
+    for first in range(0, count, size):
+        group = range(first, min(first + size, count))
+        part = nn.remat(lambda module, x, c, group=group: compute(module, group, x, c))
+        x_BNC, c_BLC = part(module, x_BNC, c_BLC)
+    return x_BNC
 
 
 def unpatchified(x_BNC, size: int, height: int, width: int):
@@ -158,20 +161,20 @@ def build_transformer(
 
 
 def apply_transformer(
-    module: Transformer, params, z_BCHW, t_B, states_BLD, pooled_BP, capture=()
+    module: Any, params, z_BCHW, t_B, states_BLD, pooled_BP, capture=()
 ):
     """Returns (the transformer's output, captured hidden states). Pure and jittable.
 
-    Args:
+    Args: module: a `Transformer`, or one that is called like it.
       params: nested. z_BCHW: "B C H W", noised latents. t_B: float "B", timesteps, 0
         to 1000. states_BLD: "B L D", text states. pooled_BP: "B P", pooled text.
-      capture: kinds of `CAPTURE_KINDS` to collect, of the image's stream: "transformer"
+      capture: of the module's `capture_kinds`, of the image's stream: "transformer"
         gives "B HW/patches C" after each block, "attention" of each attention.
     Returns: (output "B C H W" in the module's dtype, dict path -> array; the paths are
       those of the parameters, e.g. "transformer_blocks_0/attn").
     Raises: ValueError for an unknown kind, or latents of a size that it does not take.
     """
-    classes = tuple(_capture_class(kind) for kind in capture)
+    classes = tuple(_capture_class(module.capture_kinds, kind) for kind in capture)
     out, state = module.apply(
         {"params": params},
         z_BCHW,
@@ -186,8 +189,8 @@ def apply_transformer(
     return out, {"/".join(path[:-1]): calls[0][0] for path, calls in hiddens.items()}
 
 
-def _capture_class(kind):
-    if kind not in CAPTURE_KINDS:
-        choices = ", ".join(CAPTURE_KINDS)
+def _capture_class(kinds, kind):
+    if kind not in kinds:
+        choices = ", ".join(kinds)
         raise ValueError(f"capture={kind!r} must be one of {choices}")
-    return CAPTURE_KINDS[kind]
+    return kinds[kind]
