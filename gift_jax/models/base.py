@@ -90,7 +90,8 @@ class Model(Protocol):
         dtype: that it is computed in. kernels: how its layers are.
       autoencoder, latent_scale: scaled latents to images, pure; see
         models/autoencoder.py. vae_params: its nested parameters.
-      scheduler_config: the folder's scheduler/scheduler_config.json.
+      scheduler_config: the folder's scheduler/scheduler_config.json, and what its
+        pipeline reads beside it.
       trainable_sets: name -> rules. layer_kinds: kinds of layers whose hidden states
         can be captured. lora_targets: pattern of the kernels' paths, whose
         one group names the projection. partition_rules: where parameters lie.

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from gift_jax.models import flow_schedule, parts
 from gift_jax.models.base import Family
 from gift_jax.models.folder import class_names, existing
-from gift_jax.models.latent_diffusion import LatentDiffusion
 from gift_jax.models.mmdit import architectures
-from gift_jax.models.mmdit.network import Network
-from gift_jax.models.mmdit.text import TextEncoders, tokenize
+from gift_jax.models.mmdit.model import TransformerModel, check_shift
+from gift_jax.models.mmdit.text import TextEncoders
 from gift_jax.models.mmdit.tokenizer import load_t5_tokenizer
 from gift_jax.models.mmdit.trainable import (
     LORA_TARGETS,
@@ -24,7 +23,6 @@ from gift_jax.models.mmdit.trainable import (
 )
 from gift_jax.models.mmdit.transformer import CAPTURE_KINDS, Transformer
 from gift_jax.models.parts import CLIP_TOKENIZER, Layout, Parts, TokenizerKind
-from gift_jax.models.sd import adapters
 from gift_jax.runtime.errors import UserError
 
 T5_TOKENIZER = TokenizerKind(("T5TokenizerFast", "T5Tokenizer"), load_t5_tokenizer)
@@ -58,49 +56,19 @@ _NO_WORDS = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class StableDiffusion3(LatentDiffusion):
+class StableDiffusion3(TransformerModel):
     """A loaded model of the transformer, VAE, two CLIPs and maybe T5.
 
-    Attributes: see `LatentDiffusion`. scheduler_config: of flow matching.
+    Attributes: see `TransformerModel`.
     """
 
     text: TextEncoders
 
-    denoiser_component = "transformer"
+    no_words = _NO_WORDS
     trainable_sets = TRAINABLE_SETS
     layer_kinds = tuple(CAPTURE_KINDS)
     lora_targets = LORA_TARGETS
     partition_rules = PARTITION_RULES
-
-    @property
-    def noise(self):
-        """The noise process that it is trained on."""
-        return flow_schedule.noise_process(self.scheduler_config)
-
-    @property
-    def network(self):
-        """The transformer's forward pass."""
-        return Network(self.module)
-
-    @property
-    def ids_shape(self):
-        """The shape of a prompt's token ids, (L,): those of all encoders in a row."""
-        return self.text.ids_shape
-
-    def tokenize(self, prompts):
-        """Returns int32 "B L" token ids, see `text.tokenize`."""
-        return tokenize(self.tokenizers, self.text, prompts, self.path)
-
-    def with_tokenizer(self, tokenizer):
-        """Raises UserError: PyTorch could not load the words."""
-        raise UserError(f"{self.path} {_NO_WORDS}")
-
-    def gate(self, share):
-        """Raises UserError: the gate lies in a UNet's outermost layers."""
-        raise UserError(
-            f"{self.path}: method=gift_gate needs a UNet, and this is a transformer; "
-            "use method=gift or gift_adversarial"
-        )
 
 
 def load(path, dtype=jnp.float32, *, variant="", resolution=0):
@@ -130,16 +98,6 @@ def read_configs(path):
     return parts.read_configs(path, _layout(existing(path)))
 
 
-def read_adapters(fields, root, variant=""):
-    """Returns what files change of a folder, see `sd.adapters.read_adapters`.
-
-    Raises: UserError for a textual inversion, too.
-    """
-    if fields.textual_inversion:
-        raise UserError(f"{root} {_NO_WORDS}")
-    return adapters.read_adapters(fields, root, variant)
-
-
 def _layout(root) -> Layout:
     return _WITH_T5 if "text_encoder_3" in class_names(root) else _WITHOUT_T5
 
@@ -150,12 +108,7 @@ def _build(root, read: Parts, resolution) -> StableDiffusion3:
     transformer, vae = modules["transformer"], modules["vae"]
     scheduler = read.configs["scheduler"]
     flow_schedule.check(scheduler, f"{root}/scheduler/scheduler_config.json")
-    if read.configs["vae"].get("shift_factor") is None:
-        file = root / "vae" / "config.json" if root else "vae/config.json"
-        raise UserError(
-            f"{file}: shift_factor is None, which PyTorch's pipeline cannot add to "
-            "latents; must be a number: 0 for none"
-        )
+    check_shift(read, root)
     text = _text_encoders(modules, tokenizers)
     text.check_fits(transformer, root)
     parts.check_channels(read, "transformer", root)
@@ -215,6 +168,6 @@ FAMILY = Family(
     load=load,
     read_configs=read_configs,
     abstract_model=abstract_model,
-    read_adapters=read_adapters,
+    read_adapters=StableDiffusion3.read_adapters,
     trainable_sets=TRAINABLE_SETS,
 )

@@ -125,13 +125,14 @@ def _float32(array: Any) -> jax.Array:
 
 def tokenize(
     tokenizers: Sequence[Any],
-    encoders: TextEncoders,
+    encoders: Any,
     prompts: Sequence[str],
     path: Path | None,
 ) -> np.ndarray:
     """Returns int32 "B L" token ids, each tokenizer's padded and cut to its length.
 
-    Args: tokenizers: one for each module. path: of the model, for errors.
+    Args: tokenizers: one for each module. encoders: with `modules` and `lengths`.
+      path: of the model, for errors.
     Raises: UserError for an id that a text encoder has no row for.
     """
     texts, ids = as_text(prompts), []

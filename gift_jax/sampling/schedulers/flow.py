@@ -25,14 +25,18 @@ _START, _SLOPE = MEMORY[:2]
 def levels(config: Config, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (t "steps", sigmas "steps + 1", the last 0), float32 as PyTorch rounds.
 
-    The bounds are those of training, shifted already, and are shifted once more.
+    The bounds are those of training, shifted already, and are shifted once more; or the
+    levels are those of a pipeline that hands them over.
 
     Source: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps`.
     """
     T = config["num_train_timesteps"]
-    high, low = flow_schedule.training_sigmas(config)[[0, -1]].astype(np.float64)
-    sigmas = np.linspace(high * T, low * T, steps) / T
-    sigmas = flow_schedule.shifted(config, sigmas).astype(np.float32)
+    if flow_schedule.TOKENS in config:
+        sigmas = flow_schedule.image_sigmas(config, steps)
+    else:
+        high, low = flow_schedule.training_sigmas(config)[[0, -1]].astype(np.float64)
+        sigmas = np.linspace(high * T, low * T, steps) / T
+        sigmas = flow_schedule.shifted(config, sigmas).astype(np.float32)
     return sigmas * np.float32(T), np.append(sigmas, np.float32(0))
 
 
