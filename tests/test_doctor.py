@@ -16,6 +16,7 @@ from gift_jax import train
 from gift_jax.compile import tpu
 from gift_jax.doctor import __main__ as doctor
 from gift_jax.doctor import fits, machine, problems
+from gift_jax.models.flux import architectures as flux_architectures
 from gift_jax.models.kinds import KINDS
 from gift_jax.models.load import EMBEDDED
 from gift_jax.models.mmdit import architectures as mmdit_architectures
@@ -118,7 +119,7 @@ def test_models_in_the_cache_of_the_hub_are_listed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     whole, half, *others = architectures.IDS
-    flow, *more = mmdit_architectures.IDS
+    flow, *more = (*mmdit_architectures.IDS, *flux_architectures.MODELS)
     parts = "vae", "text_encoder"
     every = "transformer", *parts, "text_encoder_2", "text_encoder_3"
     for name, kinds in (

@@ -13,6 +13,7 @@ from gift_jax.models.sd import random_weights
 
 _TRANSFORMER = {
     "attention_head_dim": 16,
+    "in_channels": 64,
     "axes_dims_rope": [4, 4, 8],
     "joint_attention_dim": 96,
     "num_attention_heads": 2,
@@ -31,14 +32,15 @@ def configs(name="dev"):
         "transformer": whole["transformer"] | _TRANSFORMER,
         "vae": TINY_SD3["vae"] | factors,
         "text_encoder": TINY_TEXT | {"architectures": ["CLIPTextModel"]},
-        "text_encoder_2": TINY_SD3["text_encoder_3"],
+        "text_encoder_2": TINY_SD3["text_encoder_3"] | {"num_layers": 1},
         "scheduler": whole["scheduler"],
     }
 
 
 def write_tiny_flux(directory, name="dev"):
-    """Writes a tiny random FLUX.1 as a diffusers folder; returns it."""
+    """Writes one of a block of each kind as a diffusers folder; returns it."""
     parts = configs(name)
+    parts["transformer"] |= {"num_layers": 1, "num_single_layers": 1}
     for component, kind in flux.KIND_OF.items():
         random_weights.write_component(directory / component, kind, parts[component])
     random_weights.write_tokenizer(directory / "tokenizer", 514, 16)

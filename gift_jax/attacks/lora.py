@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA fine-tuning as an attack: W + (alpha / rank) A B on attention projections.
+"""LoRA fine-tuning as an attack: W + (alpha / rank) A B on projections.
 
 Of the denoiser, and of the text encoders too if asked. Applied in parameter space, so
 that any model can be attacked without touching its code.
@@ -30,6 +30,7 @@ from gift_jax.state import Step, make_descent
 
 _OF_IMAGES = ("to_q", "to_k", "to_v", "to_out_0")  # of a UNet all
 TARGETS = (*_OF_IMAGES, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TARGETS += ("net_0/proj", "net_2")  # of feed-forwards
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _TEXT_KERNELS = rf"/self_attn/({'|'.join(TEXT_TARGETS)})/kernel$"
 DIFFUSERS_FILE = "lora/pytorch_lora_weights.safetensors"  # in a run's folder
@@ -48,7 +49,7 @@ class Lora:
     targets: tuple[str, ...] = config.choice(
         _OF_IMAGES,
         TARGETS,
-        "projections of attention that get an update, of those that the model has",
+        "projections that get an update, of those that the model has",
     )
     train_text_encoder: bool = config.value(
         False, "the text encoders' projections get one, too"

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from gift_jax.models import hub, safetensors_io
 from gift_jax.models.base import Family
+from gift_jax.models.flux import flux_1
 from gift_jax.models.folder import existing, pipeline
 from gift_jax.models.latent_diffusion import LatentDiffusion
 from gift_jax.models.mmdit import stable_diffusion_3
@@ -27,7 +28,7 @@ from gift_jax.runtime.errors import UserError, choice, shown
 _ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = _ASSETS / "emoji-sd"
 EMBEDDED_FLOW = _ASSETS / "emoji-flow"  # a Stable Diffusion 3 in miniature
-FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_3.FAMILY)
+FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_3.FAMILY, flux_1.FAMILY)
 TRAINABLE_SETS = tuple(  # of the families' denoisers, names that mean the same as one
     dict.fromkeys(name for family in FAMILIES for name in family.trainable_sets)
 )

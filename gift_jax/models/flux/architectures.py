@@ -2,34 +2,14 @@
 """The published FLUX.1, for what needs no weights.
 
 As in the repositories FLUX.1-dev and FLUX.1-schnell, less fields that say what made the
-file.
+file, or that are the class's defaults.
 """
 
 from gift_jax.models.mmdit import architectures
 from gift_jax.models.sd import architectures as sd
 
-TRANSFORMER = {
-    "_class_name": "FluxTransformer2DModel",
-    "attention_head_dim": 128,
-    "guidance_embeds": True,
-    "in_channels": 64,
-    "joint_attention_dim": 4096,
-    "num_attention_heads": 24,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "patch_size": 1,
-    "pooled_projection_dim": 768,
-}
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-}
+TRANSFORMER = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
+SCHEDULER = architectures.SCHEDULER | {"use_dynamic_shifting": True}
 DEV = {
     "transformer": TRANSFORMER,
     "vae": architectures.VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},

@@ -25,10 +25,8 @@ def _conflict(values) -> str:
             "attention_head_dim is"
         )
     channels = values["in_channels"]
-    if channels % PACK**2:
-        return f"in_channels={channels} must divide by {PACK**2}"
-    if values["out_channels"] not in (None, channels):
-        return f"out_channels={values['out_channels']} must be in_channels={channels}"
+    if channels % PACK**2 or values["out_channels"] not in (None, channels):
+        return f"in_channels={channels} must divide by {PACK**2}, and be out_channels"
     return ""
 
 

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of the parameters train, get LoRA updates and lie where on a mesh.
 
-The text's part of the joint attention is what cross-attention is in a UNet, see
-`mmdit.trainable`. The blocks of one stream have none: text and image share all of them.
+As in `mmdit.trainable`: "attention" is of the blocks of one stream, too. These are part
+of neither the text's stream nor the image's, which share all of them.
 """
 
 from gift_jax.models.mmdit import trainable
 
-_TEXT = r"/attn/(add_[qkv]_proj|to_add_out|norm_added_[qk])/"
 _IMAGE = r"^transformer_blocks_\d+/attn/(to_[qkv]|to_out_0|norm_[qk])/"
-TRAINABLE_SETS = {  # "attention": of both kinds of blocks
-    "cross_attention": [(_TEXT, True), (r"", False)],
-    "text_stream": [(_TEXT, True), (r"", False)],
-    "image_stream": [(_IMAGE, True), (r"", False)],
-    "attention": [(r"/attn/", True), (r"", False)],
-    "all": [(r"", True)],
+TRAINABLE_SETS = trainable.TRAINABLE_SETS | {
+    "image_stream": [(_IMAGE, True), (r"", False)]
 }
 
 # those of diffusers' examples/dreambooth/train_dreambooth_lora_flux.py
@@ -24,7 +19,7 @@ LORA_TARGETS = (
 )
 
 PARTITION_RULES = (  # of a parameter's path: the axes of its last dimensions
-    (r"/proj_mlp/kernel", ("fsdp", "tensor")),
-    (r"/proj_out/kernel", ("tensor", "fsdp")),  # of the blocks of one stream
+    (r"proj_mlp/kernel", ("fsdp", "tensor")),
+    (r"single_transformer_blocks_\d+/proj_out/kernel", ("tensor", "fsdp")),
     *trainable.PARTITION_RULES,
 )

@@ -9,52 +9,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from gift_jax.models.mmdit import layers
 from gift_jax.models.mmdit.transformer import through_blocks
-from gift_jax.models.ops.activations import ACTIVATIONS
 from gift_jax.models.ops.kernels import Kernels
 from gift_jax.models.params import from_config
 
 PACK = 2  # latents of a token, along a side
 GUIDANCE = 3.5  # diffusers', of its pipeline and of its training script
-_THETA = 1e4
-_GELU = ACTIVATIONS["gelu_pytorch_tanh"]
-
-
-class SingleBlock(nn.Module):
-    """Attention and a feed-forward side by side, of image and text as one.
-
-    Source: diffusers `FluxSingleTransformerBlock`.
-    """
-
-    heads: int
-    dtype: Any = jnp.float32
-    kernels: Kernels = Kernels()
-
-    @nn.compact
-    def __call__(self, x_BNC, c_BLC, time_BT, rotary):
-        """Returns both streams, "B N C" and "B L C"."""
-        N, C = x_BNC.shape[1:]
-
-        def dense(width, name):
-            return nn.Dense(width, dtype=self.dtype, name=name)
-
-        x = jnp.concatenate([x_BNC, c_BLC], axis=1)
-        shift, scale, gate = layers.Modulation(3, self.dtype, name="norm")(time_BT)
-        h = layers.modulate(layers.normalize(x, self.kernels), shift, scale)
-        fields = self.heads, True, False, 1, self.dtype, self.kernels, True
-        attention = layers.JointAttention(*fields, name="attn")
-        parts = attention(h[:, :N], h[:, N:], rotary)
-        wide = _GELU(dense(4 * C, "proj_mlp")(h))
-        h = jnp.concatenate([jnp.concatenate(parts, axis=1), wide], axis=-1)
-        x = x + gate * dense(C, "proj_out")(h)
-        return x[:, :N], x[:, N:]
-
-
 CAPTURE_KINDS = {  # kinds of hidden states: the layers whose outputs they are
-    "transformer": (layers.JointBlock, SingleBlock),
+    "transformer": (layers.JointBlock, layers.SingleBlock),
     "attention": layers.JointAttention,
 }
 
@@ -66,8 +30,8 @@ class Transformer(nn.Module):
     as it reads the timestep: here always `GUIDANCE`. What samplers call guidance is
     classifier-free guidance on top of that, `true_cfg_scale` of diffusers' pipeline.
 
-    Attributes: in_channels: of a token, four times the latents'. axes_dims_rope:
-      how many of a head's features are rotated by a token's index, row and column; the
+    Attributes: in_channels: of a token, four times the latents'. axes_dims_rope: how
+      many of a head's features are rotated by a token's index, row and column; the
       index is always 0, and text has no places. kernels: how its layers are computed.
     """
 
@@ -99,8 +63,7 @@ class Transformer(nn.Module):
     def __call__(self, z_BCHW, t_B, states_BLD, pooled_BP):
         """Returns the prediction, "B C H W" in the module's dtype.
 
-        Image before text, where PyTorch has them the other way round: attention does
-        not depend on it.
+        Image before text, in PyTorch the other way round; attention sees no order.
 
         Args: z_BCHW: noised latents; H and W even. t_B: timesteps, 0 to 1000.
           states_BLD, pooled_BP: of the text.
@@ -120,13 +83,13 @@ class Transformer(nn.Module):
         fields = width, self.dtype, guidance
         time_BT = layers.TimeTextEmbed(*fields, name="time_text_embed")(t_B, pooled_BP)
         c_BLC = dense(width, "context_embedder")(states_BLD)
-        rotary = rotations(H // PACK, W // PACK, c_BLC.shape[1], self.axes_dims_rope)
+        places = H // PACK, W // PACK, c_BLC.shape[1]
+        rotary = layers.rotations(*places, self.axes_dims_rope)
         count = self.num_layers + self.num_single_layers
         x_BNC = through_blocks(self, count, x_BNC, c_BLC, time_BT, rotary)
         scale, shift = layers.Modulation(2, self.dtype, name="norm_out")(time_BT)
         x_BNC = layers.modulate(layers.normalize(x_BNC, self.kernels), shift, scale)
-        channels = self.out_channels or self.in_channels
-        return unpacked(dense(channels, "proj_out")(x_BNC), H, W)
+        return unpacked(dense(self.in_channels, "proj_out")(x_BNC), H, W)
 
     def block(self, i: int) -> nn.Module:
         """Returns the block of number i: the joint ones are first."""
@@ -136,14 +99,11 @@ class Transformer(nn.Module):
             fields = heads, True, False, False, 1, *common
             return again(layers.JointBlock)(*fields, name=f"transformer_blocks_{i}")
         name = f"single_transformer_blocks_{i - self.num_layers}"
-        return again(SingleBlock)(heads, *common, name=name)
+        return again(layers.SingleBlock)(heads, *common, name=name)
 
 
 def packed(z_BCHW):
-    """Returns latents as tokens row by row, with the 2x2 of every channel, "B N C".
-
-    Source: diffusers `FluxPipeline._pack_latents`.
-    """
+    """Returns 2x2 latents of all channels as a token, "B N C"; diffusers' order."""
     B, C, H, W = z_BCHW.shape
     x = z_BCHW.reshape(B, C, H // PACK, PACK, W // PACK, PACK)
     x = jnp.transpose(x, (0, 2, 4, 1, 3, 5))
@@ -158,24 +118,6 @@ def unpacked(x_BNC, height: int, width: int):
     return x.reshape(B, -1, height, width)
 
 
-def rotations(height: int, width: int, length: int, axes: tuple[int, ...]):
-    """Returns (cosines, sines) of places, row by row, and of text: float32 "N+L D/2".
-
-    Args: height, width: tokens of an image. length: L. axes: features for each axis.
-    Source: diffusers `FluxPosEmbed`, `FluxPipeline._prepare_latent_image_ids`.
-    """
-    places = np.zeros((height * width + length, 3))
-    places[: height * width, 1:] = np.argwhere(np.ones((height, width)))
-    phases = [
-        places[:, [axis]] * _THETA ** -(np.arange(0, size, 2) / size)
-        for axis, size in enumerate(axes)
-    ]
-    phase = np.concatenate(phases, axis=1)
-    return np.cos(phase).astype(np.float32), np.sin(phase).astype(np.float32)
-
-
-def build_transformer(
-    config: dict, dtype=jnp.float32, kernels: Kernels | None = None
-) -> Transformer:
+def build_transformer(config: dict, dtype=jnp.float32) -> Transformer:
     """Returns the module of a diffusers `transformer/config.json` dict."""
-    return from_config(Transformer, config, dtype=dtype, kernels=kernels or Kernels())
+    return from_config(Transformer, config, dtype=dtype)

@@ -200,6 +200,22 @@ def attend_repeated(kernels: Kernels, q_BNHD, k_BNHD, v_BNHD, repeats: int):
     return kernels.attend(widened(q, ones_NF), widened(k_BNHD, parts_NF), v)[..., :D]
 
 
+def rotations(height: int, width: int, length: int, axes: tuple[int, ...]):
+    """Returns (cosines, sines) of places, row by row, and of text: float32 "N+L D/2".
+
+    Args: height, width: tokens of an image. length: L. axes: features for each axis.
+    Source: diffusers `FluxPosEmbed`, `FluxPipeline._prepare_latent_image_ids`.
+    """
+    places = np.zeros((height * width + length, 3))
+    places[: height * width, 1:] = np.argwhere(np.ones((height, width)))
+    phases = [
+        places[:, [axis]] * 1e4 ** -(np.arange(0, size, 2) / size)
+        for axis, size in enumerate(axes)
+    ]
+    phase = np.concatenate(phases, axis=1)
+    return np.cos(phase).astype(np.float32), np.sin(phase).astype(np.float32)
+
+
 def rotated(x_BNHD, rotary):
     """Returns queries or keys of which each pair of features is turned by its angle.
 
@@ -238,7 +254,7 @@ class JointAttention(nn.Module):
         Args: rotary: see `rotated`, of the image's places and then the text's.
         """
         B, N, C = x_BNC.shape
-        if self.single:
+        if self.single and c_BLC is not None:
             x_BNC, c_BLC = jnp.concatenate([x_BNC, c_BLC], axis=1), None
 
         def dense(name):
@@ -352,3 +368,33 @@ class JointBlock(nn.Module):
         gate, *mlp = text[2:]
         c_BLC = c_BLC + gate * text_BLC
         return x_BNC, feed_forward("ff_context", c_BLC, *mlp)
+
+
+class SingleBlock(nn.Module):
+    """Attention and a feed-forward side by side, of image and text as one: FLUX.1's.
+
+    Source: diffusers `FluxSingleTransformerBlock`.
+    """
+
+    heads: int
+    dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
+
+    @nn.compact
+    def __call__(self, x_BNC, c_BLC, time_BT, rotary):
+        """Returns both streams, "B N C" and "B L C"."""
+        N, C = x_BNC.shape[1:]
+
+        def dense(width, name):
+            return nn.Dense(width, dtype=self.dtype, name=name)
+
+        x = jnp.concatenate([x_BNC, c_BLC], axis=1)
+        shift, scale, gate = Modulation(3, self.dtype, name="norm")(time_BT)
+        h = modulate(normalize(x, self.kernels), shift, scale)
+        fields = self.heads, True, False, 1, self.dtype, self.kernels, True
+        attention = JointAttention(*fields, name="attn")
+        parts = attention(h[:, :N], h[:, N:], rotary)
+        wide = _GELU(dense(4 * C, "proj_mlp")(h))
+        h = jnp.concatenate([jnp.concatenate(parts, axis=1), wide], axis=-1)
+        x = x + gate * dense(C, "proj_out")(h)
+        return x[:, :N], x[:, N:]

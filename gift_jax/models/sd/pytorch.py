@@ -7,6 +7,7 @@ No other module imports PyTorch, and this one only where a function needs it.
 import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging as std_logging
 import re
 import warnings
@@ -347,7 +348,8 @@ def draw(
     """Returns a picture, float32 "H W 3" in [0, 1].
 
     Args: root: the pipeline's folder. z_CHW: initial noise. sides: (H, W), pixels.
-      with_ddim: in place of the folder's own scheduler.
+      guidance: of the classifier-free one; what a distilled model reads is left at the
+      pipeline's default. with_ddim: in place of the folder's own scheduler.
     """
     import torch  # noqa: TID251 - of an optional extra
 
@@ -363,11 +365,15 @@ def draw(
             pipe = type(pipe).from_pretrained(str(root), **parts)
             pipe.set_progress_bar_config(disable=True)
             pipe.watermark = None
+        latents, options = torch.tensor(z_CHW[None]), {"guidance_scale": guidance}
+        if "true_cfg_scale" in inspect.signature(pipe.__call__).parameters:
+            options = {"true_cfg_scale": guidance, "negative_prompt": ""}
+            latents = pipe._pack_latents(latents, 1, *z_CHW.shape)
         images = pipe(
             prompt,
             num_inference_steps=steps,
-            guidance_scale=guidance,
-            latents=torch.tensor(z_CHW[None]),
+            latents=latents,
+            **options,
             height=sides[0],
             width=sides[1],
             output_type="np",
