@@ -144,7 +144,8 @@ STANDARD = {
     "seeds": (0, 1),
     "samples.num_retained": 96,
 }
-FLOW = QUICK | {  # without what does not run on it: uce, a gate, textual inversion
+# without what does not run on it: uce, a gate, textual inversion
+FLOW = QUICK | {
     "name": "flow",
     "model": "emoji-flow",
     "split": "test",

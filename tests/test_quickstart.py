@@ -5,6 +5,8 @@ import ast
 import json
 import pathlib
 
+import pytest
+
 PATH = pathlib.Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
 
 
@@ -15,6 +17,7 @@ def code_cells():
     return ["".join(cell["source"]) for cell in cells]
 
 
+@pytest.mark.slow
 def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -24,10 +27,10 @@ def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
         cell.body = [line for line in cell.body if not isinstance(line, ast.Expr)]
         exec(compile(cell, str(PATH), "exec"), names)
     assert names["SHORT"]
-    assert set(names["recognized"]) == set(names["models"])
+    assert set(names["recognized"]) > set(names["models"])
     # a row for each model: it draws something, and not the same as the others
     drawn = {name: images.tobytes() for name, images in names["images"].items()}
-    assert len(drawn) == 4 and len(set(drawn.values())) == 4
+    assert len(drawn) == 7 and len(set(drawn.values())) == 7
     assert (tmp_path / "runs" / "quickstart" / "grid.png").is_file()
 
 

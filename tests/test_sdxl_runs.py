@@ -73,7 +73,7 @@ def test_train(tiny_xl_folder, images, tmp_path, monkeypatch):
     assert drawn(pipeline(export), "a dog").std() > 0.01
 
 
-@pytest.mark.slow  # LoRA of both goes the same way
+@pytest.mark.slow
 def test_dreambooth_of_both_text_encoders(tiny_xl_folder, images, tmp_path):
     run = run_attack(
         tiny_xl_folder,
@@ -92,6 +92,7 @@ def test_dreambooth_of_both_text_encoders(tiny_xl_folder, images, tmp_path):
     assert drawn(pipeline(run / "export"), "a dog").std() > 0.01
 
 
+@pytest.mark.slow
 def test_lora_of_both_text_encoders(tiny_xl_folder, images, tmp_path):
     run = run_attack(
         tiny_xl_folder,
@@ -118,6 +119,7 @@ def test_lora_of_both_text_encoders(tiny_xl_folder, images, tmp_path):
     np.testing.assert_array_equal(*(np.asarray(Image.open(i)) for i in images))
 
 
+@pytest.mark.slow
 def test_textual_inversion_in_both_text_encoders(tiny_xl_folder, images, tmp_path):
     run = run_attack(
         tiny_xl_folder,

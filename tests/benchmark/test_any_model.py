@@ -30,9 +30,8 @@ def images(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "model", ["tiny_folder", pytest.param("tiny_xl_folder", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny_folder", "tiny_xl_folder"])
 def test_smoke_runs_on_any_model_and_any_images(images, model, request):
     argv = [f"--config={CONFIG}:smoke", "--workdir=run"]
     argv += [f"--config.model={request.getfixturevalue(model)}"]

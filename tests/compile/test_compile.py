@@ -270,6 +270,7 @@ def test_a_wrong_topology_ends_in_one_line():
     assert said.splitlines()[-1].startswith("error: --topology=v5e:3x5")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_chips_send_each_other_the_gradients_alone(tiny_folder, tmp_path):
     found = {}

@@ -287,6 +287,7 @@ def test_latents_of_the_model_in_training_need_a_shape():
 # --- direction ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_concept_moves_to_its_target_and_other_prompts_less():
     """On emoji-sd: a few steps on "bomb" do much less to "cat face" and to ""."""
     model = load_model("emoji-sd")

@@ -2,6 +2,7 @@
 """The pretraining of emoji-flow: it runs, resumes, and writes a model that loads."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -42,6 +43,7 @@ def run(workdir, *flags):
     return load.load_model(str(workdir / flow.FOLDER))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_images")
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
 def test_a_stopped_run_goes_on_and_pytorch_draws_alike(tmp_path, capsys, monkeypatch):
@@ -119,14 +121,15 @@ def test_new_blocks_return_what_they_are_given(rng):
         rng.normal(size=s).astype(np.float32) for s in ((2, 3, 256), (2, 256))
     )
     args = z, t, states, pooled
-    out, hiddens = mmdit.apply_transformer(module, params, *args, ("transformer",))
+    apply = functools.partial(mmdit.apply_transformer, module)
+    run = jax.jit(lambda p: apply(p, *args, ("transformer",)))
+    out, hiddens = run(params)
     assert not out.any()
     first, last = hiddens.values()
     np.testing.assert_array_equal(first, last)
     assert np.std(first) > 0.1
-    grads = jax.grad(
-        lambda p: jnp.mean((mmdit.apply_transformer(module, p, *args)[0] - z) ** 2)
-    )(params)
+    loss = jax.jit(jax.grad(lambda p: jnp.mean((apply(p, *args)[0] - z) ** 2)))
+    grads = loss(params)
     assert np.abs(grads["proj_out"]["kernel"]).max() > 0
 
 

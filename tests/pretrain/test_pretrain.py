@@ -19,6 +19,7 @@ from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
 
 
+@pytest.mark.slow
 def test_pretrain_smoke_writes_a_loadable_model(tmp_path, monkeypatch):
     every = emoji.load()
     names = ("images", "concept_ids", "style_ids", "held_out")

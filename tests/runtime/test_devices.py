@@ -19,6 +19,9 @@ ROOT = pathlib.Path(gift_jax.__file__).parents[1]
 STEPS, BATCH = 20, 8
 
 
+pytestmark = pytest.mark.slow  # two devices: tests/defenses/test_gift_unet.py
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_folder, tmp_path_factory, pytestconfig):
     """{run: trained parameters}: on one device, on eight, and on eight again."""

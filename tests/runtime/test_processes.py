@@ -176,7 +176,7 @@ def test_two_processes_stop_together_and_one_goes_on(train, tmp_path, tiny_folde
         assert np.abs(two[name] - one[name]).max() <= 1e-2 * change, name
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_process_ends_within_a_minute_of_a_peers_death(loops, victim):
     loops[victim].kill()
     (code,), (error,) = ended([loops[1 - victim]], within=60)

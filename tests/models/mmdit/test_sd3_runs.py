@@ -116,7 +116,11 @@ STREAMS = {  # what a trainable set changes, by the names of diffusers
 }
 DEFENSES = [  # (config, trainable, streams it changes, its groups)
     ("sd3_object.py:smoke", "cross_attention", ("text",), ("harmful", "safe")),
-    ("emoji_gift_adversarial.py:smoke", "text_stream", ("text",), ("harmful", "safe")),
+    pytest.param(
+        "emoji_gift_adversarial.py:smoke",
+        *("text_stream", ("text",), ("harmful", "safe")),
+        marks=pytest.mark.slow,
+    ),
     ("emoji_baselines.py:esd_smoke", "image_stream", ("image",), ("harmful",)),
     ("emoji_baselines.py:imma_smoke", "attention", ("text", "image"), ("harmful",)),
     ("emoji_baselines.py:maximize_smoke", "all", (), ("harmful", "safe")),
@@ -222,6 +226,7 @@ def test_lora_of_other_projections_is_one_line(tiny_folder, images, tmp_path):
         run_attack(tiny_folder, images, tmp_path / "run", "sd3_attack.py:lora", flag)
 
 
+@pytest.mark.slow
 def test_dreambooth_trains_what_pytorch_does(folder, images, tmp_path):
     run = run_attack(
         folder,

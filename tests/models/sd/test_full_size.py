@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SD 1.5 and SD 2.1 against PyTorch: small always, the published size if slow.
+"""SD 1.5 and SD 2.1 against PyTorch: SDXL small always, all of them if slow.
 
     python -m pytest -m slow -s tests/models/sd/test_full_size.py
 
@@ -23,7 +23,8 @@ from gift_jax.models.tokenizer import load_tokenizer
 
 slow = pytest.mark.slow
 SMALL = ["small-sd15", "small-sd21", "small-sdxl"]
-MODELS = [*SMALL, *(pytest.param(n, marks=slow) for n in ("sd15", "sd21", "sdxl"))]
+OTHERS = ("small-sd15", "small-sd21", "sd15", "sd21", "sdxl")
+MODELS = ["small-sdxl", *(pytest.param(name, marks=slow) for name in OTHERS)]
 TORCH_CLASS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),

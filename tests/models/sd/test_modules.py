@@ -17,6 +17,7 @@ from gift_jax.models.params import parameter_shapes
 from gift_jax.models.sd import architectures, layers, stable_diffusion
 
 TOLERANCE = 1e-5
+slow = pytest.mark.slow
 
 
 def unet_inputs(rng, batch=2):
@@ -160,7 +161,7 @@ def test_capture_is_differentiable_and_leaks_nothing(tiny, rng):
         return jnp.mean(h[name] ** 2)
 
     with jax.checking_leaks():
-        grads = jax.grad(loss)(tiny.params["unet"])
+        grads = jax.jit(jax.grad(loss))(tiny.params["unet"])
     assert np.abs(grads["mid_block"]["resnets_0"]["conv1"]["kernel"]).max() > 0
     assert np.abs(grads["mid_block"]["resnets_1"]["conv1"]["kernel"]).max() == 0
 
@@ -199,30 +200,34 @@ def residuals(loss, params):
     return sum(a.size for a in kept)
 
 
-def test_what_is_computed_again_is_the_same(tiny, rng, monkeypatch):
+@pytest.mark.parametrize("remat", ["block", pytest.param("full", marks=slow)])
+def test_what_is_computed_again_is_the_same(tiny, rng, remat):
     inputs, params = unet_inputs(rng), tiny.params["unet"]
-    names = ("none", "block", "full")
-    losses = {name: loss_of(tiny, inputs, Kernels(remat=name)) for name in names}
-    kept = {name: residuals(loss, params) for name, loss in losses.items()}
-    value, grads = {}, {}
-    for name, loss in losses.items():
-        value[name], grads[name] = jax.jit(jax.value_and_grad(loss))(params)
-    for name in names[1:]:
-        assert kept[name] < 0.3 * kept["none"]
-        np.testing.assert_allclose(value[name], value["none"], rtol=1e-6)
-        assert_close(grads[name], grads["none"])
+    plain, again = (loss_of(tiny, inputs, Kernels(remat=r)) for r in ("none", remat))
+    assert residuals(again, params) < 0.3 * residuals(plain, params)
+    value, grads = jax.jit(jax.value_and_grad(plain))(params)
+    other_value, other_grads = jax.jit(jax.value_and_grad(again))(params)
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    assert_close(other_grads, grads)
 
-    def remats(loss):
-        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("remat")
 
-    none, block = remats(losses["none"]), remats(losses["block"])
+@slow
+def test_layers_in_parts_are_the_same(tiny, rng, monkeypatch):
+    inputs, params = unet_inputs(rng), tiny.params["unet"]
+
+    def remats(remat):
+        loss = loss_of(tiny, inputs, Kernels(remat=remat))
+        return loss, str(jax.make_jaxpr(jax.grad(loss))(params)).count("remat")
+
+    plain, none = remats("none")
+    _, block = remats("block")
     monkeypatch.setattr(layers, "_PART", 16)  # of 64 positions
-    in_parts = loss_of(tiny, inputs, Kernels(remat="block"))
-    assert remats(in_parts) > block > none == 0
-    assert remats(loss_of(tiny, inputs, Kernels(remat="none"))) == 0
+    in_parts, most = remats("block")
+    assert most > block > none == remats("none")[1] == 0
+    value, grads = jax.jit(jax.value_and_grad(plain))(params)
     other_value, other_grads = jax.jit(jax.value_and_grad(in_parts))(params)
-    np.testing.assert_allclose(other_value, value["none"], rtol=1e-6)
-    assert_close(other_grads, grads["none"])
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    assert_close(other_grads, grads)
 
 
 def test_tokens_by_parts_are_computed_again_and_the_same(rng, monkeypatch):
@@ -296,7 +301,8 @@ def test_the_unet_in_bfloat16_is_as_exact(tiny_folder, tiny, rng, monkeypatch):
         apply = jax.jit(functools.partial(sd.apply_unet, unet))
         outs[name] = apply(half.params["unet"], *inputs)[0]
         assert outs[name].dtype == jnp.bfloat16
-    exact, _ = sd.apply_unet(tiny.unet, tiny.params["unet"], *inputs)
+    apply = jax.jit(functools.partial(sd.apply_unet, tiny.unet))
+    exact, _ = apply(tiny.params["unet"], *inputs)
     exact = np.asarray(exact, np.float64)
     errors = {
         name: np.linalg.norm(np.asarray(out, np.float64) - exact)
@@ -312,11 +318,11 @@ def test_text_is_projected_once(tiny, rng, remat):
     z, t, c = unet_inputs(rng)
     params = tiny.params["unet"]
     unet = tiny.unet.clone(kernels=Kernels(remat=remat))
-    text = sd.project_text(unet, params, c)
+    text = jax.jit(functools.partial(sd.project_text, unet))(params, c)
     assert len(jax.tree.leaves(text)) == 2 * 4  # keys and values of each transformer
-    out, _ = sd.apply_unet(unet, params, z, t, c)
-    ours, _ = sd.apply_unet(unet, params, z, t, c, text=text)
+    plain = jax.jit(lambda c: sd.apply_unet(unet, params, z, t, c)[0])
+    given = jax.jit(lambda c: sd.apply_unet(unet, params, z, t, c, text=text)[0])
+    out, ours = plain(c), given(c)
     assert relative_error(ours, out) < 1e-6
-    ignored, _ = sd.apply_unet(unet, params, z, t, 0 * c, text=text)
-    np.testing.assert_array_equal(ours, ignored)
-    assert relative_error(sd.apply_unet(unet, params, z, t, 0 * c)[0], out) > 0.1
+    np.testing.assert_array_equal(ours, given(0 * c))
+    assert relative_error(plain(0 * c), out) > 0.1
