@@ -18,7 +18,7 @@ Suites (two CPU cores; their times: docs/lab/benchmark.md):
     :trade_off  the default defense, surer or less sure of what it closes at
     :ablations  choices of gift and gift_adversarial one by one, on the quick suite
     :flow       the defenses that emoji-flow can have, the transformer of flow matching,
-                and gift on other parts of it; its quick suite, on a test thing
+                and gift on other parts of it, under three attacks, on a test thing
 
 Repeat the command to resume. The things that emoji-sd knows, and those that it has not
 seen, are divided once into tuning and test; three artists' images are the defense's,

@@ -3,8 +3,9 @@
 
     python -m gift_jax.pretrain --config configs/emoji_flow_pretrain.py --workdir RUN
 
-Hardware: two CPU cores. Cost and result: not yet run. Every constant is ours. The width
-keeps the folder below 25 MB; queries and keys are normalized, as SD 3.5's are.
+Hardware: two CPU cores. Cost and result: docs/lab/emoji_flow.md. Every constant is
+ours. The width keeps the folder below 25 MB; queries and keys are normalized, as SD
+3.5's are.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 """How good is emoji-sd? All that it knows in six styles, judged; the VAE; the judge.
 
     python -m gift_jax.pretrain.quality --out docs/emoji_sd
+    python -m gift_jax.pretrain.quality --model emoji-flow --out docs/emoji_flow
 
 The last stage of gift_jax.pretrain; writes quality.json and grid.png (48 random
 prompts, uncurated). Options name another model or judge folder.
