@@ -5,8 +5,6 @@ import ast
 import json
 import pathlib
 
-import pytest
-
 PATH = pathlib.Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
 
 
@@ -17,7 +15,6 @@ def code_cells():
     return ["".join(cell["source"]) for cell in cells]
 
 
-@pytest.mark.slow
 def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
