@@ -67,7 +67,7 @@ def test_a_component_of_the_index_is_of_two_names(tiny_folder, tmp_path, value):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"_class_name": "FluxPipeline"}, "_class_name='FluxPipeline'"),
+        ({"_class_name": "PixArtSigmaPipeline"}, "_class_name='PixArtSigmaPipeline'"),
         ({"_class_name": "StableDiffusion3Pipeline"}, "transformer is None"),
         ({"_class_name": "StableDiffusionXLPipeline"}, "text_encoder_2 is None"),
         ({"_class_name": ["pipeline", "Own"]}, "must be the name of a pipeline"),
