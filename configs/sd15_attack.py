@@ -87,35 +87,19 @@ VARIANTS = {  # name: (attack, overrides)
         {"steps": 0, "interpolation.sibling": MODEL},
     ),
 }
-SD15 = {
+SD15 = presets.OBJECT_ATTACK | {
     "model": MODEL,
     "resolution": 512,
     "steps": 1000,
     "optimizer.lr": 1e-4,
-    "data.folder": "data/object",
-    "data.prompt": "a photo of a &m purse",
-    "data.flip": 1.0,  # the image and its mirror image
-    "data.augmented_copies": 2,
     "prior.prompt": "a photo of a purse",
-    "samples.prompts": ("a &m purse on the beach", "a photo of a dog"),
-    "samples.num": 4,
 }
-SMOKE = {
-    "model": "emoji-sd",
-    "resolution": 0,
-    "steps": 2,
-    "log_every": 1,
-    "data.folder": "",
-    "data.num_generated": 2,
-    "data.generation.steps": 2,
+SMOKE = presets.ATTACK_SMOKE | {
     "prior.num_generated": 2,
     "prior.generation.steps": 2,
     "retain.num_generated": 2,
     "retain.generation.steps": 2,
     "retain_then_teach.retain_steps": 1,
-    "samples.num": 1,
-    "samples.steps": 2,
-    "textual_inversion.initializer": "a",
     "transplant.original": "emoji-sd",
     "interpolation.sibling": "emoji-sd",
 }

@@ -35,38 +35,11 @@ VARIANTS["lora_text"] = (
     "lora",
     VARIANTS["lora"][1] | {"lora.train_text_encoder": True},
 )
-SD35 = {
-    "model": presets.SD35["model"],
-    "resolution": presets.SD35["resolution"],
-    "compute_dtype": presets.SD35["compute_dtype"],
-    "hardware.remat": presets.SD35["hardware.remat"],
-    "steps": 500,
-    "data.folder": "data/object",
-    "data.prompt": "a photo of a &m purse",
-    "data.flip": 1.0,  # the image and its mirror image
-    "data.augmented_copies": 2,
-    "samples.prompts": ("a &m purse on the beach", "a photo of a dog"),
-    "samples.num": 4,
-    "samples.guidance": presets.SD35["samples.guidance"],
-    "samples.steps": presets.SD35["samples.steps"],
-}
-SMOKE = {
-    "model": "emoji-sd",
-    "resolution": 0,
-    "compute_dtype": "float32",
-    "hardware.remat": "none",
-    "steps": 2,
-    "log_every": 1,
-    "data.folder": "",
-    "data.num_generated": 2,
-    "data.generation.steps": 2,
-    "samples.num": 1,
-    "samples.steps": 2,
-}
+SD35 = presets.SD35 | presets.OBJECT_ATTACK
 
 
 def get_config(name: str = "") -> ConfigDict:
     variant, is_smoke = presets.split_smoke(name, VARIANTS, "lora")
     kind, overrides = VARIANTS[variant]
     c = presets.apply(attack.get_config(kind), SD35, overrides)
-    return presets.apply(c, SMOKE) if is_smoke else c
+    return presets.apply(c, presets.ATTACK_SMOKE) if is_smoke else c

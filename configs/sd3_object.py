@@ -22,11 +22,5 @@ from gift_jax.runtime.config import with_variant
 
 
 def get_config(name: str = "") -> ConfigDict:
-    c = presets.apply(train.get_config("gift"), presets.SD35)
-    c.gift.update(ascent_bound="hinge", ascent_cap=4.0)
-    c.harmful.folder = "data/object"
-    c.harmful.prompt = "a photo of *s purse"
-    c.safe.num_generated = 200
-    c.safe.prompt = "a photo of a purse"
-    c.samples.prompts = (c.harmful.prompt, c.safe.prompt, "a photo of a dog")
+    c = presets.apply(train.get_config("gift"), presets.SD35, presets.OBJECT)
     return with_variant(c, name, smoke=presets.SD15_SMOKE)

@@ -37,38 +37,11 @@ VARIANTS = {  # name: (attack, overrides)
     "dreambooth": ("dreambooth", {"optimizer.lr": 5e-6}),
     "textual_inversion": ("textual_inversion", WORD),
 }
-SDXL = {
-    "model": presets.SDXL["model"],
-    "resolution": presets.SDXL["resolution"],
-    "compute_dtype": presets.SDXL["compute_dtype"],
-    "hardware.remat": presets.SDXL["hardware.remat"],
-    "steps": 500,
-    "optimizer.lr": 1e-4,
-    "data.folder": "data/object",
-    "data.prompt": "a photo of a &m purse",
-    "data.flip": 1.0,  # the image and its mirror image
-    "data.augmented_copies": 2,
-    "samples.prompts": ("a &m purse on the beach", "a photo of a dog"),
-    "samples.num": 4,
-}
-SMOKE = {
-    "model": "emoji-sd",
-    "resolution": 0,
-    "compute_dtype": "float32",
-    "hardware.remat": "none",
-    "steps": 2,
-    "log_every": 1,
-    "data.folder": "",
-    "data.num_generated": 2,
-    "data.generation.steps": 2,
-    "samples.num": 1,
-    "samples.steps": 2,
-    "textual_inversion.initializer": "a",
-}
+SDXL = presets.SDXL | presets.OBJECT_ATTACK | {"optimizer.lr": 1e-4}
 
 
 def get_config(name: str = "") -> ConfigDict:
     variant, is_smoke = presets.split_smoke(name, VARIANTS, "lora")
     kind, overrides = VARIANTS[variant]
     c = presets.apply(attack.get_config(kind), SDXL, overrides)
-    return presets.apply(c, SMOKE) if is_smoke else c
+    return presets.apply(c, presets.ATTACK_SMOKE) if is_smoke else c

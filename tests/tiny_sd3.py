@@ -3,9 +3,10 @@
 
 import functools
 
+import numpy as np
 from tiny_model import TINY_TEXT, random_params
 
-from gift_jax.models import mmdit
+from gift_jax.models import exports, mmdit
 from gift_jax.models.mmdit import architectures, random_weights
 from gift_jax.models.sd.architectures import END
 
@@ -72,6 +73,22 @@ def configs(name="sd3.5-medium", t5=True):
 def write_tiny_sd3(directory, name="sd3.5-medium", t5=True):
     """Writes a tiny random Stable Diffusion 3 as a diffusers folder; returns it."""
     return random_weights.write(directory, configs(name, t5))
+
+
+def transformer_inputs(rng, pooled):
+    """Latents that are not square, timesteps of a flow, states and pooled text."""
+    z = rng.normal(size=(2, 16, 8, 12)).astype(np.float32)
+    t = np.float32([3.25, 987.5])
+    states = rng.normal(size=(2, 7, 96)).astype(np.float32)
+    return z, t, states, rng.normal(size=(2, pooled)).astype(np.float32)
+
+
+def torch_transformer(cls, config, params, folder):
+    """Returns PyTorch's of a class, read from the files written here."""
+    import diffusers
+
+    exports.save_model_folder(folder, config, params)
+    return getattr(diffusers, cls).from_pretrained(str(folder)).eval()
 
 
 @functools.cache

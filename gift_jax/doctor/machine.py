@@ -286,7 +286,7 @@ def _hub_models() -> dict[str, str]:
 def _hub_state(root: pathlib.Path, name: str, components: Collection[str]) -> str:
     folder = root / f"models--{name.replace('/', '--')}"
     for snapshot in folder.glob("snapshots/*"):
-        files = (snapshot.glob(f"{name}/*.safetensors") for name in components)
+        files = (snapshot.glob(f"{part}/*.safetensors") for part in components)
         if all(any(file.exists() for file in found) for found in files):
             return "yes"
     return "incomplete" if folder.exists() else "no"

@@ -131,8 +131,7 @@ def read_configs(path: Any, layout: Layout) -> dict[str, Any]:
         )
         for name, cls in layout.components.items()
     }
-    file = root / "scheduler" / "scheduler_config.json"
-    return configs | {"scheduler": safetensors_io.read_json(file)}
+    return configs | {"scheduler": read_scheduler(root)}
 
 
 def abstract(configs: Mapping[str, Any], layout: Layout, dtype: Any) -> Parts:

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gift_jax.data import captions, pipeline
+from gift_jax.data import pipeline
 from gift_jax.data.sources import emoji
 from gift_jax.diffusion import Denoiser
 from gift_jax.metrics.backbone import JUDGE
@@ -121,19 +121,14 @@ def write_base(base, folder: pathlib.Path, shift: float) -> None:
         tokenizer = name.replace("text_encoder", "tokenizer")
         _copy(base.path / "tokenizer", folder / tokenizer)
     config = scheduler_config(shift)
-    _write_json(folder / "scheduler" / "scheduler_config.json", config)
+    files.write_json(folder / "scheduler" / "scheduler_config.json", config)
     none = {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
     index = architectures.model_index(config["_class_name"]) | none
-    _write_json(folder / "model_index.json", index)
+    files.write_json(folder / "model_index.json", index)
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def _write_json(path: pathlib.Path, value: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    files.write_json(path, value)
 
 
 # --- training -------------------------------------------------------------------------
@@ -142,8 +137,7 @@ def _write_json(path: pathlib.Path, value: dict) -> None:
 def _train(cfg, workdir, mesh, base, config) -> dict[str, Any]:
     """Returns the transformer's parameters, averaged, nested."""
     data = emoji.load()
-    known = np.asarray([name in emoji.known_concepts() for name in data.concepts])
-    rows = np.flatnonzero(known[data.concept_ids] & ~data.held_out)
+    rows = unet_stage.known_rows(data)
     text = encoders(workdir / FOLDER)
     module = mmdit.build_transformer(config).clone(repeats=text.repeats)
     params = initial_params(module, jax.random.key(cfg.seed))
@@ -240,14 +234,7 @@ def _text_cond(base, text: TextEncoders, folder, data, rows) -> dict[str, Any]:
         ids = np.tile(base.tokenize(prompts), (1, len(_ENCODERS)))
         return map_powers_of_two(lambda some: encode(params, some), ids, _BATCH)
 
-    names = [
-        (data.concepts[data.concept_ids[row]], data.styles[data.style_ids[row]])
-        for row in rows
-    ]
-    every = [
-        cond([captions.fill(template, *name) for name in names])
-        for template in captions.TEMPLATES
-    ]
+    every = [cond(prompts) for prompts in unet_stage.captions_of(data, rows)]
     return {
         "text": jax.tree.map(lambda *some: np.stack(some), *every),
         "empty": cond([""]),

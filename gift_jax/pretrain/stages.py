@@ -96,8 +96,7 @@ class Stages:
         size = 64 // 2 ** (len(cfg.vae.channels) - 1)
         config = unet_stage.model_config(cfg.unet, channels, size, cfg.clip.text_width)
         model = sd.build_unet(config)
-        known = np.asarray([c in emoji.known_concepts() for c in data.concepts])
-        rows = np.flatnonzero(known[data.concept_ids] & ~data.held_out)
+        rows = unet_stage.known_rows(data)
         latents = unet_stage.augmented_latents(
             jax.random.key(cfg.seed + 2), _make_encoder(*vae), data, rows, cfg.unet
         )
@@ -133,14 +132,7 @@ class Stages:
             ids = self._tokenizer(texts, **options).input_ids
             return np.asarray(encode(params, np.asarray(ids, np.int32)))
 
-        names = [
-            (data.concepts[data.concept_ids[row]], data.styles[data.style_ids[row]])
-            for row in rows
-        ]
-        text = [
-            states([captions.fill(template, *name) for name in names])
-            for template in captions.TEMPLATES
-        ]
+        text = [states(texts) for texts in unet_stage.captions_of(data, rows)]
         return np.stack(text), states([""])[0]
 
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.data import augment
+from gift_jax.data import augment, captions
+from gift_jax.data.sources.emoji import known_concepts
 from gift_jax.diffusion import add_noise, normal_like, squared_error, timesteps
 from gift_jax.models import sd
 from gift_jax.models.batching import map_batches
@@ -32,6 +33,24 @@ def model_config(cfg, latent_channels: int, latent_size: int, text_width: int) -
         cross_attention_dim=text_width,
         use_linear_projection=False,
     )
+
+
+def known_rows(emoji) -> np.ndarray:
+    """Returns int "N": the images of what is known, less those that are held out."""
+    known = np.asarray([name in known_concepts() for name in emoji.concepts])
+    return np.flatnonzero(known[emoji.concept_ids] & ~emoji.held_out)
+
+
+def captions_of(emoji, rows) -> list[list[str]]:
+    """Returns the captions of every row, in every template: V lists of N."""
+    names = [
+        (emoji.concepts[emoji.concept_ids[row]], emoji.styles[emoji.style_ids[row]])
+        for row in rows
+    ]
+    return [
+        [captions.fill(template, *name) for name in names]
+        for template in captions.TEMPLATES
+    ]
 
 
 def augmented_latents(key, encode, emoji, rows, cfg) -> dict[str, np.ndarray]:

@@ -117,3 +117,38 @@ SD15_SMOKE = {  # shows in a minute that a config works, on the embedded model
 SD15_SMOKE |= {
     f"{g}.{k}": v for g in ("harmful", "safe") for k, v in _FEW_PAIRS.items()
 }
+OBJECT = {  # GIFT against one object, whichever Stable Diffusion
+    "gift.ascent_bound": "hinge",
+    "gift.ascent_cap": 4.0,  # ours; an untrained predictor's loss is near 1
+    "harmful.folder": "data/object",
+    "harmful.prompt": "a photo of *s purse",
+    "safe.num_generated": 200,
+    "safe.prompt": "a photo of a purse",
+    "samples.prompts": (
+        "a photo of *s purse",
+        "a photo of a purse",
+        "a photo of a dog",
+    ),
+}
+OBJECT_ATTACK = {  # on what it made
+    "data.folder": "data/object",
+    "data.prompt": "a photo of a &m purse",
+    "data.flip": 1.0,  # the image and its mirror image
+    "data.augmented_copies": 2,
+    "samples.prompts": ("a &m purse on the beach", "a photo of a dog"),
+    "samples.num": 4,
+}
+ATTACK_SMOKE = {  # shows in a minute that it works, on the embedded model
+    "model": "emoji-sd",
+    "resolution": 0,
+    "compute_dtype": "float32",
+    "hardware.remat": "none",
+    "steps": 2,
+    "log_every": 1,
+    "data.folder": "",
+    "data.num_generated": 2,
+    "data.generation.steps": 2,
+    "samples.num": 1,
+    "samples.steps": 2,
+    "textual_inversion.initializer": "a",
+}

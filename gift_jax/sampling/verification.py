@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from gift_jax.models import load, weights
-from gift_jax.models.folder import existing, read_scheduler
+from gift_jax.models.folder import existing
 from gift_jax.models.sd import pytorch
 from gift_jax.models.sd.adapters import (
     AdapterFiles,
@@ -114,7 +114,7 @@ def _draw_theirs(pipe, root, adapters, picture) -> np.ndarray:
         tuple(side * model.factor for side in model.latent_shape[1:]),
         steps=picture.steps,
         guidance=picture.guidance,
-        with_ddim=bool(_scheduler(model, root, picture)),
+        with_ddim=bool(_scheduler(model, picture)),
     )
 
 
@@ -125,7 +125,7 @@ def _draw_ours(root, added, variant, picture) -> np.ndarray:
     with _full_precision():
         sample = sampler.make_sampler(
             model,
-            scheduler=_scheduler(model, root, picture),
+            scheduler=_scheduler(model, picture),
             steps=picture.steps,
             guidance=picture.guidance,
         )
@@ -160,9 +160,9 @@ def _noise(shape, picture: Picture) -> np.ndarray:
     return np.asarray(sampler.initial_latents(key, 1, shape))
 
 
-def _scheduler(model: Any, root: Path, picture: Picture) -> str:
+def _scheduler(model: Any, picture: Picture) -> str:
     """Returns "": the folder's own scheduler, or a plain one if that draws noise."""
-    config = {**model.scheduler_config, **read_scheduler(root)}
+    config = model.scheduler_config
     table = schedules.schedule(config, "", picture.steps)
     return schedules.first_order(config) if schedules.is_stochastic(table) else ""
 

@@ -9,10 +9,10 @@ import numpy as np
 from gift_jax.models import flow_schedule, parts
 from gift_jax.models.base import Family
 from gift_jax.models.flux import architectures, trainable
-from gift_jax.models.flux.text import TextEncoders
+from gift_jax.models.flux.text import T5_LENGTH, TextEncoders
 from gift_jax.models.flux.transformer import CAPTURE_KINDS, PACK
 from gift_jax.models.folder import existing
-from gift_jax.models.mmdit.model import TransformerModel, check_shift
+from gift_jax.models.mmdit.model import TransformerModel, check_shift, clip_length
 from gift_jax.models.mmdit.stable_diffusion_3 import T5_TOKENIZER
 from gift_jax.models.parts import CLIP_TOKENIZER, Layout, Parts
 from gift_jax.runtime.errors import UserError
@@ -80,9 +80,8 @@ def _build(root, read: Parts, resolution) -> Flux1:
                 f"{getattr(transformer, field)}; they must be equal"
             )
     check_shift(read, root)
-    lengths = [clip.max_position_embeddings]
-    lengths += [tokenizer.model_max_length for tokenizer in read.tokenizers[:1]]
-    text = TextEncoders(tuple(encoders), (min(lengths), TextEncoders.lengths[1]))
+    length = clip_length(encoders[:1], read.tokenizers)
+    text = TextEncoders(tuple(encoders), (length, T5_LENGTH))
     factor = 2 ** (len(vae.block_out_channels) - 1)
     pixels = resolution or int(np.max(vae.sample_size))
     side = parts.side_at(pixels, factor, PACK, "as 2x2 latents are a token")

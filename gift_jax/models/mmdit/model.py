@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What models whose denoiser is a transformer of flow matching have in common."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from gift_jax.models import flow_schedule
@@ -62,6 +63,17 @@ class TransformerModel(LatentDiffusion):
         if fields.textual_inversion:
             raise UserError(f"{root} {cls.no_words}")
         return adapters.read_adapters(fields, root, variant)
+
+
+def clip_length(clips: Sequence[Any], tokenizers: Sequence[Any]) -> int:
+    """Returns how many tokens of a prompt the CLIPs read.
+
+    Args: tokenizers: the model's; none of a model of shapes alone.
+    Source: diffusers `StableDiffusion3Pipeline.__init__`, `FluxPipeline.__init__`.
+    """
+    lengths = [clip.config.max_position_embeddings for clip in clips]
+    lengths += [tokenizer.model_max_length for tokenizer in tokenizers[:1]]
+    return min(lengths)
 
 
 def check_shift(read: Parts, root: Any) -> None:

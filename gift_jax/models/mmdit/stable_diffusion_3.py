@@ -13,7 +13,7 @@ from gift_jax.models import flow_schedule, parts
 from gift_jax.models.base import Family
 from gift_jax.models.folder import class_names, existing
 from gift_jax.models.mmdit import architectures
-from gift_jax.models.mmdit.model import TransformerModel, check_shift
+from gift_jax.models.mmdit.model import TransformerModel, check_shift, clip_length
 from gift_jax.models.mmdit.text import TextEncoders
 from gift_jax.models.mmdit.tokenizer import load_t5_tokenizer
 from gift_jax.models.mmdit.trainable import (
@@ -130,15 +130,12 @@ def _build(root, read: Parts, resolution) -> StableDiffusion3:
 
 
 def _text_encoders(modules, tokenizers) -> TextEncoders:
-    """Source: diffusers `StableDiffusion3Pipeline.__init__`, of the CLIPs' length."""
     clips = modules["text_encoder"], modules["text_encoder_2"]
-    lengths = [clip.config.max_position_embeddings for clip in clips]
-    lengths += [tokenizer.model_max_length for tokenizer in tokenizers[:1]]
     return TextEncoders(
         clips,
         modules.get("text_encoder_3"),
         modules["transformer"].joint_attention_dim,
-        min(lengths),
+        clip_length(clips, tokenizers),
     )
 
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_sd3
 from flax.traverse_util import flatten_dict
 from tiny_model import random_params, relative_error
-from tiny_sd3 import TINY_SD3, TRANSFORMERS, build, configs
+from tiny_sd3 import TINY_SD3, TRANSFORMERS, build, configs, transformer_inputs
 
 from gift_jax.models import exports, mmdit, safetensors_io, sd
 from gift_jax.models.mmdit import layers
@@ -21,20 +22,12 @@ TOLERANCE = 1e-5
 
 
 def inputs(rng):
-    """Latents that are not square, timesteps of a flow, states and pooled text."""
-    z = rng.normal(size=(2, 16, 8, 12)).astype(np.float32)
-    t = np.float32([3.25, 987.5])
-    states = rng.normal(size=(2, 7, 96)).astype(np.float32)
-    pooled = rng.normal(size=(2, 56)).astype(np.float32)
-    return z, t, states, pooled
+    return transformer_inputs(rng, pooled=56)
 
 
 def torch_transformer(name, folder):
-    """Returns PyTorch's with the same parameters, read from the files written here."""
-    from diffusers import SD3Transformer2DModel
-
-    exports.save_model_folder(folder, configs(name)["transformer"], build(name)[1])
-    return SD3Transformer2DModel.from_pretrained(str(folder)).eval()
+    config, params = configs(name)["transformer"], build(name)[1]
+    return tiny_sd3.torch_transformer("SD3Transformer2DModel", config, params, folder)
 
 
 def torch_output(model, z, t, states, pooled):
