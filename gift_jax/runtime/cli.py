@@ -15,9 +15,12 @@ from absl import flags as absl_flags
 from absl import logging
 from ml_collections import ConfigDict
 
+import gift_jax
 from gift_jax.runtime import files, malloc, signals
 from gift_jax.runtime.config import load_config, override
 from gift_jax.runtime.errors import CommandExit, DiskError, StoppedBySignal, UserError
+
+_PACKAGE = pathlib.Path(gift_jax.__file__).parent
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,7 +152,7 @@ def _print_unraisable(event) -> None:
 
 def _ours_or_serious(record: std_logging.LogRecord) -> bool:
     # Orbax logs twenty lines a checkpoint through the same logger.
-    if "gift_jax" in pathlib.Path(record.pathname).parts:
+    if pathlib.Path(record.pathname).is_relative_to(_PACKAGE):
         return True
     harmless = "Skipping merge of OCDBT" in str(record.msg)  # nobody asks for a merge
     # An error that a thread of Orbax logs with a traceback is raised in the main one.

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import logging as std_logging
 import math
 import os
 import pathlib
@@ -509,6 +510,20 @@ def test_two_runs_in_one_process_keep_their_logs_apart(tmp_path):
 
 
 # --- the command lines' frame ---------------------------------------------------------
+
+
+def test_libraries_are_quiet_in_a_clone_of_any_name():
+    """A virtual environment may lie in a folder that is named as the package is."""
+    package = pathlib.Path(gift_jax.__file__).parent
+
+    def shown(path, level=std_logging.INFO):
+        record = std_logging.LogRecord("absl", level, str(path), 1, "text", (), None)
+        return cli._ours_or_serious(record)
+
+    library = pathlib.Path("/home/me/gift_jax/.venv/lib/orbax/checkpoint.py")
+    assert shown(package / "training" / "loop.py")
+    assert not shown(library) and not shown(package.parent / ".venv/lib/orbax/a.py")
+    assert shown(library, std_logging.WARNING)
 
 
 @pytest.mark.parametrize(
