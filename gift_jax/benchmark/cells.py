@@ -18,14 +18,13 @@ from gift_jax.benchmark import store, table, workload
 from gift_jax.benchmark.evaluation import Evaluator
 from gift_jax.benchmark.matrix import Cell, Matrix
 from gift_jax.benchmark.summary import ORIGINAL
-from gift_jax.models.folder import read_scheduler
-from gift_jax.models.load import load_named, model_folder
+from gift_jax.models.load import abstract_model, load_named
 from gift_jax.runtime import files, progress
 from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
 from gift_jax.runtime.versions import versions_and_commit
 from gift_jax.runtime.workdir import log_to_file
-from gift_jax.sampling.images import check_scheduler
+from gift_jax.sampling.images import check_samples
 from gift_jax.state import Step
 from gift_jax.training import loop
 
@@ -45,8 +44,8 @@ def run(matrix: Matrix, workdir: pathlib.Path) -> None:
     left = unfinished(matrix, results)
     if not left:
         return
-    _check_samples(matrix)
     init_jax(workload.cpu_devices(matrix, left))  # the same for every job
+    _check_samples(matrix)
     log_to_file(workdir)
     bench = Bench(matrix, workdir, results)
     bench.evaluator.check_images()
@@ -87,10 +86,9 @@ def unfinished(matrix: Matrix, results: store.Store) -> list[Cell]:
 
 def _check_samples(matrix: Matrix) -> None:
     """Raises UserError if the model's scheduler cannot draw the samples."""
-    fields, samples = matrix.fields, matrix.fields.samples
-    folder = model_folder(fields.model, fields.revision, fields.variant)
-    config = read_scheduler(folder)
-    check_scheduler(config, "config.samples", samples.steps, samples.scheduler)
+    fields = matrix.fields
+    model = abstract_model(fields.model, revision=fields.revision)
+    check_samples(model, fields.samples)
 
 
 class Bench:

@@ -82,6 +82,11 @@ def check(config: Mapping[str, Any], file: str) -> None:
             f"{file}: scheduler {shown(config.get('_class_name'))} is not one of "
             f"diffusers' for flow matching; must be {' or '.join(CLASSES)}"
         )
+    if TOKENS in config and config["_class_name"] != CLASSES[0]:
+        raise UserError(
+            f"{file}: scheduler {shown(config['_class_name'])} must be {CLASSES[0]}: "
+            "the pipeline hands over the levels, which no other class takes"
+        )
     config_keys.check(_KEYS, config, file)
 
 

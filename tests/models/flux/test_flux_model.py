@@ -94,6 +94,11 @@ MISFITS = [  # (file, its new keys, message)
     ),
     ("scheduler/scheduler_config.json", dict(max_image_seq_len=9), "must be above 256"),
     ("scheduler/scheduler_config.json", dict(invert_sigmas=True), "invert_sigmas=True"),
+    (
+        "model_index.json",
+        dict(scheduler=["diffusers", "FlowMatchHeunDiscreteScheduler"]),
+        "'FlowMatchHeunDiscreteScheduler' must be FlowMatchEulerDiscreteScheduler",
+    ),
 ]
 
 

@@ -2,17 +2,21 @@
 """FLUX.1 through the commands, where no flag says so."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from command_runs import CONFIGS, NO_SAMPLES, NOT_VERIFIED, changed
+from ml_collections import ConfigDict
 from tiny_model import write_pictures
 
 from gift_jax import attack, convert, train
+from gift_jax.benchmark import cells
 from gift_jax.models import load
 from gift_jax.models.sd.adapters import AdapterFiles
 from gift_jax.runtime.errors import UserError
+from gift_jax.sampling.images import Samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and peft's own
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"
@@ -74,6 +78,15 @@ def test_lora_is_diffusers(flux_folders, images, tmp_path, capsys):
     argv = ["verify", f"--model={folder}", f"--lora={file}", "--no-picture"]
     assert convert.main(argv) == 0
     assert re.search("4 components and 18 LoRA layers", capsys.readouterr().out)
+
+
+def test_a_benchmark_knows_that_its_shift_is_the_images(flux_folders):
+    fields = ConfigDict({"model": str(flux_folders["dev"]), "revision": ""})
+    fields.samples = Samples(num=1, steps=4)
+    cells._check_samples(SimpleNamespace(fields=fields))
+    fields.samples = Samples(num=1, steps=1001)
+    with pytest.raises(UserError, match="samples.steps=1001 must be at most 1000"):
+        cells._check_samples(SimpleNamespace(fields=fields))
 
 
 def test_what_cannot_be_is_one_line(flux_folders, images, tmp_path):
