@@ -4,7 +4,7 @@
     python -m gift_jax.attack --config configs/emoji_attack.py \\
         --config.model=runs/gift/export --workdir runs/gift_attacked
 
-    --config configs/emoji_attack.py:dreambooth          every parameter of the UNet
+    --config configs/emoji_attack.py:dreambooth          every parameter of the denoiser
     --config configs/emoji_attack.py:textual_inversion   one new word, "<thing>"
     --config configs/emoji_attack.py:embedding_search    the same, few steps, 8 vectors
     --config configs/emoji_attack.py:word_search         words that the model has
