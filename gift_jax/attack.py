@@ -167,6 +167,8 @@ def train(
     run = dataclasses.replace(run, revision=cfg.revision)
     model = setup.load_run_model(run, mesh)
     check_samples(model, run.samples)
+    content = model.folder.content_hash()
+    workdir.check_workdir(cfg, folder, base=content)
     task = base.Task(run.settings, run, model)
     plan = attack.plan(task) if attack.plan else None
     data = {
@@ -177,7 +179,7 @@ def train(
         attack.check_prompts(run.settings, data["data"].every_caption)
     if plan is None:
         plan = _edited(attack.edit(dataclasses.replace(task, data=data)), model)
-    workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())
+    workdir.prepare_workdir(cfg, folder, base=content)
 
     def call(step, params):
         changed = attack.changed(run.settings, model.folder, params)

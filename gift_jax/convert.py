@@ -230,6 +230,10 @@ class Run:
                 f"{self.base}: its content ({content[:12]}) is not what the run "
                 f"started from ({self.base_sha256[:12]}); name that model with --base"
             )
+        later = sorted(parent.glob("*/checkpoints"))
+        if later and step is None:
+            folder = later[-1]
+            logging.info("--checkpoint: of the run's last phase, %s", folder)
         self.step, params = checkpoint.read_params(folder, step)
         command = {"train": train, "attack": attack}[cfg["kind"]]
         run = command.resolve(cfg, with_data=False)
@@ -244,8 +248,22 @@ class Run:
             sets = family_of(self.base).trainable_sets
             selected = select_trainable(dict.fromkeys(paths), run.trainable, sets)[0]
             self.changed = method.exported(params, tuple(selected))
+            self._check_shapes(folder)
         self.changed = base_folder.adapted_params() | self.changed
         self.tokenizer = self.tokenizer or base_folder.added_tokenizer()
+
+    def _check_shapes(self, folder):
+        """Raises UserError if a phase trained another network, such as a detector."""
+        entries = self.base_entries()
+        for path, array in self.changed.items():
+            shape = safetensors_io.to_torch_layout(path, np.asarray(array)).shape
+            name, entry = entries[path]
+            if shape != entry.shape:
+                raise UserError(
+                    f"--checkpoint={folder}: {name} has PyTorch shape {list(shape)}, "
+                    f"in the base {list(entry.shape)}; of a later phase the "
+                    "checkpoints are in RUN/PHASE/checkpoints"
+                )
 
     def base_entries(self):
         """Returns {Flax path: (name, entry)} of the base's denoiser."""
@@ -353,7 +371,7 @@ def _parser():
 
 _VERIFY = (
     "whether PyTorch's diffusers loads and draws a model as gift_jax does",
-    ". Needs pip install 'gift_jax[torch]', and memory for the weights in float32, "
+    ". Needs pip install '.[torch]', and memory for the weights in float32, "
     "once: 4.3 GB for Stable Diffusion 1.5, 14 GB for SDXL, and what drawing takes. "
     "Exit code 0: the pictures agree; 1: one line says what does not.",
 )

@@ -127,8 +127,10 @@ def _immunize(cfg: ConfigDict, settings: TrainRun, folder: pathlib.Path) -> None
     model.trainable_paths(settings.trainable)  # UserError for an unknown set
     defense.check(settings.settings, model)
     check_samples(model, settings.samples)
+    content = model.folder.content_hash()
+    workdir.check_workdir(cfg, folder, base=content)
     task = _task(settings, defense, model)
-    workdir.prepare_workdir(cfg, folder, base=model.folder.content_hash())
+    workdir.prepare_workdir(cfg, folder, base=content)
     before = folder / "samples" / "before.png"
     if settings.samples.num and not before.exists():
         _save_samples(model, settings, before)

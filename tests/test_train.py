@@ -219,9 +219,12 @@ def test_gate_is_in_the_export_as_pytorch_computes_it(tmp_path, monkeypatch):
     preserved = [line["step"] for line in logged(tmp_path / "run" / "preserve")]
     assert (detected, preserved) == ([1, 2], [1])
     export, out = tmp_path / "run" / "export", tmp_path / "converted"
-    checkpoints = tmp_path / "run" / "preserve" / "checkpoints"
-    convert.main(["to-diffusers", f"--checkpoint={checkpoints}", f"--out={out}"])
+    flag = f"--checkpoint={tmp_path / 'run' / 'checkpoints'}"
+    convert.main(["to-diffusers", flag, f"--out={out}"])  # of the last phase
     assert changed(base, export) and not changed(export, out)
+    tensors = f"--out={tmp_path / 'detector.safetensors'}"
+    with pytest.raises(UserError, match=r"has PyTorch shape \[8.*; of a later phase"):
+        convert.main(["to-unet-state", flag, "--step=2", tensors])
     # a detector of two steps closes at once, if at all: both sides have to do the same
     torch = pytest.importorskip("torch")
     from diffusers import UNet2DConditionModel
@@ -378,11 +381,12 @@ def test_malformed_model_folder_is_named(
 
 
 def test_zero_steps_export_the_base_and_another_run_is_refused_its_folder(
-    run_train, tiny_folder, tmp_path
+    run_train, tiny_folder, tmp_path, monkeypatch
 ):
     flags = ("--config.steps=0", NO_SAMPLES)
     run = run_train(tmp_path / "run", *flags)
     assert not changed(tiny_folder, run / "export")
+    monkeypatch.setattr(train, "load_group", None)  # before any data is made
     with pytest.raises(UserError, match=r"another config \(upper.lr was .*, is 0.5\)"):
         run_train(run, *flags, "--config.upper.lr=0.5")
     model = tmp_path / "model"

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging as std_logging
 import pathlib
+from typing import Any
 
 import filelock
 from absl import logging
@@ -68,10 +69,7 @@ def prepare_workdir(
         with _writing(workdir):
             lock(workdir)
     path = workdir / "config.json"
-    new = json.loads(json.dumps(cfg.to_dict()))
-    new.get("hardware", {}).pop("processes", None)  # differs between those of a run
-    if base:
-        new["base_sha256"] = base
+    new = _recorded(cfg, base)
     if path.exists():
         _check_same_run(path, new)
     if not processes.is_main_process():
@@ -79,8 +77,25 @@ def prepare_workdir(
     with _writing(workdir):
         files.write_json(path, new)
     log_to_file(workdir)
-    logging.info("config %s", json.dumps(new, sort_keys=True))
+    logging.info("config %s", path)
     return workdir
+
+
+def check_workdir(cfg: ConfigDict, workdir: pathlib.Path, *, base: str = "") -> None:
+    """Raises UserError if the folder belongs to a run of another config.
+
+    `prepare_workdir` does, too: this is for before the work that comes before it.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        _check_same_run(path, _recorded(cfg, base))
+
+
+def _recorded(cfg: ConfigDict, base: str) -> dict[str, Any]:
+    """Returns what a run's config.json holds."""
+    recorded = json.loads(json.dumps(cfg.to_dict()))
+    recorded.get("hardware", {}).pop("processes", None)  # differs between those of one
+    return recorded | {"base_sha256": base} if base else recorded
 
 
 def _check_same_run(path: pathlib.Path, new: dict) -> None:
