@@ -34,7 +34,7 @@ from gift_jax.compile import tpu
 from gift_jax.compile.hlo import Chip
 from gift_jax.defenses import base
 from gift_jax.models import sd
-from gift_jax.runtime import cli, presets
+from gift_jax.runtime import cli
 from gift_jax.runtime.config import load_config
 from gift_jax.training import sharding
 
@@ -94,11 +94,7 @@ def configs() -> Iterator[tuple[str, str, object]]:
         cfg = load_config(str(folder / f"{model}_object.py"))
         yield name, "gift", cfg
         yield name, "gift_adversarial", _like(attacker, cfg)
-        gate = load_config(str(folder / "sd15_gift_gate.py"))
-        if model == "sdxl":
-            presets.apply(gate, {k: presets.SDXL[k] for k in ("model", "resolution")})
-            gate.hardware.remat = cfg.hardware.remat
-        yield name, "gift_gate", gate
+        yield name, "gift_gate", load_config(str(folder / f"{model}_gift_gate.py"))
 
 
 def _like(cfg, other):

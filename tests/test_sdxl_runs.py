@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_model
 from command_runs import CONFIGS, NO_SAMPLES, changed
 from PIL import Image
 
@@ -71,6 +72,24 @@ def test_train(tiny_xl_folder, images, tmp_path, monkeypatch):
     assert moved and all(".attn2." in name for name in moved)
     assert not any(changed(tiny_xl_folder, export, file) for file in TEXT)
     assert drawn(pipeline(export), "a dog").std() > 0.01
+
+
+@pytest.mark.slow
+def test_gate(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
+    base = tiny_model.write_tiny_xl(tmp_path / "base", block_out_channels=[64, 128])
+    argv = [f"--config={CONFIGS / 'sdxl_gift_gate.py'}:smoke", NO_SAMPLES]
+    argv += [f"--config.model={base}", f"--workdir={tmp_path / 'run'}"]
+    argv += [f"--config.harmful.folder={images}", "--config.harmful.prompt=a thing"]
+    argv += ["--config.harmful.num_generated=0"]
+    argv += [f"--config.{group}.shift=4" for group in ("harmful", "safe")]
+    assert train.main(argv) == 0
+    assert (tmp_path / "run" / "preserve" / "metrics.jsonl").is_file()
+    export = tmp_path / "run" / "export"
+    kernel = changed(base, export)["conv_in.weight"]
+    assert np.abs(kernel).max() > 100 * 0.3  # of the tiny model's
+    assert not any(changed(base, export, file) for file in TEXT)
+    assert np.isfinite(drawn(pipeline(export), "a dog")).all()
 
 
 @pytest.mark.slow

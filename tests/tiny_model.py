@@ -113,9 +113,13 @@ def write_tiny(directory, scheduler=None, unet=None):
     return directory
 
 
-def write_tiny_xl(directory):
-    """Writes a tiny random SDXL as a diffusers folder, without torch."""
-    for seed, (kind, config) in enumerate(TINY_XL.items()):
+def write_tiny_xl(directory, **unet):
+    """Writes a tiny random SDXL as a diffusers folder, without torch.
+
+    Args: unet: other values of its config.
+    """
+    configs = TINY_XL | {"unet": TINY_XL["unet"] | unet}
+    for seed, (kind, config) in enumerate(configs.items()):
         params = random_params(KINDS[kind].build(config), 10 + seed)
         exports.save_model_folder(directory / kind, config, params)
     for name, pad in (("tokenizer", architectures.END), ("tokenizer_2", "!")):

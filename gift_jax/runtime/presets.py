@@ -130,6 +130,51 @@ OBJECT = {  # GIFT against one object, whichever Stable Diffusion
         "a photo of a dog",
     ),
 }
+GATE = {  # GIFT with a gate, against one thing that the model can draw
+    "steps": 3000,  # of the detector
+    "gift_gate.preserve_steps": 1000,
+    "checkpoints.every": 500,
+    "harmful.folder": "data/concept",
+    "harmful.prompt": "a gun",
+    "harmful.num_drawn": 400,
+    "harmful.drawn_prompts": (
+        "a photo of {concept}",
+        "{concept}, close-up",
+        "a person with {concept}",
+        "a painting of {concept}",
+        "a drawing of {concept}",
+        "a 3d render of {concept}",
+        "{concept} in a dark room",
+        "{concept} outdoors, in daylight",
+    ),
+    "safe.folder": "data/safe",
+    "upper.lr": 3e-3,
+    "upper.schedule": "cosine",
+    "upper.weight_decay": 0.0,
+    "upper.clip_norm": 0.0,
+    "lower.lr": 1e-5,
+    "lower.schedule": "cosine",
+    "lower.weight_decay": 0.0,
+    "samples.prompts": ("a photo of a gun", "a photo of a dog"),
+} | {
+    f"{group}.{field}": value
+    for group in ("harmful", "safe")
+    for field, value in {
+        "batch": 16,
+        "augmented_copies": 4,
+        "flip": 0.5,
+        "shift": 32,  # pixels of 512
+        "scale": 0.1,
+        "rotate": 10.0,
+        "color": 0.4,
+    }.items()
+}
+GATE_SMOKE = SD15_SMOKE | {
+    "gift_gate.preserve_steps": 1,
+    "harmful.num_drawn": 2,
+    "harmful.batch": 2,
+    "safe.batch": 2,
+}
 OBJECT_ATTACK = {  # on what it made
     "data.folder": "data/object",
     "data.prompt": "a photo of a &m purse",
