@@ -147,10 +147,10 @@ def run(cfg: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     }
     path = workdir / "results.json"
     files.write_json(path, results)
-    text = table.markdown(results)
-    files.write(workdir / "results.md", text)
+    files.write(workdir / "results.md", table.markdown(results))
+    text = table.markdown(results, with_provenance=False)
     _save_grids(run.samples if source.model else None, workdir, suite, eval_set)
-    logging.info("results: %s", path)
+    logging.info("results: %s; results.md says what each was measured with", path)
     Console(width=120).print(text, soft_wrap=True, highlight=False, markup=False)
     return path
 

@@ -139,7 +139,7 @@ def test_pytorch_reads_what_a_run_writes(
         run_attack(run, *flags, config=config, prompt="a <thing>")
     of_export, of_files = (line for line in log_lines if "verified: 3 comp" in line)
     assert "pictures differ by at most" in of_export
-    added = " and 12 LoRA layers and 12 LoRA layers"
+    added = " and 12 + 12 LoRA layers"
     added = added if which == "lora_run" else " and 2 vectors of <thing>"
     assert f"components{added} load in" in of_files
 

@@ -163,7 +163,7 @@ def test_driver_without_gpu_in_jax_names_the_extra(run, monkeypatch, driver, ext
     code, lines = run()
     (line,) = problems_of(lines)
     assert code == 1
-    assert driver in line and f"pip install -U 'gift-jax[{extra}]'" in line
+    assert driver in line and f"pip install -U '.[{extra}]'" in line
 
 
 def test_driver_with_cpu_chosen_names_the_variable(run, monkeypatch):

@@ -12,6 +12,7 @@ import gift_jax
 from gift_jax import evaluate
 from gift_jax.data.sources import emoji
 from gift_jax.models import load
+from gift_jax.runtime.config import load_config
 from gift_jax.runtime.errors import UserError
 from gift_jax.sampling import images
 from gift_jax.sampling.images import draw_images
@@ -64,7 +65,11 @@ def test_every_number_has_its_provenance_and_images_are_drawn_once(
     )
     assert "lpips_alex.safetensors" in results["skipped"]["lpips"]
     text = (tmp_path / "results.md").read_text()
-    assert "Skipped lpips" in text and text in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Skipped lpips" in text and "Skipped lpips" in shown
+    assert "backbone judge" in text and "backbone judge" not in shown
+    for line in shown.splitlines():  # a table's row without what it was measured with
+        assert line.removesuffix("|") in text
     for name in ("samples.png", "nearest.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width > 200
@@ -82,6 +87,15 @@ def test_sd15_config_measures_what_can_be_had(tmp_path):
     (why,) = (v for k, v in other["skipped"].items() if k.startswith("similarity"))
     assert "openai/clip-vit-base-patch32" in why
     assert "judge_image_similarity" in {one["metric"] for one in other["metrics"]}
+
+
+def test_a_variant_of_the_embedded_config_is_a_concept():
+    for variant, concept in (("", "bomb"), (":pill", "pill"), (":smoke", "bomb")):
+        cfg = load_config(str(CONFIGS / f"emoji_evaluate.py{variant}"), "evaluate")
+        assert cfg.reference_images.names == cfg.training_images.names == (concept,)
+        assert all(text.endswith(f" of a {concept}") for text in cfg.samples.prompts)
+    with pytest.raises(UserError, match="unknown variant 'pil'"):
+        load_config(str(CONFIGS / "emoji_evaluate.py:pil"), "evaluate")
 
 
 @pytest.fixture

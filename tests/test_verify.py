@@ -129,7 +129,7 @@ def test_added_files_agree(verify, request, tmp_path, base, count):
     safetensors.numpy.save_file(arrays, tmp_path / "new.safetensors")
     words = f"--textual-inversion={tmp_path / 'new.safetensors'}"
     line = verify(folder, f"--lora={one}", f"--lora={two}:-0.5", words)
-    parts = f"{count} components and 2 LoRA layers and 2 LoRA layers and 2 vectors of"
+    parts = f"{count} components and 2 + 2 LoRA layers and 2 vectors of"
     assert re.fullmatch(AGREE.format(f"{parts} <new>"), line), line
 
 
@@ -244,7 +244,11 @@ def refuse(message, *argv):
 
 def test_without_pytorch_it_says_what_to_install(tiny_folder, monkeypatch):
     without_torch(monkeypatch)
-    refuse(r"torch is not installed; pip install 'gift_jax\[torch\]'", "--model", "a")
+    refuse(
+        r"torch is not installed; pip install -U '\.\[torch\]' in a clone",
+        "--model",
+        "a",
+    )
 
 
 def test_pytorch_is_not_imported_before_it_is_needed():

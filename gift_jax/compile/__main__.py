@@ -6,7 +6,7 @@
 
 Reports how much of a chip's memory the step takes, what it computes and moves, how long
 it takes at least (roofline), and what the chips send each other. Needs the TPU
-compiler: pip install 'gift_jax[tpu]', or TPU_LIBRARY_PATH=.../libtpu.so. A full-size
+compiler: pip install '.[tpu]', or TPU_LIBRARY_PATH=.../libtpu.so. A full-size
 model takes minutes to compile, and many GB of memory; with --quick far less.
 """
 

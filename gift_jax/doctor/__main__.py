@@ -112,7 +112,7 @@ def _devices(facts):
         yield "JAX", devices
         devices = []
     for device in devices:
-        memory = "the machine's memory"
+        memory = "the machine's memory; commands may divide it, one for each core"
         if device["platform"] != "cpu":
             memory = f"memory of each for JAX: {_size(device['memory_bytes'])}"
         name = f"{device['count']} x {device['platform']}, {device['kind']}"

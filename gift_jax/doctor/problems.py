@@ -6,6 +6,7 @@ from typing import Any
 
 from gift_jax.doctor.fits import GB
 from gift_jax.doctor.machine import MISSING, is_unknown
+from gift_jax.runtime.errors import install
 
 SMALL_BYTES = 2.4 * GB  # what `train` takes of configs/emoji_gift_gate.py:smoke
 SMALL_DISK_BYTES = 1 * GB
@@ -34,15 +35,11 @@ def _has_only_cpu(report) -> bool:
     return not is_unknown(devices) and all(d["platform"] == "cpu" for d in devices)
 
 
-def _install(extra: str) -> str:
-    return f"pip install -U 'gift-jax[{extra}]' (in a clone: '.[{extra}]')"
-
-
 def _packages(report):
     missing = [k for k, v in report["libraries"].items() if v == MISSING]
     if missing:
         names = ", ".join(missing)
-        yield f"{names} not installed; pip install gift-jax (in a clone: pip install .)"
+        yield f"{names} not installed; pip install . in a clone of gift_jax"
 
 
 def _jax(report):
@@ -73,7 +70,7 @@ def _gpu(report):
             f"jaxlib {report['libraries']['jaxlib']}, and cuda13 needs driver "
             f"{CUDA13_DRIVER}"
         )
-    yield f"{here}; {_install(extra)}"
+    yield f"{here}; {install(extra)}"
 
 
 def _tpu(report):
@@ -86,7 +83,7 @@ def _tpu(report):
     elif report["extras"]["tpu"] != MISSING:
         yield f"{here}; end the process that uses it (lsof /dev/accel0)"
     else:
-        yield f"{here}; {_install('tpu')}"
+        yield f"{here}; {install('tpu')}"
 
 
 def _memory(report):

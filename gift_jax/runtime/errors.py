@@ -60,6 +60,11 @@ class StoppedBySignal(CommandExit):
         self.exit_code = 128 + int(signum)
 
 
+def install(extra: str) -> str:
+    """Returns the command that installs an extra of the package."""
+    return f"pip install -U '.[{extra}]' in a clone of gift_jax"
+
+
 def choice(field: str, value: str, choices: Sequence[str]) -> str:
     """Returns value if it is one of choices, else raises a UserError listing them."""
     if value in choices:

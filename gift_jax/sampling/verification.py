@@ -96,7 +96,9 @@ def _add(pipe, root, variant, files, adapters) -> str:
     pytorch.add_loras(pipe, of_loras, layers)
     pytorch.add_words(pipe, of_words, adapters.words)
     parts = [f"{len(weights.components(root))} components"]
-    parts += [f"{len(of_file)} LoRA layers" for of_file in layers]
+    if layers:
+        counts = " + ".join(str(len(of_file)) for of_file in layers)
+        parts.append(f"{counts} LoRA layers")
     for token, rows in adapters.words.items():
         parts.append(f"{len(next(iter(rows.values())))} vectors of {token}")
     return f"verified: {' and '.join(parts)} load in {pytorch.versions()}"

@@ -23,7 +23,13 @@ from gift_jax.models.kinds import KINDS, kind_of
 from gift_jax.models.sd.adapters import SDXL_NAMES
 from gift_jax.models.sd.lora_files import Layer
 from gift_jax.models.tokenizer import vector_names
-from gift_jax.runtime.errors import UserError, VerificationError, one_line, shown
+from gift_jax.runtime.errors import (
+    UserError,
+    VerificationError,
+    install,
+    one_line,
+    shown,
+)
 
 _NEEDED = ("torch", "diffusers")
 _PREFIX = "text_model."  # which transformers 5 drops from a text encoder's names
@@ -46,9 +52,10 @@ def check_installed(what: str, *, lora: bool = False) -> None:
     needed = (*_NEEDED, "peft") if lora else _NEEDED
     missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
+        are = "are" if len(missing) > 1 else "is"
         raise UserError(
-            f"{what} needs PyTorch, and {' and '.join(missing)} is not installed; "
-            "pip install 'gift_jax[torch]'"
+            f"{what} needs PyTorch, and {' and '.join(missing)} {are} not installed; "
+            + install("torch")
         )
 
 
@@ -75,7 +82,7 @@ def quiet() -> Iterator[None]:
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
                 f"diffusers cannot be imported ({_in_one_line(error)}); "
-                "pip install 'gift_jax[torch]'"
+                + install("torch")
             ) from error
         own = diffusers.utils.logging
         theirs = own.get_verbosity()
