@@ -11,7 +11,6 @@ samples of each. A second call goes on where the first was stopped.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
@@ -86,7 +85,7 @@ class Demo:
         logging.info(
             "immunizes emoji-sd against %r; attacks the original and the immunized "
             "model with LoRA, by name and under a nonce word; %d pictures and a table "
-            "show what is left: %s on two cores, and images from the first seconds on",
+            "show what is left: %s on two cores, the first images within half a minute",
             self._args.harmful,
             len(SIDES) * len(MODELS) * self._args.num,
             self._timetable.left(),
@@ -214,7 +213,7 @@ def _print_table(cells, num: int, grid_file, immunized) -> None:
     for side in dict.fromkeys(cell.side for cell in cells):
         row = [cell for cell in cells if cell.side == side]
         shares = [f"{cell.recognized:.0%}" for cell in row]
-        table.add_row(f"{side}: {row[0].concept}", *shares)
+        table.add_row(f"{side}:\u00a0{row[0].concept}", *shares)
     console = Console(width=100)
     console.print(table)
     paths = f"images:          {grid_file}\nimmunized model: {immunized}"
@@ -236,8 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag in ("harmful", "safe"):
         choice(f"--{flag}", getattr(args, flag), emoji.all_concepts())
     init_jax(cpu_devices_to_draw("emoji-sd"))  # the same for every part
-    results = json.loads(Demo(args).run().read_text())
-    logging.info("results: %s", results["recognized"])
+    path = Demo(args).run()
+    logging.info("results: %s; --harmful NAME for another concept", path)
     return 0
 
 

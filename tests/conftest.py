@@ -42,11 +42,8 @@ def pytest_configure(config):
     """Keeps compiled programs between runs; hushes the progress log."""
     gc.freeze()  # a tenth of a test's time went into looking through what stays
     gc.set_threshold(50_000, 20, 50)
-    # a folder for each of pytest-xdist's processes: JAX's writes are not atomic
-    cache = config.cache.mkdir("jax-" + os.environ.get("PYTEST_XDIST_WORKER", "alone"))
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     devices.CACHE_MIN_COMPILE_S = 0.5  # most quick programs are needed once
+    devices.keep_programs(config.cache.mkdir("jax"))
     logging.set_verbosity(logging.WARNING)
 
 

@@ -5,6 +5,8 @@ import ast
 import json
 import pathlib
 
+from gift_jax.runtime import cli
+
 PATH = pathlib.Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
 
 
@@ -17,6 +19,7 @@ def code_cells():
 
 def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)  # for later tests, too
     names = {}
     for source in code_cells():
         cell = ast.parse(source.replace("SHORT = False", "SHORT = True"))

@@ -109,7 +109,14 @@ class DataGroup(ImageSource):
     def check(self, field: str) -> None:
         source = check_source(self, field)
         for template in self.drawn_prompts:
-            captions.check_template(f"{field}.drawn_prompts", template)
+            name = f"{field}.drawn_prompts"
+            styled = captions.check_template(name, template) & captions.OF_STYLE
+            has_styles = source == "names" or self.drawn_styles
+            if styled and self.num_drawn and not has_styles:
+                raise UserError(
+                    f"{name}={template!r} has a style, which images from {source} have "
+                    f"not; try --{name}={{concept}}, or set {field}.drawn_styles"
+                )
         if self.num_drawn:
             not_empty(f"{field}.drawn_prompts", self.drawn_prompts)
         if not self.nonce_prompts:

@@ -67,6 +67,7 @@ _PLURAL = frozenset(
         "sunglasses",
     )
 )
+_ARTICLES = ("a ", "an ", "the ")
 _BARE = frozenset(
     (
         "american football",
@@ -272,8 +273,8 @@ def _fields(template, allowed=_FIELDS):
 
 
 def with_article(concept):
-    """Returns the concept behind a or an, or bare where it takes none."""
-    if concept in _PLURAL or concept in _BARE:
+    """Returns the concept behind a or an, or bare where it has or takes none."""
+    if concept in _PLURAL or concept in _BARE or concept.startswith(_ARTICLES):
         return concept
     return _article(concept) + concept
 

@@ -263,7 +263,7 @@ def _source(spec):
     if len(sources) > 1:
         raise UserError(
             f"{spec.field}: give only one of {choices}, not {' and '.join(sources)}; "
-            "clear the others"
+            f"clear the others, as in --{spec.field}.{sources[0]}="
         )
     return sources[0]
 

@@ -107,7 +107,7 @@ def make_lower_loss(denoiser: Denoiser) -> Loss:
         distance_B = denoiser.distances(network, original, batch["safe"], key)
         is_open_B = distance_B < 1.0
         loss = jnp.mean(jnp.where(is_open_B, distance_B, 0.0))
-        return loss, {"lower/loss": loss, "lower/safe_closed": 1 - jnp.mean(is_open_B)}
+        return loss, {"lower/loss": loss, "lower/safe_closed": jnp.mean(~is_open_B)}
 
     return lower_loss
 

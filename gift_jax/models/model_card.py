@@ -72,7 +72,7 @@ forbid is harder. Method: {{ method }}.
 ## Measured
 {% if metrics %}
 
-After step {{ step }}, of the training itself:
+After {{ after }}, of the training itself:
 
 | | |
 | --- | --- |
@@ -162,9 +162,11 @@ def of_run(
     lines = path.read_text().splitlines() if path.exists() else []
     every = {line["step"]: line for line in map(json.loads, lines)}
     metrics = every.get(max(every, default=0) if step is None else step, {})
+    after = ""
     for path in sorted(workdir.glob("*/metrics.jsonl")) if step is None else ():
         metrics |= json.loads(path.read_text().splitlines()[-1])  # a later phase's
-    return card(recorded, base.path, summary, metrics=metrics)
+        after = "the last step of each phase"
+    return card(recorded, base.path, summary, metrics=metrics, after=after)
 
 
 def card(
@@ -173,12 +175,13 @@ def card(
     summary: RunSummary,
     *,
     metrics: Mapping[str, float] | None = None,
+    after: str = "",
 ) -> str:
     """Returns the Markdown of a run's exported model.
 
     Args: recorded: the run's config.json. base_folder: of the model that it changed;
       its README.md says the license. summary: in words. metrics: a line of the run's
-      metrics.jsonl.
+      metrics.jsonl. after: when they were taken, in words; default: its step.
     """
     import jinja2  # takes a tenth of what --help would wait for
 
@@ -201,7 +204,7 @@ def card(
         trained=summary.trained.replace("{denoiser}", denoiser),
         steps=summary.steps,
         worst_case=summary.worst_case,
-        step=metrics.get("step", 0),
+        after=after or f"step {metrics.get('step', 0)}",
         metrics={
             name: f"{value:.4g}"
             for name, value in metrics.items()

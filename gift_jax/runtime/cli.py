@@ -105,7 +105,7 @@ def _describe_fields(cfg: ConfigDict, describe: Describe | None) -> str:
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Runs a command's main and exits with its code, or that of a `CommandExit`."""
     malloc.retain_freed_memory()  # before there are threads
-    _log_to_stderr()
+    log_to_stderr()
     signals.flag.install()
     try:
         code = main()
@@ -134,13 +134,16 @@ def _exit_at_once(error: DiskError) -> NoReturn:
     os._exit(error.exit_code)
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Shows what this package logs, and the warnings of others, as commands do."""
     absl_flags.FLAGS.mark_as_parsed()  # or absl's first line says that they are not
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
     logging.get_absl_logger().addFilter(_ours_or_serious)  # for log.txt too
     logging.get_absl_handler().addFilter(_ours_or_serious)  # JAX has its own loggers
+    # or transformers, of which tokenizers alone are used, says that it has no PyTorch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.unraisablehook = _print_unraisable
 
 

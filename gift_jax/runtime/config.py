@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -227,7 +228,10 @@ def find_config(path: str) -> pathlib.Path:
         path_here = os.path.join(folder, os.path.basename(path))
         if os.path.isfile(path_here):
             return pathlib.Path(path_here)
-    raise UserError(f"--config={one_line(path)} is no file; try configs/emoji_gift.py")
+    names = [f"configs/{file.name}" for file in folder.glob("*.py")]
+    near = difflib.get_close_matches(path[-MAX_SHOWN:], names, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else "try configs/emoji_gift.py"
+    raise UserError(f"--config={one_line(path)} is no file; {hint}")
 
 
 def load_config(spec: str, program: str = "") -> ConfigDict:
@@ -254,6 +258,11 @@ def load_config(spec: str, program: str = "") -> ConfigDict:
         cfg = module.get_config(variant)
     except ValueError as error:
         raise UserError(f"--config={one_line(spec)}: {error}") from error
+    except (AttributeError, KeyError) as error:  # ml_collections' of unknown fields
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [one.lineno for one in frames if one.filename == str(file)][-1]
+        reason = one_line(error.args[0] if error.args else error)
+        raise UserError(f"--config={path}, line {line}: {reason}") from error
     if not isinstance(cfg, ConfigDict):
         raise UserError(
             f"--config={path}: get_config returns a {type(cfg).__name__}; must be a "

@@ -43,12 +43,16 @@ def init_jax(cpu_devices: int = 1) -> None:
         except RuntimeError:  # JAX has started already
             logging.debug("JAX runs with %d devices already", jax.device_count())
     os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(TPU_FLAGS))
-    folder = files.cache_folder() / "xla"
+    keep_programs(files.cache_folder() / "xla")
+    malloc.retain_freed_memory()
+
+
+def keep_programs(folder: pathlib.Path) -> None:
+    """Has JAX keep compiled programs in a folder, which processes may share."""
     _remove_incomplete_programs(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)  # and its lock
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_MIN_COMPILE_S)
-    malloc.retain_freed_memory()
 
 
 def _remove_incomplete_programs(folder: pathlib.Path) -> None:

@@ -45,7 +45,7 @@ class Bar:
 
     def _time_left(self, done: int, now: float) -> str:
         first, began = self._first
-        if done == first:
+        if done == first or now - began < 0.1:  # they were done before
             return ""
         seconds = (now - began) / (done - first)
         left = _clock(seconds * (self._total - done))

@@ -115,6 +115,8 @@ def run(
         start = int(state.step)
         log = metrics_log.MetricsLog(workdir, start, store.latest_step)
         stack.enter_context(log)
+        if start < options.steps and not hasattr(step_fn, "lower"):
+            logging.info("%s: compiles its step", options.name)
         bar = stack.enter_context(progress.bar(options.name, options.steps, start))
         if start == 0:
             _run_callbacks(callbacks, 0, state, log)

@@ -35,6 +35,9 @@ def test_caption_index_wraps_around():
         ("crossed swords", "crossed swords"),
         ("sushi", "sushi"),
         ("locked", "locked"),
+        ("a lantern", "a lantern"),
+        ("an old map", "an old map"),
+        ("antenna", "an antenna"),
     ],
 )
 def test_with_article_follows_english(concept, expected):

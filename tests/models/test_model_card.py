@@ -159,4 +159,5 @@ def test_card_has_what_every_phase_measured(run, tmp_path):
     base = ModelFolder(tmp_path)
     card = model_card.of_run(tmp_path, base, run.summary)
     assert "upper/loss" in card and "lower/loss" in card
+    assert "After the last step of each phase, of" in card
     assert "lower/loss" not in model_card.of_run(tmp_path, base, run.summary, step=1)

@@ -380,6 +380,20 @@ def test_wrong_config_file_is_named(file, tmp_path):
     broken.write_text("def get_config(:\n")
     assert "broken.py" in refusal(load_config, str(broken))
     assert "choices: smoke" in refusal(load_config, f"{file}:fast")
+    assert "did you mean configs/emoji_gift_gate.py?" in refusal(
+        load_config, "configs/emoji_gift_gat.py"
+    )
+
+
+@pytest.mark.parametrize(
+    "line, word", [("c.harmful.update(promt='a')", "promt"), ("c.stepz = 3", "stepz")]
+)
+def test_unknown_field_in_a_config_file_is_named_with_its_line(tmp_path, line, word):
+    path = tmp_path / "mine.py"
+    head = f"from gift_jax.runtime.config import load_config\nc = load_config({GIFT!r})"
+    path.write_text(f"{head}\ndef get_config(_=''):\n    {line}\n    return c\n")
+    message = refusal(load_config, str(path))
+    assert f"--config={path}, line 4: " in message and word in message
 
 
 @pytest.mark.parametrize(
@@ -537,7 +551,7 @@ def test_libraries_are_quiet_in_a_clone_of_any_name():
     ],
 )
 def test_exit_codes(monkeypatch, capsys, event, code):
-    monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)
 
     def main():
         raise event
@@ -550,7 +564,7 @@ def test_exit_codes(monkeypatch, capsys, event, code):
 
 
 def test_exit_code_of_success_and_of_a_bug(monkeypatch):
-    monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)
     with pytest.raises(SystemExit) as done:
         cli.run_main(lambda: 0)
     assert done.value.code == 0

@@ -330,3 +330,14 @@ def test_wrong_template_of_nonce_words_is_named(template, source, message):
     spec = DataGroup(nonce_template=template, nonce_prompts=0.5, **source)
     with pytest.raises(UserError, match=rf"config\.safe.*{message}"):
         spec.check("config.safe")
+
+
+def test_what_is_drawn_of_images_without_a_style_has_none(tmp_path):
+    styled = {"drawn_prompts": ("{a_style} emoji of {a_concept}",), "num_drawn": 4}
+    DataGroup(names=("bomb",), **styled).check("config.safe")
+    folder = {"folder": str(tmp_path), "prompt": "a bomb"}
+    DataGroup(**folder, **styled, drawn_styles=("noto",)).check("config.safe")
+    DataGroup(**folder, **styled | {"num_drawn": 0}).check("config.safe")
+    message = r"safe\.drawn_prompts=.* has a style, which images from folder have not"
+    with pytest.raises(UserError, match=message):
+        DataGroup(**folder, **styled).check("config.safe")
