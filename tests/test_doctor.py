@@ -284,6 +284,7 @@ def count(tree):
     return sum(a.size for a in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(fits.SIZES))
 def test_sizes_are_those_of_the_models_shapes(shapes, name):
     size, parts = fits.SIZES[name], shapes[name]

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebook runs, in its short variant, by public functions alone."""
+"""The notebook calls public functions as they are; if slow, it runs, cut short."""
 
 import ast
 import json
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 from gift_jax.runtime import cli
 
+# of a ConfigDict
+UNCHECKED = "# pyright: reportAttributeAccessIssue=false"
+UNCHECKED += "\n# pyright: reportOptionalMemberAccess=false"
 PATH = pathlib.Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
 
 
@@ -17,6 +24,7 @@ def code_cells():
     return ["".join(cell["source"]) for cell in cells]
 
 
+@pytest.mark.slow
 def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "log_to_stderr", lambda: None)  # for later tests, too
@@ -32,6 +40,21 @@ def test_quickstart_runs_in_an_empty_folder(tmp_path, monkeypatch):
     drawn = {name: images.tobytes() for name, images in names["images"].items()}
     assert len(drawn) == 7 and len(set(drawn.values())) == 7
     assert (tmp_path / "runs" / "quickstart" / "grid.png").is_file()
+
+
+def test_quickstart_calls_what_there_is(tmp_path):
+    def errors(code):
+        file = tmp_path / "quickstart.py"
+        file.write_text(f"# pyright: basic\n{UNCHECKED}\n{code}")
+        command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+        done = subprocess.run([*command, file], capture_output=True, text=True)
+        assert "informations" in done.stdout, done.stderr
+        return [line for line in done.stdout.splitlines() if " error: " in line]
+
+    code = "\n".join(code_cells())
+    assert not errors(code)
+    old = code.replace("load_model(str(folder))", "load_model(str(folder), size=3)")
+    assert len(errors(old)) == 1
 
 
 def test_quickstart_uses_public_names_only():

@@ -40,6 +40,7 @@ def test_it_is_small_and_whole():
     assert not [p for p in files if p.suffix in (".bin", ".ckpt", ".pt")]
 
 
+@pytest.mark.slow
 def test_every_part_equals_pytorch(model, rng):
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderKL, UNet2DConditionModel

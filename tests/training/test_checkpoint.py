@@ -21,6 +21,8 @@ from gift_jax.runtime.errors import UserError
 from gift_jax.state import init_state
 from gift_jax.training import checkpoint, checksums
 
+slow = pytest.mark.slow
+
 
 def make_state(value=1.0, size=3):
     params = {"a/kernel": jnp.full((size, 2), value), "b": jnp.arange(4.0) + value}
@@ -213,7 +215,10 @@ def left_coroutines(monkeypatch):
 
 
 @pytest.mark.usefixtures("left_coroutines")
-@pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [flip, *(pytest.param(other, marks=slow) for other in (truncate, os.unlink))],
+)
 def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(tmp_path, damage, caplog):
     fallen_back = 0
     states = saved(tmp_path / "whole")

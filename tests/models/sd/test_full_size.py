@@ -22,7 +22,7 @@ from gift_jax.models.sd import random_weights, stable_diffusion
 from gift_jax.models.tokenizer import load_tokenizer
 
 slow = pytest.mark.slow
-SMALL = ["small-sd15", "small-sd21", "small-sdxl"]
+TEXT = ("small-sd15", "small-sd21", "sd15", "sd21")
 OTHERS = ("small-sd15", "small-sd21", "sd15", "sd21", "sdxl")
 MODELS = ["small-sdxl", *(pytest.param(name, marks=slow) for name in OTHERS)]
 TORCH_CLASS = {
@@ -132,8 +132,8 @@ SECOND = [
 @pytest.mark.parametrize(
     "name, kind",
     [
-        *[(name, "text_encoder") for name in SMALL],
-        *[pytest.param(n, "text_encoder", marks=slow) for n in ("sd15", "sd21")],
+        ("small-sdxl", "text_encoder"),
+        *[pytest.param(name, "text_encoder", marks=slow) for name in TEXT],
         *SECOND,
     ],
 )

@@ -200,7 +200,8 @@ def residuals(loss, params):
     return sum(a.size for a in kept)
 
 
-@pytest.mark.parametrize("remat", ["block", pytest.param("full", marks=slow)])
+@slow
+@pytest.mark.parametrize("remat", ["block", "full"])
 def test_what_is_computed_again_is_the_same(tiny, rng, remat):
     inputs, params = unet_inputs(rng), tiny.params["unet"]
     plain, again = (loss_of(tiny, inputs, Kernels(remat=r)) for r in ("none", remat))
@@ -287,6 +288,7 @@ def test_the_references_give_the_same_gradients(tiny, rng, monkeypatch):
     assert_close(ours[1], theirs[1])
 
 
+@slow
 def test_the_unet_in_bfloat16_is_as_exact(tiny_folder, tiny, rng, monkeypatch):
     half = stable_diffusion.load(tiny_folder, jnp.bfloat16)
     inputs = unet_inputs(rng)
