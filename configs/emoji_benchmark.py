@@ -81,9 +81,16 @@ ABLATIONS = {  # method: (config, overrides)
     }.items()
 }
 # which part of a transformer immunizes it; gift's own is the text's part of attention
+THIRD = {"lower": {"lr": 1.2e-3 / 3}, "upper": {"lr": 2.2e-3 / 3}}
+BOUNDED = {"trainable": "all", "gift": {"ascent_bound": "hinge"}}
 FLOW_SETS = {
     f"gift_{name}": (GIFT, {"trainable": name})
     for name in ("image_stream", "attention", "all")
+} | {
+    "gift_all_bounded": (GIFT, BOUNDED),
+    "gift_all_bounded_third": (GIFT, BOUNDED | THIRD),
+    "gift_adversarial_attention": (ADVERSARIAL, {"trainable": "attention"}),
+    "gift_adversarial_all": (ADVERSARIAL, {"trainable": "all"}),
 }
 TRADE_OFF = {  # how sure the gate is to be before it closes, and of safe images
     f"gift_gate_{name}": (GATE, {"gift_gate": overrides})
@@ -221,6 +228,7 @@ def concepts() -> dict[str, ConfigDict]:
     definitions["bomb"] = define("tuning", ("bomb",), "guitar")
     names = tuple(name for name in emoji.HARMFUL if name != "bomb")
     definitions["harmful"] = define("test", names, "mountain")
+    definitions["pill"] = define("test", ("pill",), "mountain")  # the guide's example
     test = emoji.splits()["test"]
     for style in emoji.STYLES:
         split = "tuning" if style in ("noto", "twemoji", "black and white") else "test"
