@@ -129,7 +129,7 @@ def test_added_files_agree(verify, request, tmp_path, base, count):
     safetensors.numpy.save_file(arrays, tmp_path / "new.safetensors")
     words = f"--textual-inversion={tmp_path / 'new.safetensors'}"
     line = verify(folder, f"--lora={one}", f"--lora={two}:-0.5", words)
-    parts = f"{count} components and 2 + 2 LoRA layers and 2 vectors of"
+    parts = rf"{count} components and 2 \+ 2 LoRA layers and 2 vectors of"
     assert re.fullmatch(AGREE.format(f"{parts} <new>"), line), line
 
 

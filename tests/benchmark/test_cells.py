@@ -221,6 +221,7 @@ def test_same_command_runs_nothing_again_and_other_settings_are_refused(smoke, f
             main(folder, f"--config.{flag}")
 
 
+@pytest.mark.slow
 def test_compact_results_alone_go_on_elsewhere_with_two_workers(
     smoke, folder, tmp_path, pytestconfig
 ):

@@ -65,7 +65,7 @@ def test_only_nine_classes_count(images):
 def test_absent_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)  # import then fails
     nudity.load.cache_clear()
-    with pytest.raises(UnavailableError, match=r"pip install 'gift-jax\[nudity\]'"):
+    with pytest.raises(UnavailableError, match=r"pip install -U '\.\[nudity\]'"):
         nudity.load()
 
 

@@ -148,6 +148,7 @@ def logged(run):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(train, tmp_path, tiny_folder):
     both = train(tmp_path / "run", 4000, 2)
     wait_for(tmp_path / "run" / "checkpoints" / "2", both)

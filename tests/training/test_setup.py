@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from tiny_model import write_pictures
 
 from gift_jax.data import cache, pipeline
 from gift_jax.data.cache import DataGroup, Generation
@@ -335,6 +336,7 @@ def test_wrong_template_of_nonce_words_is_named(template, source, message):
 def test_what_is_drawn_of_images_without_a_style_has_none(tmp_path):
     styled = {"drawn_prompts": ("{a_style} emoji of {a_concept}",), "num_drawn": 4}
     DataGroup(names=("bomb",), **styled).check("config.safe")
+    write_pictures(tmp_path, 1, 0)
     folder = {"folder": str(tmp_path), "prompt": "a bomb"}
     DataGroup(**folder, **styled, drawn_styles=("noto",)).check("config.safe")
     DataGroup(**folder, **styled | {"num_drawn": 0}).check("config.safe")

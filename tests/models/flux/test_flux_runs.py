@@ -91,9 +91,11 @@ def test_a_benchmark_knows_that_its_shift_is_the_images(flux_folders):
 
 def test_what_cannot_be_is_one_line(flux_folders, images, tmp_path):
     folder, workdir = flux_folders["dev"], tmp_path / "run"
-    gate = train, folder, workdir, "emoji_gift_gate.py:smoke", ("harmful", "safe")
+    groups = "harmful", "safe"
+    gate = train, folder, workdir, "emoji_gift_gate.py:smoke", groups, images
+    drawn = (f"--config.{group}.drawn_prompts={{concept}}" for group in groups)
     with pytest.raises(UserError, match="method=gift_gate needs a UNet"):
-        run(*gate, images)
+        run(*gate, *drawn)
     message = "is a FLUX.1, for which textual inversions are not supported; use LoRA"
     words = attack, folder, workdir, "emoji_attack.py:textual_inversion_smoke"
     with pytest.raises(UserError, match=message) as caught:

@@ -154,6 +154,7 @@ def test_places_on_disk_are_used(rng):
 # --- choices --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_the_same(rng):
     args = inputs(rng)
 

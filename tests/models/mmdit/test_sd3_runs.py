@@ -122,7 +122,11 @@ DEFENSES = [  # (config, trainable, streams it changes, its groups)
         marks=pytest.mark.slow,
     ),
     ("emoji_baselines.py:esd_smoke", "image_stream", ("image",), ("harmful",)),
-    ("emoji_baselines.py:imma_smoke", "attention", ("text", "image"), ("harmful",)),
+    pytest.param(
+        "emoji_baselines.py:imma_smoke",
+        *("attention", ("text", "image"), ("harmful",)),
+        marks=pytest.mark.slow,
+    ),
     ("emoji_baselines.py:maximize_smoke", "all", (), ("harmful", "safe")),
 ]
 
@@ -162,7 +166,11 @@ def test_changed_tensors_are_added_to_the_base(folder, images, tmp_path):
 def test_defenses_that_cannot_are_one_line(folder, images, tmp_path):
     for config, message, *flags in (
         ("emoji_baselines.py:uce_smoke", "transformer has no projections that read"),
-        ("emoji_gift_gate.py:smoke", "method=gift_gate needs a UNet"),
+        (
+            "emoji_gift_gate.py:smoke",
+            "method=gift_gate needs a UNet",
+            *(f"--config.{g}.drawn_prompts={{concept}}" for g in ("harmful", "safe")),
+        ),
         (
             "emoji_gift.py:smoke",
             "layers=resnet: a transformer has no layers of kind resnet; choose from t",
