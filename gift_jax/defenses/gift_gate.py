@@ -184,7 +184,7 @@ DEFENSE = base.Defense(
     check=lambda settings, model: model.gate(settings.share) and None,
     steps=_steps,
     trainable=("all",),
-    worst_case="100% after an attack that first removes unusually large weights; 38% "
-    "without that, after textual inversion of a category of things, of single things "
-    "33%",
+    worst_case="100% after an attack that first removes unusually large weights; "
+    "without that 38% at the end, of a category of things, 33% of single ones; "
+    "on the way, after 75 steps, 52% of one",
 )
