@@ -36,10 +36,11 @@ VARIANTS["lora_text"] = (
     VARIANTS["lora"][1] | {"lora.train_text_encoder": True},
 )
 SD35 = presets.SD35 | presets.OBJECT_ATTACK
+SMOKE = presets.ATTACK_SMOKE | {"model": "emoji-flow"}
 
 
 def get_config(name: str = "") -> ConfigDict:
     variant, is_smoke = presets.split_smoke(name, VARIANTS, "lora")
     kind, overrides = VARIANTS[variant]
     c = presets.apply(attack.get_config(kind), SD35, overrides)
-    return presets.apply(c, presets.ATTACK_SMOKE) if is_smoke else c
+    return presets.apply(c, SMOKE) if is_smoke else c

@@ -23,4 +23,5 @@ from gift_jax.runtime.config import with_variant
 
 def get_config(name: str = "") -> ConfigDict:
     c = presets.apply(train.get_config("gift"), presets.SD35, presets.OBJECT)
-    return with_variant(c, name, smoke=presets.SD15_SMOKE)
+    smoke = presets.SD15_SMOKE | {"model": "emoji-flow"}
+    return with_variant(c, name, smoke=smoke)

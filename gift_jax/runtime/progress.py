@@ -28,8 +28,11 @@ class Bar:
             )
 
     def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Shows that `done` of the total are done; of `values` the losses beside it."""
-        text = _losses(values or {})
+        """Shows that `done` of the total are done, and of `values` what tells most.
+
+        That is the losses, and the shares at which a gate detects something or closes.
+        """
+        text = _shown(values or {})
         if self._live:
             self._live.update(self._task, completed=done, values=text)
             return
@@ -127,9 +130,9 @@ def _rich_bar():
     )
 
 
-def _losses(values: Mapping[str, float]) -> str:
-    losses = {name: v for name, v in values.items() if name.endswith("loss")}
-    return " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+def _shown(values: Mapping[str, float]) -> str:
+    ends = ("loss", "detected", "closed")
+    return " ".join(f"{k} {v:.4g}" for k, v in values.items() if k.endswith(ends))
 
 
 def _clock(seconds: float) -> str:

@@ -119,6 +119,7 @@ def test_methods_without_such_a_step_are_named(tiny_folder, method, why):
         tpu.train_step(train.resolve(cfg), sharding.make_mesh(jax.devices()))
 
 
+@pytest.mark.slow
 def test_phases_of_a_defense():
     cfg = load_config(f"{GATE}:smoke")
     run, mesh = train.resolve(cfg), sharding.make_mesh(jax.devices())

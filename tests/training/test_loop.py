@@ -279,10 +279,12 @@ def test_progress_lines_show_losses_and_the_time_left(monkeypatch):
         clock[0] += 20.0  # the first step compiles: no estimate yet
         bar.update(51)
         clock[0] += 18.0
-        bar.update(60, {"upper/loss": 0.5, "other": 1.0})
+        values = {"upper/loss": 0.5, "upper/safe_detected": 0.25, "other": 1.0}
+        bar.update(60, values)
     assert messages == [
-        "work 51/100 ", "work 60/100 upper/loss 0.5 2 s each, 1:20 left"
-    ]  # fmt: skip
+        "work 51/100 ",
+        "work 60/100 upper/loss 0.5 upper/safe_detected 0.25 2 s each, 1:20 left",
+    ]
 
 
 # --- NaN ------------------------------------------------------------------------------

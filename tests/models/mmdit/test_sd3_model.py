@@ -222,7 +222,7 @@ def test_pictures_equal_pytorchs(folders, has_t5):
     assert np.std(images) > 0.1 and np.abs(images[0] - images[1]).mean() > 0.05
 
 
-@pytest.mark.parametrize("has_t5", [True, False])
+@pytest.mark.parametrize("has_t5", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_half_precision_is_verified(folders, has_t5, tmp_path, capsys):
     pytest.importorskip("diffusers")

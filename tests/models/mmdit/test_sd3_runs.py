@@ -269,6 +269,7 @@ def test_textual_inversion_is_refused(folder, images, tmp_path):
 # --- compile --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_step_of_the_published_model_can_be_compiled(monkeypatch):
     monkeypatch.setattr(load.hub, "fetch", None)
     cfg = load_config(str(CONFIGS / "sd3_object.py"))

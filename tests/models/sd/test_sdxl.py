@@ -164,6 +164,7 @@ def test_paths_of_both_encoders_are_told_apart(tiny_xl):
         assert change == pytest.approx(moved, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_published_model():
     configs = architectures.MODELS["sdxl"]
     model = stable_diffusion.abstract_model(configs)
