@@ -147,6 +147,7 @@ def test_pytorch_reads_what_a_run_writes(
 # --- DreamBooth -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dreambooth_trains_the_text_encoder_too(dreambooth_run, tiny_folder):
     export = dreambooth_run / "export"
     assert set(changed(tiny_folder, export)) == set(tensors(tiny_folder))

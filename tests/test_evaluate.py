@@ -77,6 +77,7 @@ def test_every_number_has_its_provenance_and_images_are_drawn_once(
     assert again == results and drawn == [0, 2]
 
 
+@pytest.mark.slow
 def test_sd15_config_measures_what_can_be_had(tmp_path):
     results = main(tmp_path, config="sd15_evaluate.py:smoke")
     assert {"judge_score", "judge_image_similarity"} <= {

@@ -63,6 +63,7 @@ def test_wheel_has_assets_configs_and_types(wheel):
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
 
 
+@pytest.mark.slow
 def test_installed_command_trains_in_an_empty_folder(installed, tmp_path):
     folder, env = installed
     argv = ["train", "--config", "configs/emoji_gift.py:smoke", "--workdir", "run"]

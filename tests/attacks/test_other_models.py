@@ -78,6 +78,7 @@ def test_transplanted_lora_is_the_originals_file_on_the_defended_base(
     assert any((unet(direct)[n] != a).any() for n, a in unet(export).items())
 
 
+@pytest.mark.slow
 def test_transplanted_difference_is_that_of_the_original(
     tiny_folder, defended, image_folder, tmp_path
 ):

@@ -320,6 +320,7 @@ for attention in ("plain", "auto"):
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_flash_attention_compiles_and_moves_a_fraction():
     environ = compile_child.environment()

@@ -245,7 +245,9 @@ def repeated_inputs(rng):
     return (z, t, states, pooled), (z, t, rows, pooled)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3.5-medium"])
+@pytest.mark.parametrize(
+    "name", ["sd3", pytest.param("sd3.5-medium", marks=pytest.mark.slow)]
+)
 def test_one_token_counts_as_many(name, rng):
     """Output, what is captured and gradients; without the count they are others."""
     few, many = repeated_inputs(rng)

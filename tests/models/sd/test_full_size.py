@@ -160,7 +160,7 @@ def test_text_encoder_equals_pytorch(name, kind, folder, rng):
     compare(name, kind, folder, ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["small-sd15", "small-sd21"])
+@pytest.mark.parametrize("name", ["small-sd15", pytest.param("small-sd21", marks=slow)])
 def test_whole_folder_equals_pytorch_pipeline(name, folder):
     pytest.importorskip("torch")
     from diffusers import StableDiffusionPipeline

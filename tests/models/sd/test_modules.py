@@ -253,6 +253,7 @@ def test_tokens_by_parts_are_computed_again_and_the_same(rng, monkeypatch):
     assert_close(other_grads, grads)
 
 
+@slow
 def test_tokens_by_parts_have_the_same_hidden_states(tiny, rng, monkeypatch):
     *inputs, c = unet_inputs(rng)
     unet, params = tiny.unet.clone(kernels=Kernels(remat="block")), tiny.params["unet"]
