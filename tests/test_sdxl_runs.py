@@ -59,9 +59,16 @@ def drawn(pipe, prompt):
     ).images
 
 
-def test_train(tiny_xl_folder, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "config",
+    [
+        "sd15_baselines.py:uce_smoke",  # no step to compile
+        pytest.param("sdxl_object.py:smoke", marks=pytest.mark.slow),
+    ],
+)
+def test_train(tiny_xl_folder, images, tmp_path, monkeypatch, config):
     monkeypatch.setenv("GIFT_JAX_CACHE", str(tmp_path / "cache"))
-    argv = [f"--config={CONFIGS / 'sdxl_object.py'}:smoke", NO_SAMPLES]
+    argv = [f"--config={CONFIGS / config}", NO_SAMPLES]
     argv += [f"--config.model={tiny_xl_folder}", f"--workdir={tmp_path / 'run'}"]
     argv += [f"--config.harmful.folder={images}", "--config.harmful.num_generated=0"]
     argv += ["--config.harmful.batch=2", "--config.safe.batch=2"]
