@@ -27,7 +27,6 @@ draws one picture here and there; exit code 1 if they differ.
 import argparse
 import pathlib
 
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -46,6 +45,7 @@ from gift_jax.models.trainable import select_trainable
 from gift_jax.runtime import cli, config, files
 from gift_jax.runtime.devices import init_jax
 from gift_jax.runtime.errors import UserError
+from gift_jax.runtime.workdir import phase_folders
 from gift_jax.sampling import verification
 from gift_jax.training import checkpoint, setup
 
@@ -104,7 +104,7 @@ def to_unet_state(args) -> None:
     table = {}
     for path, array in sorted(run.changed.items()):
         name, entry = entries[path]
-        ours = safetensors_io.to_torch_layout(path, np.asarray(array))
+        ours = exports.in_torch_layout(path, array, name, entry)
         as_base = safetensors_io.cast(name, ours, entry.dtype)
         if as_base.tobytes() == safetensors_io.read_tensor(name, entry).tobytes():
             continue
@@ -230,9 +230,9 @@ class Run:
                 f"{self.base}: its content ({content[:12]}) is not what the run "
                 f"started from ({self.base_sha256[:12]}); name that model with --base"
             )
-        later = sorted(parent.glob("*/checkpoints"))
-        if later and step is None:
-            folder = later[-1]
+        phases = phase_folders(parent) if step is None else []
+        if phases:
+            folder = phases[-1] / "checkpoints"
             logging.info("--checkpoint: of the run's last phase, %s", folder)
         self.step, params = checkpoint.read_params(folder, step)
         command = {"train": train, "attack": attack}[cfg["kind"]]
@@ -255,15 +255,14 @@ class Run:
     def _check_shapes(self, folder):
         """Raises UserError if a phase trained another network, such as a detector."""
         entries = self.base_entries()
-        for path, array in self.changed.items():
-            shape = safetensors_io.to_torch_layout(path, np.asarray(array)).shape
-            name, entry = entries[path]
-            if shape != entry.shape:
-                raise UserError(
-                    f"--checkpoint={folder}: {name} has PyTorch shape {list(shape)}, "
-                    f"in the base {list(entry.shape)}; of a later phase the "
-                    "checkpoints are in RUN/PHASE/checkpoints"
-                )
+        try:
+            for path, array in self.changed.items():
+                exports.in_torch_layout(path, array, *entries[path])
+        except UserError as error:
+            raise UserError(
+                f"--checkpoint={folder}: {error}; of a later phase the checkpoints "
+                "are in RUN/PHASE/checkpoints"
+            ) from None
 
     def base_entries(self):
         """Returns {Flax path: (name, entry)} of the base's denoiser."""

@@ -14,7 +14,7 @@ import time
 from absl import logging
 
 from gift_jax.compile.fit import GB, DoesNotFit, fit
-from gift_jax.runtime.errors import UserError, install
+from gift_jax.runtime.errors import UserError, install_command
 
 OUT = "GIFT_JAX_COMPILE_INTO"  # in the child's environment: the report's file
 
@@ -26,7 +26,7 @@ def check_compiler() -> None:
         raise UserError(f"TPU_LIBRARY_PATH={library} is not a file")
     if not library and importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"the TPU compiler is missing; {install('tpu')}, or name it: "
+            f"the TPU compiler is missing; {install_command('tpu')}, or name it: "
             "TPU_LIBRARY_PATH=.../libtpu.so"
         )
 

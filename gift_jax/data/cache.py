@@ -113,10 +113,8 @@ class DataGroup(ImageSource):
             styled = captions.check_template(name, template) & captions.OF_STYLE
             has_styles = source == "names" or self.drawn_styles
             if styled and self.num_drawn and not has_styles:
-                raise UserError(
-                    f"{name}={template!r} has a style, which images from {source} have "
-                    f"not; try --{name}={{concept}}, or set {field}.drawn_styles"
-                )
+                fix = f"--{name}={{concept}}, or set {field}.drawn_styles"
+                raise _has_no_style(name, template, source, fix)
         if self.num_drawn:
             not_empty(f"{field}.drawn_prompts", self.drawn_prompts)
         if not self.nonce_prompts:
@@ -124,10 +122,15 @@ class DataGroup(ImageSource):
         name = f"{field}.nonce_template"
         styled = captions.check_nonce_template(name, self.nonce_template)
         if styled and source != "names":
-            raise UserError(
-                f"{name}={self.nonce_template!r} has a style, which images from "
-                f"{source} have not; try 'a photo of {{nonce}}'"
-            )
+            fix = "'a photo of {nonce}'"
+            raise _has_no_style(name, self.nonce_template, source, fix)
+
+
+def _has_no_style(name: str, template: str, source: str, fix: str) -> UserError:
+    return UserError(
+        f"{name}={template!r} has a style, which images from {source} have not; "
+        f"try {fix}"
+    )
 
 
 def check_source(source: ImageSource, field: str) -> str:

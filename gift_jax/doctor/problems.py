@@ -6,7 +6,7 @@ from typing import Any
 
 from gift_jax.doctor.fits import GB
 from gift_jax.doctor.machine import MISSING, is_unknown
-from gift_jax.runtime.errors import install
+from gift_jax.runtime.errors import install_command
 
 SMALL_BYTES = 2.4 * GB  # what `train` takes of configs/emoji_gift_gate.py:smoke
 SMALL_DISK_BYTES = 1 * GB
@@ -70,7 +70,7 @@ def _gpu(report):
             f"jaxlib {report['libraries']['jaxlib']}, and cuda13 needs driver "
             f"{CUDA13_DRIVER}"
         )
-    yield f"{here}; {install(extra)}"
+    yield f"{here}; {install_command(extra)}"
 
 
 def _tpu(report):
@@ -83,7 +83,7 @@ def _tpu(report):
     elif report["extras"]["tpu"] != MISSING:
         yield f"{here}; end the process that uses it (lsof /dev/accel0)"
     else:
-        yield f"{here}; {install('tpu')}"
+        yield f"{here}; {install_command('tpu')}"
 
 
 def _memory(report):

@@ -17,7 +17,7 @@ import numpy as np
 
 from gift_jax.metrics.base import EvalSet, Metric, MetricResult, UnavailableError
 from gift_jax.metrics.settings import Settings
-from gift_jax.runtime.errors import install
+from gift_jax.runtime.errors import install_command
 
 CLASSES = (
     "BUTTOCKS_EXPOSED",
@@ -59,13 +59,13 @@ def load() -> Detector:
     except ImportError as error:
         raise UnavailableError(
             f"nudity detection needs the package nudenet ({error}); "
-            + install("nudity")
+            + install_command("nudity")
         ) from None
     file = pathlib.Path(nudenet.__file__).with_name("320n.onnx")
     if not file.is_file():
         raise UnavailableError(
             f"{file}: nudenet's detector is not there; this version of the package may "
-            "not carry it: " + install("nudity")
+            "not carry it: " + install_command("nudity")
         )
     provenance = {
         "backbone": "NudeNet 320n.onnx",

@@ -168,13 +168,23 @@ def _resize(file, name, table):
     (file.parent / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _encode(path, name, entry, array):
+def in_torch_layout(path, array, name, entry) -> np.ndarray:
+    """Returns a parameter as PyTorch lays it out.
+
+    Args: path: its Flax path. name, entry: of the tensor in the base's file.
+    Raises: UserError if that one has another shape.
+    """
     array = safetensors_io.to_torch_layout(path, np.asarray(jax.device_get(array)))
     if array.shape != entry.shape:
         raise UserError(
             f"{path}: has PyTorch shape {list(array.shape)}, the base {name} has "
             f"{list(entry.shape)}"
         )
+    return array
+
+
+def _encode(path, name, entry, array):
+    array = in_torch_layout(path, array, name, entry)
     return safetensors_io.cast(name, array, entry.dtype).tobytes()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from gift_jax.models import weights
 from gift_jax.models.folder import ModelFolder
 from gift_jax.runtime.versions import versions
+from gift_jax.runtime.workdir import phase_folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +163,10 @@ def of_run(
     lines = path.read_text().splitlines() if path.exists() else []
     every = {line["step"]: line for line in map(json.loads, lines)}
     metrics = every.get(max(every, default=0) if step is None else step, {})
-    after = ""
-    for path in sorted(workdir.glob("*/metrics.jsonl")) if step is None else ():
-        metrics |= json.loads(path.read_text().splitlines()[-1])  # a later phase's
-        after = "the last step of each phase"
+    phases = phase_folders(workdir) if step is None else []
+    for folder in phases:
+        metrics |= json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    after = "the last step of each phase" if phases else ""
     return card(recorded, base.path, summary, metrics=metrics, after=after)
 
 

@@ -234,8 +234,8 @@ def _text_cond(base, text: TextEncoders, folder, data, rows) -> dict[str, Any]:
         ids = np.tile(base.tokenize(prompts), (1, len(_ENCODERS)))
         return map_powers_of_two(lambda some: encode(params, some), ids, _BATCH)
 
-    every = [cond(prompts) for prompts in unet_stage.captions_of(data, rows)]
+    conds = [cond(prompts) for prompts in unet_stage.captions_of(data, rows)]
     return {
-        "text": jax.tree.map(lambda *some: np.stack(some), *every),
+        "text": jax.tree.map(lambda *some: np.stack(some), *conds),
         "empty": cond([""]),
     }

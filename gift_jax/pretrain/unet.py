@@ -37,8 +37,8 @@ def model_config(cfg, latent_channels: int, latent_size: int, text_width: int) -
 
 def known_rows(emoji) -> np.ndarray:
     """Returns int "N": the images of what is known, less those that are held out."""
-    known = np.asarray([name in known_concepts() for name in emoji.concepts])
-    return np.flatnonzero(known[emoji.concept_ids] & ~emoji.held_out)
+    is_known = np.asarray([name in known_concepts() for name in emoji.concepts])
+    return np.flatnonzero(is_known[emoji.concept_ids] & ~emoji.held_out)
 
 
 def captions_of(emoji, rows) -> list[list[str]]:

@@ -259,8 +259,8 @@ def load_config(spec: str, program: str = "") -> ConfigDict:
     except ValueError as error:
         raise UserError(f"--config={one_line(spec)}: {error}") from error
     except (AttributeError, KeyError) as error:  # ml_collections' of unknown fields
-        frames = traceback.extract_tb(error.__traceback__)
-        line = [one.lineno for one in frames if one.filename == str(file)][-1]
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # from get_config on
+        line = [f.lineno for f in frames if f.filename == frames[0].filename][-1]
         reason = one_line(error.args[0] if error.args else error)
         raise UserError(f"--config={path}, line {line}: {reason}") from error
     if not isinstance(cfg, ConfigDict):

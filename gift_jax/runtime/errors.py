@@ -60,7 +60,7 @@ class StoppedBySignal(CommandExit):
         self.exit_code = 128 + int(signum)
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """Returns the command that installs an extra of the package."""
     return f"pip install -U '.[{extra}]' in a clone of gift_jax"
 

@@ -104,7 +104,7 @@ _FEW_PAIRS = {
     "folder": "",
     "prompt": "a noto emoji",
 }
-SD15_SMOKE = {  # shows in a minute that a config works, on the embedded model
+_SMOKE = {  # shows in a minute that a config works, on the embedded model
     "model": "emoji-sd",
     "resolution": 0,
     "compute_dtype": "float32",
@@ -114,7 +114,7 @@ SD15_SMOKE = {  # shows in a minute that a config works, on the embedded model
     "samples.num": 1,
     "samples.steps": 2,
 }
-SD15_SMOKE |= {
+SD15_SMOKE = _SMOKE | {
     f"{g}.{k}": v for g in ("harmful", "safe") for k, v in _FEW_PAIRS.items()
 }
 OBJECT = {  # GIFT against one object, whichever Stable Diffusion
@@ -183,17 +183,9 @@ OBJECT_ATTACK = {  # on what it made
     "samples.prompts": ("a &m purse on the beach", "a photo of a dog"),
     "samples.num": 4,
 }
-ATTACK_SMOKE = {  # shows in a minute that it works, on the embedded model
-    "model": "emoji-sd",
-    "resolution": 0,
-    "compute_dtype": "float32",
-    "hardware.remat": "none",
-    "steps": 2,
-    "log_every": 1,
+ATTACK_SMOKE = _SMOKE | {
     "data.folder": "",
     "data.num_generated": 2,
     "data.generation.steps": 2,
-    "samples.num": 1,
-    "samples.steps": 2,
     "textual_inversion.initializer": "a",
 }

@@ -98,6 +98,12 @@ def _recorded(cfg: ConfigDict, base: str) -> dict[str, Any]:
     return recorded | {"base_sha256": base} if base else recorded
 
 
+def phase_folders(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of a run's later phases; another run has a config.json."""
+    folders = (path.parent for path in sorted(workdir.glob("*/metrics.jsonl")))
+    return [folder for folder in folders if not (folder / "config.json").exists()]
+
+
 def _check_same_run(path: pathlib.Path, new: dict) -> None:
     """Raises UserError if a folder's config.json is that of another run."""
     try:

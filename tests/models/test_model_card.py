@@ -156,8 +156,12 @@ def test_card_has_what_every_phase_measured(run, tmp_path):
     ):
         lines = [json.dumps({"step": n, name: float(n)}) for n in (1, 2)]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
+    other = tmp_path / "zz"  # a run of its own in the folder
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "metrics.jsonl").write_text(json.dumps({"step": 9, "attack/loss": 1.0}))
     base = ModelFolder(tmp_path)
     card = model_card.of_run(tmp_path, base, run.summary)
-    assert "upper/loss" in card and "lower/loss" in card
+    assert "upper/loss" in card and "lower/loss" in card and "attack/loss" not in card
     assert "After the last step of each phase, of" in card
     assert "lower/loss" not in model_card.of_run(tmp_path, base, run.summary, step=1)

@@ -388,12 +388,17 @@ def test_wrong_config_file_is_named(file, tmp_path):
 @pytest.mark.parametrize(
     "line, word", [("c.harmful.update(promt='a')", "promt"), ("c.stepz = 3", "stepz")]
 )
-def test_unknown_field_in_a_config_file_is_named_with_its_line(tmp_path, line, word):
+def test_unknown_field_in_a_config_file_is_named_with_its_line(
+    tmp_path, monkeypatch, line, word
+):
     path = tmp_path / "mine.py"
     head = f"from gift_jax.runtime.config import load_config\nc = load_config({GIFT!r})"
     path.write_text(f"{head}\ndef get_config(_=''):\n    {line}\n    return c\n")
     message = refusal(load_config, str(path))
     assert f"--config={path}, line 4: " in message and word in message
+    monkeypatch.chdir(tmp_path)
+    message = refusal(load_config, "mine.py")
+    assert "--config=mine.py, line 4: " in message and word in message
 
 
 @pytest.mark.parametrize(

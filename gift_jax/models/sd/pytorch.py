@@ -26,7 +26,7 @@ from gift_jax.models.tokenizer import vector_names
 from gift_jax.runtime.errors import (
     UserError,
     VerificationError,
-    install,
+    install_command,
     one_line,
     shown,
 )
@@ -55,7 +55,7 @@ def check_installed(what: str, *, lora: bool = False) -> None:
         are = "are" if len(missing) > 1 else "is"
         raise UserError(
             f"{what} needs PyTorch, and {' and '.join(missing)} {are} not installed; "
-            + install("torch")
+            + install_command("torch")
         )
 
 
@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
                 f"diffusers cannot be imported ({_in_one_line(error)}); "
-                + install("torch")
+                + install_command("torch")
             ) from error
         own = diffusers.utils.logging
         theirs = own.get_verbosity()

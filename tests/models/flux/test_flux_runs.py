@@ -93,9 +93,9 @@ def test_what_cannot_be_is_one_line(flux_folders, images, tmp_path):
     folder, workdir = flux_folders["dev"], tmp_path / "run"
     groups = "harmful", "safe"
     gate = train, folder, workdir, "emoji_gift_gate.py:smoke", groups, images
-    drawn = (f"--config.{group}.drawn_prompts={{concept}}" for group in groups)
+    prompts = (f"--config.{group}.drawn_prompts={{concept}}" for group in groups)
     with pytest.raises(UserError, match="method=gift_gate needs a UNet"):
-        run(*gate, *drawn)
+        run(*gate, *prompts)
     message = "is a FLUX.1, for which textual inversions are not supported; use LoRA"
     words = attack, folder, workdir, "emoji_attack.py:textual_inversion_smoke"
     with pytest.raises(UserError, match=message) as caught:

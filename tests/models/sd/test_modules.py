@@ -324,8 +324,8 @@ def test_text_is_projected_once(tiny, rng, remat):
     text = jax.jit(functools.partial(sd.project_text, unet))(params, c)
     assert len(jax.tree.leaves(text)) == 2 * 4  # keys and values of each transformer
     plain = jax.jit(lambda c: sd.apply_unet(unet, params, z, t, c)[0])
-    given = jax.jit(lambda c: sd.apply_unet(unet, params, z, t, c, text=text)[0])
-    out, ours = plain(c), given(c)
+    projected = jax.jit(lambda c: sd.apply_unet(unet, params, z, t, c, text=text)[0])
+    out, ours = plain(c), projected(c)
     assert relative_error(ours, out) < 1e-6
-    np.testing.assert_array_equal(ours, given(0 * c))
+    np.testing.assert_array_equal(ours, projected(0 * c))
     assert relative_error(plain(0 * c), out) > 0.1
