@@ -207,13 +207,13 @@ def _styles(count: int) -> list[str]:
 
 def _print_table(cells, num: int, grid_file, immunized) -> None:
     table = Table(title=f"Recognized by the judge, of {num} uncurated samples each")
-    table.add_column("concept")
+    table.add_column("concept", no_wrap=True)
     for name in MODELS:
         table.add_column(name, justify="right")
     for side in dict.fromkeys(cell.side for cell in cells):
         row = [cell for cell in cells if cell.side == side]
         shares = [f"{cell.recognized:.0%}" for cell in row]
-        table.add_row(f"{side}:\u00a0{row[0].concept}", *shares)
+        table.add_row(f"{side}: {row[0].concept}", *shares)
     console = Console(width=100)
     console.print(table)
     paths = f"images:          {grid_file}\nimmunized model: {immunized}"
