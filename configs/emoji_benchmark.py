@@ -151,7 +151,7 @@ STANDARD = {
     "seeds": (0, 1),
     "samples.num_retained": 96,
 }
-# without what does not run on it: uce, a gate, textual inversion
+# without what does not run on it: uce, textual inversion
 FLOW = QUICK | {
     "name": "flow",
     "model": "emoji-flow",
@@ -159,7 +159,7 @@ FLOW = QUICK | {
     "concepts": STANDARD_THINGS[:1],
     "methods": (
         *("original", "esd", "imma", "maximize_prior", "gift", "gift_adversarial"),
-        *FLOW_SETS,
+        *("gift_gate", *FLOW_SETS),
     ),
     "attacks": ("dreambooth", "lora_x3", "transplant_lora"),
     "samples.num_retained": 96,

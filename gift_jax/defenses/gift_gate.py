@@ -91,11 +91,12 @@ def make_upper_loss(denoiser: Denoiser, logits: Logits, s: GiftGate) -> Loss:
     return upper_loss
 
 
-def make_lower_loss(denoiser: Denoiser) -> Loss:
+def make_lower_loss(denoiser: Denoiser, closed_distance: float) -> Loss:
     """Returns the distance to what the original predicts on safe pairs.
 
-    Pairs at which the gate closes count as 0: they could teach the rest nothing. Noise
-    has variance 1, and a closed gate is farther off than that.
+    Pairs at which the gate closes count as 0: they could teach the rest nothing.
+
+    closed_distance: the mean square from which on an output is a closed gate's.
 
     frozen: "network": parameters that are not trained; "original": the others as they
     were. batch: {"safe": pairs}.
@@ -105,7 +106,7 @@ def make_lower_loss(denoiser: Denoiser) -> Loss:
         network = merge_params(params, frozen["network"])
         original = merge_params(frozen["original"], frozen["network"])
         distance_B = denoiser.distances(network, original, batch["safe"], key)
-        is_open_B = distance_B < 1.0
+        is_open_B = distance_B < closed_distance
         loss = jnp.mean(jnp.where(is_open_B, distance_B, 0.0))
         return loss, {"lower/loss": loss, "lower/safe_closed": jnp.mean(~is_open_B)}
 
@@ -147,9 +148,10 @@ def plan(task: base.Task) -> base.Plan:
     def then(trained: Flat) -> base.Plan:
         network = model.float32_params(model.denoiser_component, flat)
         network, owned = gate.install(trained, network, s.threshold)
+        lower_loss = make_lower_loss(model.denoiser, gate.closed_distance)
         tx_lower = make_optimizer(task.run.optimizers["lower"], s.preserve_steps)
         return base.Plan(
-            step=make_preserve_step(make_lower_loss(model.denoiser), tx_lower, parts),
+            step=make_preserve_step(lower_loss, tx_lower, parts),
             params=network,
             frozen={"network": {}, "original": dict(flat), "owned": owned},
             opt={"lower": tx_lower.init(network)},

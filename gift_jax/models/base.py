@@ -59,7 +59,13 @@ class Family:
 
 
 class Gate(Protocol):
-    """A detector of noised latents that lies inside the denoiser and closes it."""
+    """A detector of noised latents that lies inside the denoiser and closes it.
+
+    Attributes: closed_distance: mean square from an open gate's output, from which on
+      an output is taken for a closed one's.
+    """
+
+    closed_distance: float
 
     def init(self, key: jax.Array) -> Flat:
         """Returns the detector's parameters at their start, flat, float32."""

@@ -23,7 +23,7 @@ from gift_jax.models.sd.layers import TimestepEmbedding, timestep_features
 EPS = 1e-6  # of every norm
 TIME_WIDTH = 256  # of a timestep's features
 _MORE_FEATURES = 8  # of a head, of which kernels take multiples; two are used
-_GELU = ACTIVATIONS["gelu_pytorch_tanh"]
+GELU = ACTIVATIONS["gelu_pytorch_tanh"]
 
 
 class RMSNorm(nn.Module):
@@ -299,7 +299,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x_BNC):
-        return _GELU(nn.Dense(self.width, dtype=self.dtype, name="proj")(x_BNC))
+        return GELU(nn.Dense(self.width, dtype=self.dtype, name="proj")(x_BNC))
 
 
 class FeedForward(nn.Module):
@@ -394,7 +394,7 @@ class SingleBlock(nn.Module):
         fields = self.heads, True, False, 1, self.dtype, self.kernels, True
         attention = JointAttention(*fields, name="attn")
         parts = attention(h[:, :N], h[:, N:], rotary)
-        wide = _GELU(dense(4 * C, "proj_mlp")(h))
+        wide = GELU(dense(4 * C, "proj_mlp")(h))
         h = jnp.concatenate([jnp.concatenate(parts, axis=1), wide], axis=-1)
         x = x + gate * dense(C, "proj_out")(h)
         return x[:, :N], x[:, N:]

@@ -48,10 +48,10 @@ class TransformerModel(LatentDiffusion):
         raise UserError(f"{self.path} {self.no_words}")
 
     def gate(self, share):
-        """Raises UserError: the gate lies in a UNet's outermost layers."""
+        """Raises UserError, unless a family has one."""
         raise UserError(
-            f"{self.path}: method=gift_gate needs a UNet, and this is a transformer; "
-            "use method=gift or gift_adversarial"
+            f"{self.path}: method=gift_gate needs a UNet or Stable Diffusion 3.5's "
+            "transformer; use method=gift or gift_adversarial"
         )
 
     @classmethod

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gift_jax.models import flow_schedule, parts
 from gift_jax.models.base import Family
 from gift_jax.models.folder import class_names, existing
-from gift_jax.models.mmdit import architectures
+from gift_jax.models.mmdit import architectures, gate
 from gift_jax.models.mmdit.model import TransformerModel, check_shift, clip_length
 from gift_jax.models.mmdit.text import TextEncoders
 from gift_jax.models.mmdit.tokenizer import load_t5_tokenizer
@@ -69,6 +69,10 @@ class StableDiffusion3(TransformerModel):
     layer_kinds = tuple(CAPTURE_KINDS)
     lora_targets = LORA_TARGETS
     partition_rules = PARTITION_RULES
+
+    def gate(self, share):
+        """Returns the transformer's `Gate`; UserError for one that can have none."""
+        return gate.of_model(self, share)
 
 
 def load(path, dtype=jnp.float32, *, variant="", resolution=0):

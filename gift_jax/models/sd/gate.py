@@ -18,11 +18,13 @@ into and out of a convolution.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gift_jax.models.changes import Changes
 from gift_jax.models.ops.norms import group_norm_reference
 from gift_jax.models.sd.unet import UNet, at
 from gift_jax.runtime.errors import UserError
@@ -72,6 +74,7 @@ class Gate:
 
     unet: UNet
     share: float = 0.125
+    closed_distance: ClassVar[float] = 1.0  # noise has variance 1
 
     def __post_init__(self):
         if len(self.unet.block_out_channels) < 2 or self.group < 2:
@@ -229,7 +232,7 @@ class Gate:
         owned = {}
 
         def write(params, network):
-            changes = _Changes(network)
+            changes = Changes(network)
             self._separate(changes)
             self._place_detector(changes, params, threshold)
             self._place_output(changes)
@@ -238,7 +241,7 @@ class Gate:
 
         return jax.jit(write)(params, network), owned
 
-    def _separate(self, changes: "_Changes") -> None:
+    def _separate(self, changes: Changes) -> None:
         """Sets to 0 what leads from the detector's channels to others, or back."""
         own, put = self.channels, changes.put
         for block in [*self.down, *self.up]:
@@ -258,7 +261,7 @@ class Gate:
             put(f"{attention}/proj_out/bias", passed, 0.0)
         put("down_blocks_0/downsamplers_0/conv/kernel", np.s_[:, :, own, :], 0.0)
 
-    def _place_detector(self, changes: "_Changes", params: Flat, threshold: float):
+    def _place_detector(self, changes: Changes, params: Flat, threshold: float):
         """Writes the detector's weights, as large as they may be."""
         own, put = self.channels, changes.put
         stream, inside = self._sizes(params)
@@ -288,7 +291,7 @@ class Gate:
             if not is_last:
                 put_conv(f"{path}/conv2", block.hidden, own, stream)
 
-    def _place_output(self, changes: "_Changes") -> None:
+    def _place_output(self, changes: Changes) -> None:
         """Writes what closes the output.
 
         The last block pushes each group's channels apart. The last group has a constant
@@ -325,25 +328,6 @@ class Gate:
             if k.endswith("conv1")
         }
         return _STREAM / jnp.max(jnp.stack(streams)), inside
-
-
-class _Changes:
-    """Parameters that are written to, and where.
-
-    Attributes: params: flat, as they are now. owned: path -> bool array, True where
-    written.
-    """
-
-    def __init__(self, network: Flat):
-        self.params = dict(network)
-        self.owned: dict[str, np.ndarray] = {}
-
-    def put(self, path: str, where, values) -> None:
-        """Writes values to a parameter, if the network has it."""
-        if path in self.params:
-            shape = self.params[path].shape
-            self.params[path] = self.params[path].at[where].set(values)
-            self.owned.setdefault(path, np.zeros(shape, bool))[where] = True
 
 
 def _conv(x_BHWC, kernel_HWIO, bias_O):

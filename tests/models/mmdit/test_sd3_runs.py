@@ -167,11 +167,6 @@ def test_defenses_that_cannot_are_one_line(folder, images, tmp_path):
     for config, message, *flags in (
         ("emoji_baselines.py:uce_smoke", "transformer has no projections that read"),
         (
-            "emoji_gift_gate.py:smoke",
-            "method=gift_gate needs a UNet",
-            *(f"--config.{g}.drawn_prompts={{concept}}" for g in ("harmful", "safe")),
-        ),
-        (
             "emoji_gift.py:smoke",
             "layers=resnet: a transformer has no layers of kind resnet; choose from t",
             "--config.gift.layers=resnet",
