@@ -5,7 +5,7 @@ GIFT's two levels (see gift.py), of other parameters and one after the other:
 
     upper  a small detector inside the network learns to tell noised latents of the
            concept from safe ones; where it fires, it closes the network's output, in
-           weights that fine-tuning does not move far (models/sd/gate.py)
+           weights that fine-tuning does not move far (models/sd/gate.py, mmdit/gate.py)
     lower  every other parameter learns what the original predicts on safe pairs
 
 Nothing in it depends on a word: it holds under whatever name an attacker gives to what
@@ -40,7 +40,10 @@ class GiftGate:
     """The fields of the gate."""
 
     share: float = config.number(
-        0.125, above=0, high=0.5, doc="of the channels at the latents' size"
+        0.125,
+        above=0,
+        high=0.5,
+        doc="of the channels at the latents' size, or of a transformer's heads",
     )
     time_limit: float = config.number(
         0.5, above=0, high=1, doc="share of the timesteps, from 0, to detect images at"

@@ -147,6 +147,23 @@ def test_defenses(folder, images, tmp_path, config, trainable, streams, groups):
     assert not any(changed(folder, out, file) for file in TEXT)
 
 
+def test_gate(folder, images, tmp_path):
+    """A detector, then the rest: its channels of the table of positions are scaled."""
+    flags = [
+        f"--config.{group}.drawn_prompts={{concept}}" for group in ("harmful", "safe")
+    ]
+    run, config = tmp_path / "run", "emoji_gift_gate.py:smoke"
+    out = run_train(folder, images, run, config, *flags)
+    assert (run / "preserve" / "metrics.jsonl").is_file()
+    moved = changed(folder, out, DENOISER)
+    table = tensors(folder, DENOISER)["pos_embed.pos_embed"]
+    ratio = (table + moved["pos_embed.pos_embed"]) / table
+    assert np.isclose(ratio, 1000.0, rtol=1e-3).mean() > 0.5
+    assert all(np.isfinite(difference).all() for difference in moved.values())
+    assert files(folder) == files(out) - {pathlib.PurePath("README.md")}
+    assert not any(changed(folder, out, file) for file in TEXT)
+
+
 def test_changed_tensors_are_added_to_the_base(folder, images, tmp_path):
     run = tmp_path / "run"
     flag = "--config.upper.lr=0.1"
