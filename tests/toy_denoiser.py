@@ -209,6 +209,7 @@ class Gate:
     """Weighs the latents' channels, and lies in a row of one kernel."""
 
     PATH = "block/attn1/to_q/kernel"
+    closed_distance = 1.0
 
     def init(self, key):
         return {"detector": jax.random.normal(key, (C,))}

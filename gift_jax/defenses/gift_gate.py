@@ -191,5 +191,6 @@ DEFENSE = base.Defense(
     trainable=("all",),
     worst_case="100% after an attack that first removes unusually large weights; "
     "without that 38% at the end, of a category of things, 33% of single ones; "
-    "on the way, after 75 steps, 52% of one",
+    "on the way, after 75 steps, 52% of one; in a transformer 62% of one, with a LoRA "
+    "made for the original",
 )
