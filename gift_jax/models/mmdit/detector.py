@@ -136,18 +136,11 @@ class Detector:
 
     @property
     def table(self) -> jax.Array:
-        """Waves that say where a patch is, for its channels: float32 "side side K"."""
+        """Waves that say where a patch is, for its channels: "1 side side K"."""
         module, side = self.transformer, self.transformer.pos_embed_max_size
         base = module.sample_size // module.patch_size
         table = layers.position_table(module.width, side, base)
-        return table.reshape(side, side, -1)[..., self.own]
-
-    def _places(self, height: int, width: int) -> jax.Array:
-        """Returns the middle of that, "1 height*width K"."""
-        side = self.transformer.pos_embed_max_size
-        top, left = (side - height) // 2, (side - width) // 2
-        middle = self.table[top : top + height, left : left + width]
-        return middle.reshape(1, height * width, -1)
+        return table.reshape(1, side, side, -1)[..., self.own]
 
     def init(self, key: jax.Array) -> Flat:
         """Returns random parameters, flat, float32."""
@@ -202,7 +195,7 @@ class Detector:
         """
         weights, energies = self.weights(params), []
         K, width = len(self.own), self.transformer.width
-        others = self.stream.energy / self.one**2
+        rest_energy = self.stream.energy / self.one**2
         is_free = np.isin(self.own, self.free).astype(np.float32).reshape(1, 1, K)
 
         def dense(path, x):
@@ -212,7 +205,7 @@ class Detector:
         def norm(x_BNK, i):
             own = jnp.sum(jnp.square(x_BNK), axis=-1, keepdims=True)
             energies.append(jnp.mean(own))
-            return x_BNK * jax.lax.rsqrt((own + others[i]) / width)
+            return x_BNK * jax.lax.rsqrt((own + rest_energy[i]) / width)
 
         patches, places = self._patches(z_t_BCHW)
         places = places * weights["places"].reshape(1, 1, K)
@@ -236,7 +229,7 @@ class Detector:
         h, w = H // size, W // size
         z = z_BCHW.astype(jnp.float32).reshape(B, C, h, size, w, size)
         z = jnp.transpose(z, (0, 2, 4, 3, 5, 1)).reshape(B, h * w, -1)
-        return z, self._places(h, w)
+        return z, layers.middle(self.table, h, w).reshape(1, h * w, -1)
 
     def _attended(self, i, q_BNK, k_BNK, v_BNK, text_K):
         """Returns attention to the image, and to a text whose tokens are all alike."""
@@ -244,11 +237,7 @@ class Detector:
 
         def normed(a, scale_D):
             heads = a.reshape(*a.shape[:-1], self.heads, -1)
-            mean_square = jnp.mean(jnp.square(heads), axis=-1, keepdims=True)
-            shape = (1,) * (heads.ndim - 1) + (-1,)
-            return (
-                heads * jax.lax.rsqrt(mean_square + layers.EPS) * scale_D.reshape(shape)
-            )
+            return layers.RMSNorm().apply({"params": {"scale": scale_D}}, heads)
 
         q = normed(q_BNK, self.stream.query[i])
         k = normed(k_BNK, self.stream.key[i])

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.models.changes import Changes
-from gift_jax.models.mmdit.detector import LOGIT_SLOPE, SLOPE, Detector, Stream
+from gift_jax.models.gated import Changes, largest
+from gift_jax.models.mmdit.detector import LOGIT_SLOPE, SLOPE, Detector
 from gift_jax.models.mmdit.transformer import Transformer
 from gift_jax.runtime.errors import UserError
 
@@ -46,7 +46,7 @@ def of_model(model: Any, share: float) -> "Gate":
 
     Raises: UserError for a transformer that can have none.
     """
-    module, tokens = model.module, model.text.clip_length + model.text.t5_length
+    module = model.module
     heads = max(1, round(share * module.num_attention_heads))
     if module.qk_norm is None or heads >= module.num_attention_heads:
         raise UserError(
@@ -58,10 +58,7 @@ def of_model(model: Any, share: float) -> "Gate":
         raise UserError(
             f"{model.path}: method=gift_gate needs a transformer of two blocks at least"
         )
-    if model.path is None:
-        return Gate(Detector(module, heads, Stream.nominal(module, tokens)))
-    stream = Stream.of(module, model.denoiser_params, tokens)
-    return Gate(Detector(module, heads, stream))
+    return Gate(Detector(module, heads, model.stream))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,10 +122,7 @@ class Gate:
 
         It is the largest over positions: one is enough to close the gate.
         """
-        logits_BN, _ = self.detector.run(params, z_t_BCHW)
-        # not max: its gradient is 0 / 0 where XLA computes the values again, rounded
-        largest_B1 = jnp.argmax(logits_BN, axis=1)[:, None]
-        return jnp.take_along_axis(logits_BN, largest_B1, axis=1)[:, 0]
+        return largest(self.detector.run(params, z_t_BCHW)[0])
 
     def install(
         self, params: Flat, network: Flat, threshold: float
@@ -146,10 +140,10 @@ class Gate:
 
         def write(params, network):
             network = self._scaled(params, network)
-            changes = Changes(network)
+            changes, weights = Changes(network), self.detector.weights(params)
             self._separate(changes)
-            self._place_detector(changes, self.detector.weights(params))
-            self._place_logit(changes, self.detector.weights(params), threshold)
+            self._place_detector(changes, weights)
+            self._place_logit(changes, weights, threshold)
             self._place_output(changes)
             owned.update(changes.owned)
             return changes.params
@@ -257,7 +251,7 @@ class Gate:
         kernel = factor * weights["embed/kernel"].reshape(shape)[..., :count]
         put("pos_embed/proj/kernel", np.s_[..., free], kernel)
         put("pos_embed/proj/bias", free, factor * weights["embed/bias"][:count])
-        places = weights["places"][:count].reshape(1, 1, count)
+        places = weights["places"][:count].reshape(1, 1, 1, count)
         table = factor * self.detector.table[..., :count] * places
         put("pos_embed/pos_embed", np.s_[..., free], table.reshape(1, -1, count))
         wide = self._gate  # each of to_v and to_out

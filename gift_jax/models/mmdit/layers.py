@@ -66,6 +66,13 @@ def position_table(width: int, side: int, base: int):
     return jnp.concatenate([column, row], axis=-1).reshape(1, side * side, width)
 
 
+def middle(table, height: int, width: int):
+    """Returns the middle of a square table, "1 height width C" of "1 side side C"."""
+    side = table.shape[1]
+    top, left = (side - height) // 2, (side - width) // 2
+    return table[:, top : top + height, left : left + width]
+
+
 class PatchEmbed(nn.Module):
     """An image's patches with their places in the middle of a table.
 
@@ -99,8 +106,7 @@ class PatchEmbed(nn.Module):
                 f"patch_size={self.size}, and at most {side * self.size}"
             )
         table = self.param("pos_embed", lambda _: position_table(C, side, self.base))
-        top, left = (side - H) // 2, (side - W) // 2
-        places = table.reshape(1, side, side, C)[:, top : top + H, left : left + W]
+        places = middle(table.reshape(1, side, side, C), H, W)
         x_BHWC = (x_BHWC + places).astype(self.dtype)
         return x_BHWC.reshape(B, H * W, C)
 

@@ -6,6 +6,7 @@ transformer reads one of them, which counts as all.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -13,6 +14,7 @@ from gift_jax.models import flow_schedule, parts
 from gift_jax.models.base import Family
 from gift_jax.models.folder import class_names, existing
 from gift_jax.models.mmdit import architectures, gate
+from gift_jax.models.mmdit.detector import Stream
 from gift_jax.models.mmdit.model import TransformerModel, check_shift, clip_length
 from gift_jax.models.mmdit.text import TextEncoders
 from gift_jax.models.mmdit.tokenizer import load_t5_tokenizer
@@ -69,6 +71,14 @@ class StableDiffusion3(TransformerModel):
     layer_kinds = tuple(CAPTURE_KINDS)
     lora_targets = LORA_TARGETS
     partition_rules = PARTITION_RULES
+
+    @functools.cached_property
+    def stream(self) -> Stream:
+        """What a gate's detector has to know of the transformer; measured once."""
+        tokens = self.text.clip_length + self.text.t5_length
+        if self.path is None:
+            return Stream.nominal(self.module, tokens)
+        return Stream.of(self.module, self.denoiser_params, tokens)
 
     def gate(self, share):
         """Returns the transformer's `Gate`; UserError for one that can have none."""

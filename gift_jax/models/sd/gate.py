@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gift_jax.models.changes import Changes
+from gift_jax.models.gated import Changes, largest
 from gift_jax.models.ops.norms import group_norm_reference
 from gift_jax.models.sd.unet import UNet, at
 from gift_jax.runtime.errors import UserError
@@ -179,10 +179,7 @@ class Gate:
         It is the largest over positions and channels: one is enough to close the gate.
         """
         last_BHWC = self._run(params, z_t_BCHW)[0]
-        flat_BN = last_BHWC.reshape(len(last_BHWC), -1)
-        # not max: its gradient is 0 / 0 where XLA computes the values again, rounded
-        largest_B1 = jnp.argmax(flat_BN, axis=1)[:, None]
-        return LOGIT_SLOPE * jnp.take_along_axis(flat_BN, largest_B1, axis=1)[:, 0]
+        return LOGIT_SLOPE * largest(last_BHWC.reshape(len(last_BHWC), -1))
 
     def _run(self, params: Flat, z_t_BCHW):
         """Returns (the last normalization's output, the largest values of layers)."""

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import tiny_model
 from flax.traverse_util import flatten_dict, unflatten_dict
+from gated_network import compile_network
 from tiny_sd3 import build, configs, torch_transformer, transformer_inputs
 
 from gift_jax.models.mmdit import gate, stable_diffusion_3
+from gift_jax.models.mmdit.detector import Detector, Stream
 from gift_jax.models.mmdit.transformer import apply_transformer
 from gift_jax.runtime.errors import UserError
 
@@ -27,45 +29,21 @@ TOKENS = 7
 def setting():
     """(gate, the detector's parameters, the transformer's, inputs)."""
     module, params = build("sd3.5-medium")
-    stream = gate.Stream.of(module, params, TOKENS)
-    g = gate.Gate(gate.Detector(module, 2, stream))
+    stream = Stream.of(module, params, TOKENS)
+    g = gate.Gate(Detector(module, 2, stream))
     inputs = transformer_inputs(np.random.default_rng(0), module.pooled_projection_dim)
     return g, g.init(jax.random.key(2)), flatten_dict(params, sep="/"), inputs
 
 
 @functools.cache
 def compiled(g):
-    """Returns jitted (network, inputs) -> logits "B", output "B C h w", of a gate.
+    """The programs of a gate's network: its logits less the threshold, its output."""
 
-    The logits are those that the network computes, less the threshold.
-    """
-    path = f"transformer_blocks_{g.detector.blocks[-1]}/ff/net_0/proj"
-
-    @jax.jit
-    def logits(network, inputs):
-        _, state = g.transformer.apply(
-            {"params": unflatten_dict(network, sep="/")},
-            *inputs,
-            capture_intermediates=lambda module, _: "/".join(module.path) == path,
-            mutable=["intermediates"],
-        )
-        (wide,) = jax.tree.leaves(state["intermediates"])
+    def to_logits(wide):
         return jnp.max(wide[..., g.hidden[-1]], axis=1) / gate._FIRE
 
-    @jax.jit
-    def output(network, inputs):
-        params = unflatten_dict(network, sep="/")
-        return apply_transformer(g.transformer, params, *inputs)[0]
-
-    return logits, output
-
-
-def logits_inside(g, network, inputs):
-    return compiled(g)[0](network, inputs)
-
-
-def output(g, network, inputs):
-    return compiled(g)[1](network, inputs)
+    path = f"transformer_blocks_{g.detector.blocks[-1]}/ff/net_0/proj"
+    return compile_network(g.transformer, path, to_logits, apply_transformer)
 
 
 def test_network_computes_what_the_detector_does(setting):
@@ -75,7 +53,7 @@ def test_network_computes_what_the_detector_does(setting):
     inputs = z, *(np.repeat(a[:1], 16, axis=0) for a in others)
     expected = np.asarray(g.logits(params, z))
     new, _ = g.install(params, network, threshold=2.0)
-    inside = np.asarray(logits_inside(g, new, inputs)) + 2.0
+    inside = np.asarray(compiled(g).logits(new, inputs)) + 2.0
     assert np.ptp(expected) > 1.0
     assert np.corrcoef(expected, inside)[0, 1] > 0.8
     assert np.abs(expected - inside).mean() < 0.3 * np.ptp(expected)
@@ -85,9 +63,11 @@ def test_text_and_timestep_reach_the_detector_by_sizes_alone(setting):
     g, params, network, (z, t, states, pooled) = setting
     new, _ = g.install(params, network, 0.0)
     other = z, t[::-1].copy(), 3 * states, -pooled
-    one, two = (logits_inside(g, new, i) for i in ((z, t, states, pooled), other))
+    one, two = (compiled(g).logits(new, i) for i in ((z, t, states, pooled), other))
     assert not np.allclose(
-        output(g, network, (z, t, states, pooled)), output(g, network, other), atol=0.1
+        compiled(g).output(network, (z, t, states, pooled)),
+        compiled(g).output(network, other),
+        atol=0.1,
     )
     np.testing.assert_allclose(one, two, atol=0.15 * float(jnp.abs(one).max()))
 
@@ -96,18 +76,20 @@ def test_gate_closes_at_the_threshold(setting):
     """Closed, the output jumps, at every position; open, the gate adds nothing."""
     g, params, network, inputs = setting
     new, owned = g.install(params, network, 0.0)
-    inside = np.asarray(logits_inside(g, new, inputs))
+    inside = np.asarray(compiled(g).logits(new, inputs))
     out = {}
     for name, threshold in (("closed", inside.min() - 5), ("open", inside.max() + 5)):
         new, owned = g.install(params, network, threshold)
-        out[name] = np.asarray(output(g, new, inputs))
+        out[name] = np.asarray(compiled(g).output(new, inputs))
     units = [
         f"transformer_blocks_{i}/ff/net_2/kernel"
         for i in (g.detector.blocks[-1], g.last)
     ]
     silent = {p: new[p].at[g.hidden[-1]].set(0.0) for p in units}
     assert all(owned[p][g.hidden[-1]].all() for p in units)
-    np.testing.assert_array_equal(out["open"], output(g, {**new, **silent}, inputs))
+    np.testing.assert_array_equal(
+        out["open"], compiled(g).output({**new, **silent}, inputs)
+    )
     assert np.abs(out["open"]).max() < 0.01 * gate._JUMP
     assert np.abs(out["closed"]).min() > 0.3 * gate._JUMP
 
@@ -116,12 +98,12 @@ def test_one_position_closes_it_everywhere_and_only_in_its_image(setting):
     g, params, network, inputs = setting
     wide = np.asarray(g.detector.run(params, inputs[0])[0])
     new, _ = g.install(params, network, 0.0)
-    inside = np.asarray(logits_inside(g, new, inputs))
+    inside = np.asarray(compiled(g).logits(new, inputs))
     assert abs(inside[0] - inside[1]) > 0.1
     assert np.ptp(wide, axis=1).min() > 0.5
     fires = inside == inside.max()
     new, _ = g.install(params, network, inside.mean())
-    out = np.asarray(output(g, new, inputs))
+    out = np.asarray(compiled(g).output(new, inputs))
     assert np.abs(out[fires]).min() > 0.3 * gate._JUMP
     assert np.abs(out[~fires]).max() < 0.01 * gate._JUMP
 
@@ -130,7 +112,7 @@ def test_where_it_adds_nothing_the_network_stays_near(setting):
     """What is left of it without the detector's channels: sizes are made up for."""
     g, params, network, inputs = setting
     new, _ = g.install(params, network, 1e4)
-    before, after = output(g, network, inputs), output(g, new, inputs)
+    before, after = compiled(g).output(network, inputs), compiled(g).output(new, inputs)
     error, variance = jnp.mean((after - before) ** 2), jnp.var(before)
     assert 0.001 * variance < error < variance
 
@@ -140,11 +122,13 @@ def test_what_the_gate_does_not_own_is_scaled_alone(setting):
     new, owned = jax.device_get(g.install(params, network, 0.0))
     assert set(new) == set(network)
     for path, values in network.items():
-        others = ~owned[path] if path in owned else np.ones(values.shape, bool)
+        is_rest = ~owned[path] if path in owned else np.ones(values.shape, bool)
         if "/norm1/linear/" in path or "norm_out" in path or "pos_embed/proj" in path:
-            assert not np.array_equal(new[path][others], np.asarray(values)[others])
+            assert not np.array_equal(new[path][is_rest], np.asarray(values)[is_rest])
         else:
-            np.testing.assert_array_equal(new[path][others], np.asarray(values)[others])
+            np.testing.assert_array_equal(
+                new[path][is_rest], np.asarray(values)[is_rest]
+            )
     assert owned["pos_embed/pos_embed"].all()
     share = sum(mask.sum() for mask in owned.values()) / sum(
         np.size(a) for a in network.values()
@@ -155,7 +139,7 @@ def test_what_the_gate_does_not_own_is_scaled_alone(setting):
 def test_large_weights_keep_it_from_turning(setting, monkeypatch):
     """The most that an attack can take from a logit, to first order, falls."""
     g, params, network, inputs = setting
-    slope = jax.jit(jax.grad(lambda n: jnp.mean(logits_inside(g, n, inputs))))
+    slope = jax.jit(jax.grad(lambda n: jnp.mean(compiled(g).logits(n, inputs))))
     change = {}
     for name, size in (("large", 1.0), ("usual", 1e-3)):
         with monkeypatch.context() as patch:
@@ -175,9 +159,9 @@ def test_pytorch_computes_the_same_closed_and_open(setting, tmp_path):
     torch = pytest.importorskip("torch")
     g, params, network, inputs = setting
     new, _ = g.install(params, network, 0.0)
-    threshold = float(np.mean(logits_inside(g, new, inputs)))  # one image of two
+    threshold = float(np.mean(compiled(g).logits(new, inputs)))  # one image of two
     new, _ = g.install(params, network, threshold)
-    ours = np.asarray(output(g, new, inputs))
+    ours = np.asarray(compiled(g).output(new, inputs))
     config = configs("sd3.5-medium")["transformer"]
     nested = unflatten_dict(jax.device_get(new), sep="/")
     theirs = torch_transformer(

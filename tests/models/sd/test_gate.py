@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
+from gated_network import compile_network
 
 from gift_jax.models import sd
 from gift_jax.models.sd import gate
@@ -35,40 +36,14 @@ def setting():
 
 @functools.cache
 def compiled(g):
-    """Returns jitted (network, inputs) -> logits "B", output "B C h w", of a gate.
-
-    The logits are those that the last block of the UNet computes.
-    """
+    """The programs of a gate's network: the logits of its last block, its output."""
     last = g.up[-1]
 
-    def is_last_norm(module, _):
-        return "/".join(module.path) == f"{last.path}/norm2"
-
-    @jax.jit
-    def logits(network, inputs):
-        _, state = g.unet.apply(
-            {"params": unflatten_dict(network, sep="/")},
-            *inputs,
-            capture_intermediates=is_last_norm,
-            mutable=["intermediates"],
-        )
-        (wide,) = jax.tree.leaves(state["intermediates"])
+    def to_logits(wide):
         inside = jnp.max(wide[..., last.hidden], (1, 2, 3))
         return gate.LOGIT_SLOPE / gate._SLOPE * inside
 
-    @jax.jit
-    def output(network, inputs):
-        return sd.apply_unet(g.unet, unflatten_dict(network, sep="/"), *inputs)[0]
-
-    return logits, output
-
-
-def logits_inside(g, network, inputs):
-    return compiled(g)[0](network, inputs)
-
-
-def output(g, network, inputs):
-    return compiled(g)[1](network, inputs)
+    return compile_network(g.unet, f"{last.path}/norm2", to_logits, sd.apply_unet)
 
 
 def test_network_computes_what_the_detector_does(setting):
@@ -76,7 +51,9 @@ def test_network_computes_what_the_detector_does(setting):
     expected = g.logits(params, inputs[0])
     assert np.ptp(expected) > 0.1
     new, _ = g.install(params, network, threshold=2.0)
-    np.testing.assert_allclose(logits_inside(g, new, inputs), expected - 2.0, atol=1e-3)
+    np.testing.assert_allclose(
+        compiled(g).logits(new, inputs), expected - 2.0, atol=1e-3
+    )
 
 
 def test_network_of_sdxl_does_so_too(setting):
@@ -90,17 +67,19 @@ def test_network_of_sdxl_does_so_too(setting):
     new, _ = g.install(params, network, threshold=2.0)
     expected = g.logits(params, z)
     assert np.ptp(expected) > 0.1
-    inside = logits_inside(g, new, (z, jnp.arange(4) * 200, text, added)) + 2.0
+    inside = compiled(g).logits(new, (z, jnp.arange(4) * 200, text, added)) + 2.0
     np.testing.assert_allclose(inside, expected, atol=2e-3)
 
 
 def test_detector_reads_neither_text_nor_timestep(setting):
     g, params, network, (z, t, text) = setting
     new, _ = g.install(params, network, 0.0)
-    one = logits_inside(g, new, (z, t, text))
+    one = compiled(g).logits(new, (z, t, text))
     other = z, t[::-1] + 7, 3 * text
-    assert not np.allclose(output(g, new, (z, t, text)), output(g, new, other))
-    np.testing.assert_array_equal(one, logits_inside(g, new, other))
+    assert not np.allclose(
+        compiled(g).output(new, (z, t, text)), compiled(g).output(new, other)
+    )
+    np.testing.assert_array_equal(one, compiled(g).logits(new, other))
 
 
 def test_gate_closes_at_the_threshold(setting):
@@ -110,12 +89,12 @@ def test_gate_closes_at_the_threshold(setting):
     other, change = (inputs[0], inputs[1][::-1] + 7, 3 * inputs[2]), {}
     for name, threshold in (("closed", logits.min() - 5), ("open", logits.max() + 5)):
         new, owned = g.install(params, network, threshold)
-        out = output(g, new, inputs)
-        change[name] = float(jnp.std(out - output(g, new, other)))
+        out = compiled(g).output(new, inputs)
+        change[name] = float(jnp.std(out - compiled(g).output(new, other)))
         if name == "open":
             kernel = f"{g.up[-1].path}/conv2/kernel"
             no_push = {**new, kernel: jnp.where(owned[kernel], 0.0, new[kernel])}
-            np.testing.assert_array_equal(out, output(g, no_push, inputs))
+            np.testing.assert_array_equal(out, compiled(g).output(no_push, inputs))
     assert change["open"] > 0.1
     assert change["closed"] < 0.02 * change["open"]
 
@@ -133,7 +112,7 @@ def test_one_image_closes_it_everywhere_and_only_for_itself(setting):
     }
     new, _ = g.install(steep, network, 40.0 * (first + second) / 2)
     without, _ = g.install(steep, network, 40.0 * (first + 1.0))
-    out, expected = (np.asarray(output(g, n, inputs)) for n in (new, without))
+    out, expected = (np.asarray(compiled(g).output(n, inputs)) for n in (new, without))
     np.testing.assert_array_equal(out[~fires], expected[~fires])
     assert np.abs(expected).max() < 0.5 * gate._JUMP
     assert np.abs(out[fires]).min() > 0.5 * gate._JUMP
@@ -144,8 +123,8 @@ def test_what_the_gate_does_not_own_stays(setting):
     new, owned = jax.device_get(g.install(params, network, 0.0))
     assert set(new) == set(network)
     for path, values in network.items():
-        others = ~owned[path] if path in owned else np.ones(values.shape, bool)
-        np.testing.assert_array_equal(new[path][others], np.asarray(values)[others])
+        is_rest = ~owned[path] if path in owned else np.ones(values.shape, bool)
+        np.testing.assert_array_equal(new[path][is_rest], np.asarray(values)[is_rest])
     share = sum(mask.sum() for mask in owned.values()) / sum(
         np.size(a) for a in network.values()
     )
@@ -162,16 +141,18 @@ def test_lora_of_attention_reaches_nothing_of_it(setting):
     }
     assert noise
     changed = {**new, **noise}
-    assert not np.allclose(output(g, new, inputs), output(g, changed, inputs))
+    assert not np.allclose(
+        compiled(g).output(new, inputs), compiled(g).output(changed, inputs)
+    )
     np.testing.assert_array_equal(
-        logits_inside(g, new, inputs), logits_inside(g, changed, inputs)
+        compiled(g).logits(new, inputs), compiled(g).logits(changed, inputs)
     )
 
 
 def test_large_weights_keep_it_from_turning(setting, monkeypatch):
     """The most that an attack can take from a logit, to first order."""
     g, params, network, inputs = setting
-    slope = jax.jit(jax.grad(lambda n: jnp.mean(logits_inside(g, n, inputs))))
+    slope = jax.jit(jax.grad(lambda n: jnp.mean(compiled(g).logits(n, inputs))))
     change = {}
     for name, size in (("large", 1.0), ("usual", 1e-3)):
         with monkeypatch.context() as patch:
